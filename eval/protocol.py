@@ -1,0 +1,111 @@
+"""What a trial is measured on: all queries against the pool, and fixed BM25 candidates."""
+
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from eval.bm25 import BM25
+from eval.collections import Collection, require_split
+from eval.metrics import evaluate, ideal
+from eval.rerank import random_heads, to_run
+from eval.retrieval import search
+from experiments import Config
+from model.heads import pool
+from model.prefix import TextSet
+from model.tokens import Tokenizer
+from model.unimoer import UniMoER
+
+Scores = dict[str, dict[str, float]]  # query id -> metric -> value
+WithStates = Callable[[list[list[int]], str], TextSet]
+
+
+class EvaluationSet:
+    """One split, tokenized once and shared by every trial of a process.
+
+    Retrieval: every judged query against every document of the split's pool. Reranking:
+    `reranking_queries` of them (chosen by each query id's own generator, so they do not depend on
+    arm or seed) with BM25's own top `candidates`; nothing is forced in, so `ceiling` is what a
+    perfect reranker would reach.
+    """
+
+    def __init__(
+        self, collection: Collection, tokenizer: Tokenizer, config: Config, states: WithStates
+    ):
+        self.config = config
+        self.qrels = require_split(collection, config.split)
+        self.documents = collection.pools[config.split]
+        self.queries = list(self.qrels)
+        order = sorted(self.queries, key=lambda query: random.Random(query).random())
+        chosen = sorted(order[: config.reranking_queries or None])
+        self.reranking_qrels = {query: self.qrels[query] for query in chosen}
+        bm25 = BM25(self.documents, [collection.corpus[d] for d in self.documents])
+        depth = max(config.retrieval_depth, config.candidates)
+        self.bm25 = bm25.search({q: collection.queries[q] for q in self.queries}, depth)
+        self.candidates = {
+            query: dict(list(self.bm25[query].items())[: config.candidates]) for query in chosen
+        }
+        self.pairs = [(q, d) for q in chosen for d in self.candidates[q]]
+        self.clusters = {q: collection.domain.get(q, q) for q in self.queries}
+        self._texts = collection
+        self._tokenizer, self._states = tokenizer, states
+        self._sets: dict[str, TextSet] = {}
+
+    def _set(self, task: str) -> TextSet:
+        """The tokenized texts of a task, made when first needed."""
+        if task not in self._sets:
+            c, tokenizer = self._texts, self._tokenizer
+            if task == "embedding":
+                ids = tokenizer.queries([c.queries[q] for q in self.queries])
+                ids += tokenizer.documents([c.corpus[d] for d in self.documents])
+            else:
+                ids = tokenizer.pairs([(c.queries[q], c.corpus[d]) for q, d in self.pairs])
+            self._sets[task] = self._states(ids, f"{self.config.split} {task}")
+        return self._sets[task]
+
+    def bm25_scores(self) -> dict[str, Scores]:
+        """BM25's own ranking, under both tasks."""
+        retrieved = {
+            q: dict(list(row.items())[: self.config.retrieval_depth])
+            for q, row in self.bm25.items()
+        }
+        return {
+            "embedding": evaluate(self.qrels, retrieved),
+            "reranking": evaluate(self.reranking_qrels, self.candidates),
+        }
+
+    def ceiling(self) -> Scores:
+        """The best that any reranking of these candidates can score."""
+        return ideal(self.reranking_qrels, self.candidates)
+
+    def retrieval(self, model: UniMoER, base: bool = False, progress: bool = False) -> Scores:
+        """Per-query metrics of full-corpus retrieval."""
+        vectors = model.embed_all(self._set("embedding"), base=base, progress=progress)
+        n = len(self.queries)
+        run = search(
+            vectors[:n], vectors[n:], self.queries, self.documents, self.config.retrieval_depth
+        )
+        return evaluate(self.qrels, run)
+
+    def reranking(self, model: UniMoER, progress: bool = False) -> Scores:
+        """Per-query metrics of the reranked candidates."""
+        scores = model.score_all(self._set("reranking"), progress=progress)
+        return evaluate(self.reranking_qrels, to_run(scores, self.pairs))
+
+    @torch.no_grad()
+    def untrained(self, model: UniMoER, progress: bool = False) -> dict[str, Scores]:
+        """The bare base: its vectors as they are, and the mean of 20 random relevance heads."""
+        texts = self._set("reranking")
+        pooled = torch.zeros(len(texts.ids), model.decoder.config.hidden_size)
+
+        def keep(batch, states, base) -> tuple[Tensor, list[Tensor]]:
+            hidden, routing = model.hidden(batch, "reranking", states, base)
+            return pool(hidden, batch, self.config.reranking_pooling).float(), routing
+
+        for indices, rows in model.over(texts, keep, base=True, progress=progress):
+            pooled[indices] = rows
+        return {
+            "embedding": self.retrieval(model, base=True, progress=progress),
+            "reranking": random_heads(pooled, self.pairs, self.reranking_qrels),
+        }

@@ -1,0 +1,39 @@
+"""Reranking of fixed first-stage candidates, and what an untrained head makes of them."""
+
+import torch
+from torch import Tensor
+
+from eval.metrics import METRICS, evaluate
+
+
+def to_run(
+    scores: Tensor, pairs: list[tuple[str, str]]
+) -> dict[str, dict[str, float]]:
+    """Scores (n,) of n (query id, document id) pairs as a run: query -> document -> score."""
+    run: dict[str, dict[str, float]] = {}
+    for (query, document), score in zip(pairs, scores.tolist(), strict=True):
+        run.setdefault(query, {})[document] = score
+    return run
+
+
+def random_heads(
+    pooled: Tensor,
+    pairs: list[tuple[str, str]],
+    qrels: dict[str, dict[str, int]],
+    heads: int = 20,
+) -> dict[str, dict[str, float]]:
+    """What reranking is worth before training: per query, the mean over random linear heads.
+
+    An untrained model has no relevance head, and one random head may be lucky by several points,
+    so the reference is the mean of many, each with weights drawn as `heads.LinearScore` draws them.
+
+    Args:
+        pooled: (n, D) pooled final states of the bare base, one row per pair.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(pooled.shape[1], heads, generator=generator) * 2 - 1
+    runs = [evaluate(qrels, to_run(scores, pairs)) for scores in (pooled @ weights).t()]
+    return {
+        query: {metric: sum(run[query][metric] for run in runs) / heads for metric in METRICS}
+        for query in qrels
+    }

@@ -1,0 +1,400 @@
+"""Statistics of the study: crossed seed-and-query intervals, tests, and the decision.
+
+For one task every arm a has scores Y_a of shape (S_a, Q): S_a seeds on the same Q queries, which
+carry cluster labels (domain or module; C clusters). What is reported is a smooth function of the
+arms' means with gradient g_a; with u_q = sum_a g_a mean_s Y_a[s, q] the delta method gives
+
+    V = V_query + max(sigma^2 - omega^2, 0) * sum_a g_a^2 / S_a
+
+    V_query  variance of mean_q u_q over clusters (`cluster_variance`)
+    sigma^2  variance over seeds of an arm's mean, pooled over all arms passed in
+    omega^2  the part of sigma^2 that is seed x query interaction, estimated over clusters
+
+Seeds and queries are crossed: V_query holds their interaction once and sigma^2 again, hence the
+subtraction (two-way random effects, as in multi-reader studies: Hillis 2007, doi:10.1002/sim.2532).
+df = V^2 / (V_query^2 / df_query + V_seed^2 / sum_a (S_a - 1)), V_seed before subtraction. Assumed:
+the arms of a task share one seed variance, as three seeds could not tell them apart (pass trained
+arms only: a row that never changes dilutes it), and are independent given the queries (a positive
+correlation through a shared seed number widens the interval); the untrained base has no seeds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Arms = Mapping[str, np.ndarray]  # arm -> (S_a, Q) scores
+Clusters = Sequence[str] | None  # Q labels; None: each query its own cluster
+TaskResult = dict[str, Any]  # one task of `verdict`, whose docstring lists the keys
+
+ALPHA = 0.05  # spent over all looks
+LOOKS = (3, 6, 9)  # seeds at which the study looks at its data
+MEASURABLE_GAIN = 0.05  # nDCG@10 that a specialist must add to the untrained base
+BASE = "untrained base"  # its key among the arms while they are checked
+PIVOT_BELOW, PROCEED_FROM = 1.0, 2.0  # % interference; the second is also the equivalence margin
+SPECIALIST = {"embedding": "emb-only", "reranking": "rank-only"}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value, its standard error, degrees of freedom, 95 % interval and two-sided p of value = 0.
+
+    All but `value` are NaN when no arm has two seeds: the seed variance is then unknown.
+    """
+
+    value: float
+    se: float = math.nan
+    df: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    p: float = math.nan
+
+    @property
+    def interval(self) -> list[float] | None:
+        """[low, high], or None where there is none."""
+        return None if math.isnan(self.low) else [self.low, self.high]
+
+
+def cluster_ids(clusters: Clusters, queries: int) -> np.ndarray:
+    """Labels -> integers (Q,) in 0..C-1; raises ValueError unless Q labels name 2 clusters."""
+    labels = np.arange(queries) if clusters is None else np.asarray(clusters)
+    if labels.shape != (queries,):
+        raise ValueError(f"cluster labels have shape {labels.shape}; expected ({queries},)")
+    names, ids = np.unique(labels, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"{queries} queries in {len(names)} cluster; expected 2 clusters or more")
+    return ids
+
+
+def cluster_variance(u: np.ndarray, ids: np.ndarray) -> tuple[float, float]:
+    """Variance of mean(u) with clusters resampled, and its degrees of freedom; u and ids (Q,).
+
+    V = (C - 1) / C * sum_c (T_c / (Q - n_c))^2,  T_c = sum_{q in c} (u_q - mean u)
+    df = max(1 / sum_c (n_c / Q)^2 - 1, 1), the effective number of clusters less one
+
+    The delete-one-cluster jackknife (CR3; Bell and McCaffrey 2002), which respects unequal sizes;
+    equal ones give the usual factor C / (C - 1) and C - 1 degrees of freedom.
+    """
+    sizes = np.bincount(ids)
+    totals = np.bincount(ids, weights=u - u.mean())
+    variance = (1 - 1 / len(sizes)) * float(np.sum((totals / (len(u) - sizes)) ** 2))
+    return variance, max(len(u) ** 2 / float(np.sum(sizes**2)) - 1, 1.0)
+
+
+def satterthwaite(variances: Sequence[float], dfs: Sequence[float]) -> float:
+    """df of a sum of variances, (sum v)^2 / sum(v^2 / df), or min(dfs) if all are 0."""
+    spread = sum(v**2 / f for v, f in zip(variances, dfs, strict=True))
+    return sum(variances) ** 2 / spread if spread else float(min(dfs))
+
+
+def seed_variance(arms: Arms, ids: np.ndarray) -> tuple[float, float, int]:
+    """(sigma^2, omega^2, df = sum_a (S_a - 1)) of the module docstring, in squared score units.
+
+    sigma^2 = sum_{a,s} (mean_q Y_a[s] - mean Y_a)^2 / df; omega^2 = sum_{a,s} cluster_variance of
+    Y_a[s] - row mean - column means + mean Y_a, / df. All are 0 if no arm has two seeds.
+    """
+    df = sum(len(y) - 1 for y in arms.values())
+    between = interaction = 0.0
+    for y in arms.values():
+        row = y.mean(axis=1, keepdims=True)  # (S, 1)
+        between += float(np.sum((row - y.mean()) ** 2))
+        residual = y - row - y.mean(axis=0) + y.mean()  # (S, Q)
+        interaction += sum(cluster_variance(r, ids)[0] for r in residual)
+    return between / max(df, 1), interaction / max(df, 1), df
+
+
+def _checked(arms: Arms, needed: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arms in float64, or a ValueError that says which one does not fit."""
+    if missing := [name for name in needed if name not in arms]:
+        raise ValueError(f"no scores for arm {missing[0]!r}; there are {sorted(arms)}")
+    checked = {name: np.asarray(y, dtype=np.float64) for name, y in arms.items()}
+    shape = checked[needed[0]].shape
+    for name, y in checked.items():
+        if y.ndim != 2 or len(y) == 0 or y.shape[1:] != shape[1:]:
+            raise ValueError(f"{name!r} has shape {y.shape}, {needed[0]!r} {shape}; not (seeds, Q)")
+        for at in np.argwhere(~np.isfinite(y))[:1].tolist():
+            raise ValueError(f"{name!r} scores {y[tuple(at)]} at [seed, query] {at}; not finite")
+    return checked
+
+
+def _estimate(
+    value: float, gradient: Mapping[str, float], arms: Arms, clusters: Clusters, fixed: Any = 0.0
+) -> Estimate:
+    """Interval of f(means) from its gradient (module docstring); `fixed` (Q,) is added to u."""
+    u = np.asarray(fixed + sum(g * arms[name].mean(axis=0) for name, g in gradient.items()))
+    ids = cluster_ids(clusters, len(u))
+    sigma2, omega2, seed_df = seed_variance(arms, ids)
+    if seed_df == 0:
+        return Estimate(value)
+    query, query_df = cluster_variance(u, ids)
+    weight = sum(g**2 / len(arms[name]) for name, g in gradient.items())
+    variance = query + weight * max(sigma2 - omega2, 0.0)
+    df = satterthwaite([query, weight * sigma2], [query_df, seed_df])
+    if variance > 0:  # its numerator is the sum before subtraction
+        df = max(df * (variance / (query + weight * sigma2)) ** 2, 1.0)
+    se = math.sqrt(variance)
+    half = float(stats.t.isf(0.025, df)) * se
+    p = float(2 * stats.t.sf(abs(value) / se, df)) if se else float(value == 0)
+    return Estimate(value, se, df, value - half, value + half, p)
+
+
+def arm_mean(arms: Arms, clusters: Clusters, arm: str) -> Estimate:
+    """Mean score of one arm, in score units (nDCG 0 to 1).
+
+    arms: arm -> (S_a, Q), all of which lend their seeds to the pooled variance. ValueError for a
+    missing arm, misfit shapes, non-finite scores, one cluster: also in the four functions below.
+    """
+    y = _checked(arms, [arm])
+    return _estimate(float(y[arm].mean()), {arm: 1.0}, y, clusters)
+
+
+def arm_difference(arms: Arms, clusters: Clusters, arm: str, other: str) -> Estimate:
+    """100 * (mean_arm - mean_other), in points (0.01 nDCG)."""
+    y = _checked(arms, [arm, other])
+    value = 100 * float(y[arm].mean() - y[other].mean())
+    return _estimate(value, {arm: 100.0, other: -100.0}, y, clusters)
+
+
+def interference(arms: Arms, clusters: Clusters, specialist: str, joint: str) -> Estimate:
+    """I = 100 * (P - J) / P, in % of the specialist's mean P; J the joint arm's (DESIGN 3.6).
+
+    u[s, q] = 100 * (J / P * Y_P[s, q] - Y_J[s, q]) / P. Also raises ValueError unless P > 0.
+    """
+    y = _checked(arms, [specialist, joint])
+    p, j = float(y[specialist].mean()), float(y[joint].mean())
+    if p <= 0:
+        raise ValueError(f"mean of {specialist!r} is {p}; a relative loss needs a positive mean")
+    return _estimate(100 * (p - j) / p, {specialist: 100 * j / p**2, joint: -100 / p}, y, clusters)
+
+
+def gain_normalised(
+    arms: Arms, clusters: Clusters, specialist: str, joint: str, base: np.ndarray
+) -> Estimate:
+    """G = (P - J) / (P - B), a fraction of what training gained the specialist; base (Q,), mean B.
+
+    First order: needs P - B of several standard errors. Also raises ValueError if P = B.
+    """
+    y = _checked({**arms, BASE: np.asarray(base)[None]}, [specialist, joint])
+    b = y.pop(BASE)
+    p, j = float(y[specialist].mean()), float(y[joint].mean())
+    if (gain := p - float(b.mean())) == 0:
+        raise ValueError(f"specialist and base both score {p}; there is no gain to normalise by")
+    value = (p - j) / gain
+    gradient = {specialist: (1 - value) / gain, joint: -1 / gain}
+    return _estimate(value, gradient, y, clusters, value / gain * b[0])
+
+
+def won_back(arms: Arms, clusters: Clusters, specialist: str, joint: str, other: str) -> Estimate:
+    """W = (M - J) / (P - J), the fraction of the joint arm's loss that arm `other` (M) undoes.
+
+    Meaningful where the interval of P - J excludes 0: `verdict` gives it only there. `other` may
+    be a control arm. Also raises ValueError if P = J.
+    """
+    y = _checked(arms, [specialist, joint, other])
+    p, j, m = (float(y[name].mean()) for name in (specialist, joint, other))
+    if (loss := p - j) == 0:
+        raise ValueError(f"{specialist!r} and {joint!r} both score {p}; nothing to win back")
+    value = (m - j) / loss
+    gradient = {other: 1 / loss, specialist: -value / loss, joint: (value - 1) / loss}
+    return _estimate(value, gradient, y, clusters)
+
+
+def paired_randomisation(
+    difference: np.ndarray, clusters: Clusters, draws: int = 10_000, seed: int = 0
+) -> float:
+    """Two-sided p of mean difference = 0 when signs flip by whole cluster; difference (Q,).
+
+    T = |sum_c +-D_c|; p = share of sign patterns with T at least as observed, all of them for 12
+    clusters or fewer, else (1 + hits) / (1 + draws) (Smucker et al. 2007, Phipson and Smyth 2010).
+    On seed-averaged differences it asks about new queries for these very models: blind to seeds,
+    it decides nothing by itself. Raises ValueError as `cluster_ids`.
+    """
+    totals = np.bincount(cluster_ids(clusters, len(difference)), weights=difference)  # (C,)
+    # A tie with the observed sum counts in spite of rounding.
+    observed = abs(totals.sum()) - 1e-12 * np.abs(totals).sum()
+    if (count := len(totals)) <= 12:
+        flips = (np.arange(2**count)[:, None] >> np.arange(count)) & 1  # (2^C, C)
+        return float(np.mean(np.abs((1 - 2 * flips) @ totals) >= observed))
+    rng = np.random.default_rng(seed)
+    hits = 0
+    for left in range(draws, 0, -1000):  # blocks bound the memory when every query is a cluster
+        flips = rng.integers(0, 2, size=(min(1000, left), count))
+        hits += int(np.sum(np.abs((1 - 2 * flips) @ totals) >= observed))
+    return (1 + hits) / (1 + draws)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm 1979: the i-th smallest (from 0) of m becomes max_{k <= i} (m - k) p_(k), at most 1."""
+    if not all(0 <= v <= 1 for v in p):
+        raise ValueError(f"p-values must lie in [0, 1]; found {list(p)}")
+    order = np.argsort(p, kind="stable")
+    steps = np.asarray(p, dtype=np.float64)[order] * np.arange(len(p), 0, -1)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted.tolist()
+
+
+def tost(value: float, se: float, df: float, margin: float) -> float:
+    """p of two one-sided t tests (Schuirmann 1987): small means |true value| < margin.
+
+    max over both signs of P(t_df >= (margin +- value) / se); value, se and margin in one unit.
+    """
+    if margin <= 0 or se < 0 or df <= 0:
+        raise ValueError(f"need margin > 0, se >= 0, df > 0; found {margin}, {se}, {df}")
+    if se == 0:
+        return float(abs(value) >= margin)
+    return float(stats.t.sf((margin - abs(value)) / se, df))
+
+
+def power(effect: float, se: float, df: float, alpha: float = ALPHA) -> float:
+    """P(|t'| > t_{1 - alpha/2, df}), t' noncentral with df and shift effect / se (in one unit)."""
+    if se <= 0 or df <= 0 or not 0 < alpha < 1:
+        raise ValueError(f"need se > 0, df > 0, 0 < alpha < 1; found {se}, {df}, {alpha}")
+    critical, shift = stats.t.isf(alpha / 2, df), abs(effect) / se
+    # The far tail is below Phi(-shift); scipy gives NaN where it vanishes.
+    far = stats.nct.cdf(-critical, df, shift) if shift < 5 else 0.0
+    return float(stats.nct.sf(critical, df, shift) + far)
+
+
+def smallest_detectable_effect(se: float, df: float, alpha: float, target: float = 0.8) -> float:
+    """The effect, in the unit of se, at which `power` reaches target; 0 when se is 0."""
+    low, high = 0.0, 2 * float(stats.t.isf(alpha / 2, df) + stats.t.isf(1 - target, df))
+    while se > 0 and high - low > 1e-9 * high:  # power grows with the effect: halve the bracket
+        middle = (low + high) / 2
+        low, high = (middle, high) if power(middle, 1.0, df, alpha) < target else (low, middle)
+    return se * high
+
+
+def alpha_at_look(seeds: int, previous: int | None = None, alpha: float = ALPHA) -> float:
+    """Level of this look: a(seeds) - a(previous), a(s) = alpha ln(1 + (e - 1) min(s / 9, 1)).
+
+    a is the Pocock-type spending of Lan and DeMets 1983; the increments sum to alpha, so looks are
+    valid by Bonferroni whatever their correlation. previous=None is the plan: the larger of 3, 6
+    below `seeds`, else 0. A look off the plan, say at 5, so takes the place of the next planned
+    one, and more than 9 seeds that of the last. To look at 5 and again at 6 pass previous=5; to
+    look first at 9, previous=0. Raises ValueError unless 0 <= previous < min(seeds, 9).
+    """
+    if previous is None:
+        previous = max((look for look in LOOKS[:-1] if look < seeds), default=0)
+    if not 0 <= previous < min(seeds, LOOKS[-1]):
+        raise ValueError(f"look at {seeds} seeds after {previous}; need previous < min(seeds, 9)")
+    now, before = (math.log1p((math.e - 1) * min(s / LOOKS[-1], 1.0)) for s in (seeds, previous))
+    return alpha * (now - before)
+
+
+def decide(tasks: Mapping[str, TaskResult], seeds: int, alpha: float | None = None) -> dict:
+    """The fixed rule (DESIGN 3.6): {"decision", "supported", "reason"}; alpha: of this look.
+
+    I >= 2 % on a measurable task: `proceed`. Every task measurable and under 1 %: `pivot`. A
+    measurable task between: `more_seeds`, from 9 seeds `inconclusive`. A task that is not
+    measurable is no evidence of "no interference": it bars pivot, and where only that is in the
+    way the answer is `inconclusive` at once, since more seeds do not make a specialist learn.
+    supported: for proceed, a task with I >= 2 % has p_holm <= alpha; for pivot, every task has
+    p_equivalence <= alpha (all must, so there is no correction); else, and with one seed, False.
+    Reads measurable, interference, p_holm, p_equivalence. ValueError without tasks or seeds.
+    """
+    if not tasks or seeds < 1:
+        raise ValueError(f"need a task and a seed; found {list(tasks)}, {seeds} seeds")
+    alpha = alpha_at_look(seeds) if alpha is None else alpha
+    # To nine digits, so that rounding alone does not put 2 % below 2.
+    size = {k: round(t["interference"], 9) for k, t in tasks.items() if t["measurable"]}
+    large = [k for k in size if size[k] >= PROCEED_FROM]
+    between = [k for k in size if PIVOT_BELOW <= size[k] < PROCEED_FROM]
+    unmeasured = [k for k in tasks if k not in size]
+    said = [f"Interference: {', '.join(f'{k} {v:+.2f} %' for k, v in size.items()) or 'unknown'}."]
+    said += [
+        f"{k} is not measurable: its specialist gains too little over the base." for k in unmeasured
+    ]
+    evidence: dict[str, float | None] = {}  # a task's p, None if there is none
+    if large:
+        decision, evidence = "proceed", {k: tasks[k]["p_holm"] for k in large}
+        said.append(f"{PROCEED_FROM:g} % or more on {' and '.join(large)}: proceed.")
+    elif between:
+        decision = "more_seeds" if seeds < LOOKS[-1] else "inconclusive"
+        said.append(f"Between the limits on {' and '.join(between)} with {seeds} seeds.")
+    elif unmeasured:
+        decision = "inconclusive"
+        said.append("More seeds will not change that: train longer or change the set-up.")
+    else:
+        decision, evidence = "pivot", {k: t["p_equivalence"] for k, t in tasks.items()}
+        said.append(f"Under {PIVOT_BELOW:g} % on every task: pivot.")
+    passed = [p is not None and p <= alpha for p in evidence.values()]
+    supported = seeds > 1 and (any(passed) if large else bool(passed) and all(passed))
+    if seeds == 1 or None in evidence.values():
+        said.append("Nothing is supported: without a second seed the seed variance is unknown.")
+    elif evidence:
+        p = ", ".join(f"{k} {v:.4f}" for k, v in evidence.items())
+        p = f"{'Holm-adjusted' if large else 'equivalence'} p {p}, level {alpha:.4f}"
+        said.append(f"Supported: {p}." if supported else f"Not supported: {p}.")
+    return {"decision": decision, "supported": supported, "reason": " ".join(said)}
+
+
+def verdict(
+    scores: Mapping[str, Arms],
+    base: Mapping[str, np.ndarray],
+    clusters: Mapping[str, Clusters],
+    specialist: Mapping[str, str] = SPECIALIST,
+    joint: str = "joint-single",
+    moe: str = "joint-moe",
+    previous_look: int | None = None,
+    draws: int = 10_000,
+) -> dict[str, Any]:
+    """The verdict as JSON-able data: decision, supported, reason, seeds, alpha, tasks.
+
+    scores: task -> arm -> (S_a, Q); base: task -> (Q,); clusters: task -> Q labels or None;
+    previous_look: see `alpha_at_look`; draws: of the randomisation test. seeds is the fewest of a
+    specialist or joint arm, alpha the level of this look. Each task has (None: not available)
+    measurable; specialist, joint, moe, base, seed_sd (nDCG, 0 to 1); interference, interval, se
+    (%), df, p, p_holm, p_randomisation, p_equivalence; smallest_detectable_effect (%) and its
+    detectable_alpha = alpha / tasks, Holm's first step; gain_normalised and won_back (fractions)
+    with _interval, won_back_reason. Intervals are 95 %, not adjusted for looks. Holm's family is all
+    tasks, measurable or not. ValueError as `arm_mean`, or if base, clusters, specialist lack a task.
+    """
+    for name, table in (("base", base), ("clusters", clusters), ("specialist", specialist)):
+        if missing := set(scores) - set(table):
+            raise ValueError(f"no {name} for {sorted(missing)}; there are {sorted(table)}")
+    arms = {
+        task: _checked({**y, BASE: np.asarray(base[task])[None]}, [specialist[task], joint])
+        for task, y in scores.items()
+    }
+    seeds = min((len(y[a]) for t, y in arms.items() for a in (specialist[t], joint)), default=0)
+    alpha = alpha_at_look(seeds, previous_look)
+    tasks: dict[str, TaskResult] = {}
+    for task, y in arms.items():
+        pair, labels, b = (specialist[task], joint), clusters[task], y.pop(BASE)[0]
+        level = alpha / len(arms)
+        p, base_mean = float(y[pair[0]].mean()), float(b.mean())
+        sigma2, _, seed_df = seed_variance(y, cluster_ids(labels, len(b)))
+        # To nine digits, so that rounding alone does not put 0.45 - 0.40 below 0.05.
+        measurable = round(p - base_mean, 9) >= MEASURABLE_GAIN
+        loss = interference(y, labels, *pair) if p > 0 else Estimate(math.nan)
+        gain = gain_normalised(y, labels, *pair, b) if measurable else Estimate(math.nan)
+        back, why = Estimate(math.nan), f"{joint} has no loss whose interval excludes 0"
+        if moe not in y:
+            why = f"{moe} was not run"
+        elif loss.low > 0:
+            back = won_back(y, labels, *pair, moe)
+            why = f"the interval of {joint}'s loss excludes 0"
+        difference = y[pair[0]].mean(axis=0) - y[joint].mean(axis=0)
+        found = {
+            **{"measurable": measurable, "specialist": p, "base": base_mean},
+            **{"joint": float(y[joint].mean()), "moe": float(y[moe].mean()) if moe in y else None},
+            "seed_sd": math.sqrt(sigma2) if seed_df else None,
+            **{"interference": loss.value, "interval": loss.interval},
+            **{"se": loss.se, "df": loss.df, "p": loss.p},
+            "p_randomisation": paired_randomisation(difference, labels, draws),
+            "p_equivalence": tost(loss.value, loss.se, loss.df, PROCEED_FROM),
+            "smallest_detectable_effect": smallest_detectable_effect(loss.se, loss.df, level),
+            "detectable_alpha": level,
+            **{"gain_normalised": gain.value, "gain_normalised_interval": gain.interval},
+            **{"won_back": back.value, "won_back_interval": back.interval, "won_back_reason": why},
+        }
+        tasks[task] = {k: None if v != v else v for k, v in found.items()}  # JSON knows no NaN
+    # A missing p is no evidence: it stands in the family as 1.
+    adjusted = holm([1.0 if t["p"] is None else t["p"] for t in tasks.values()])
+    for t, p in zip(tasks.values(), adjusted, strict=True):
+        t["p_holm"] = None if t["p"] is None else p
+    return {**decide(tasks, seeds, alpha), "seeds": seeds, "alpha": alpha, "tasks": tasks}

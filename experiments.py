@@ -1,0 +1,215 @@
+"""The study as data: what is run, with which settings. Standard library only.
+
+A new experiment is a row in EXPERIMENTS, a new arm a row in its `arms`, a new scale a row in
+SCALES. A trial is one (experiment, arm, seed); its `Config` says everything about it.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+
+
+@dataclass(frozen=True)
+class Config:
+    """One trial, flat. Lengths are in tokens, `document_tokens` before truncation ends a text."""
+
+    # What is trained
+    tasks: tuple[str, ...] = ("embedding", "reranking")
+    experts: tuple[str, ...] = ("shared",)
+    ranks: tuple[int, ...] = (16,)
+    alpha_over_rank: float = 2.0
+    targets: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    lora_dropout: float = 0.0
+    router: str = ""  # "" for no router, else a key of model.router.ROUTES
+    router_hidden: int = 64
+    router_noise: float = 0.0
+    expert_dropout: float = 0.0
+    task_prior: float = 0.0
+    always_on: str = ""
+
+    # On what
+    base: str = "smollm2-135m"
+    revision: str | None = None
+    layers: int | None = None  # only the first n of the base; None: all
+    adapter_layers: int = 0  # the first layer that has experts
+    prefix: bool = True  # keep the states below it (needs adapter_layers > 0)
+    dtype: str = "auto"  # bfloat16 where the processor multiplies it, else float32
+    causal: bool = True
+    checkpointing: bool = False
+    embedding_pooling: str = "last"
+    reranking_pooling: str = "last"
+    rerank_head: str = "linear"
+    query_prompt: str = "Query: {query}"
+    document_prompt: str = "{document}"
+    pair_prompt: str = "Query: {query}\nDocument: {document}"
+    end_token: str = ""
+    document_tokens: int = 512
+    data: str = "stdlib"
+    split: str = "test"
+
+    # How
+    seed: int = 0
+    seed_offset: int = 0  # other seeds for the same arm: the A/A control
+    steps: int = 1000
+    train_queries: int = 0  # 0: all
+    embedding_batch: int = 64
+    hard_negatives: int = 1
+    reranking_batch: int = 16  # groups
+    group_size: int = 8  # one positive, the rest BM25 negatives
+    negatives_depth: int = 50
+    reranking_loss: str = "listwise"  # or "bce"
+    temperature: float = 0.02
+    false_negative_margin: float = 0.1
+    embedding_weight: float = 1.0
+    reranking_weight: float = 1.0
+    balance_weight: float = 0.01
+    balance: str = "mean"
+    learning_rate: float = 1e-4
+    head_learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.1  # share of the steps
+    clip: float = 1.0
+    checkpoint_every: int = 50
+
+    # Measured how
+    retrieval_depth: int = 100
+    candidates: int = 100  # BM25's own top k per query, nothing forced in
+    reranking_queries: int = 0  # 0: all
+
+    def __post_init__(self):
+        if not self.tasks or set(self.tasks) - {"embedding", "reranking"}:
+            raise ValueError(f"tasks must be some of embedding, reranking; got {self.tasks}")
+        if self.reranking_loss not in ("listwise", "bce"):
+            raise ValueError(f"reranking_loss is listwise or bce, got {self.reranking_loss!r}")
+        if self.group_size < 2:
+            raise ValueError(f"group_size needs a positive and a negative, got {self.group_size}")
+        for name in ("steps", "embedding_batch", "reranking_batch", "candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: dict) -> "Config":
+        names = {f.name for f in fields(cls)}
+        return cls(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in names}
+        )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """question: what it answers. arms: name -> what differs from the scale's Config.
+
+    controls: further arms, run with CONTROLS=1; aa: those of AA=1. sizes: what differs by scale.
+    """
+
+    question: str
+    arms: dict[str, dict]
+    controls: dict[str, dict] = field(default_factory=dict)
+    aa: dict[str, dict] = field(default_factory=dict)
+    seeds: int = 3
+    common: dict = field(default_factory=dict)
+
+
+MOE = {"experts": ("embedding", "reranking", "shared"), "ranks": (16, 16, 16)}
+SPARSEGEN = {**MOE, "router": "sparsegen", "router_noise": 0.1, "expert_dropout": 0.1}
+
+ARMS = {
+    "emb-only": {"tasks": ("embedding",)},
+    "rank-only": {"tasks": ("reranking",)},
+    "joint-single": {},
+    "joint-moe": SPARSEGEN,
+}
+
+SCALES = {
+    # A look at the machinery in two minutes: too small to conclude anything.
+    "smoke": {
+        "layers": 6,
+        "adapter_layers": 4,
+        "embedding_pooling": "mean",
+        "reranking_pooling": "mean",
+        "document_tokens": 32,
+        "steps": 6,
+        "train_queries": 64,
+        "embedding_batch": 8,
+        "reranking_batch": 4,
+        "group_size": 4,
+        "negatives_depth": 20,
+        "learning_rate": 1e-3,
+        "checkpoint_every": 3,
+        "candidates": 5,
+        "reranking_queries": 40,
+    },
+    # Two CPU cores, half an hour: settled by the pilot that docs/pilot.md describes.
+    "small": {
+        "layers": 16,
+        "adapter_layers": 12,
+        "embedding_pooling": "mean",
+        "reranking_pooling": "mean",
+        "document_tokens": 64,
+        "steps": 100,
+        "train_queries": 1600,
+        "embedding_batch": 16,
+        "reranking_batch": 8,
+        "group_size": 4,
+        "negatives_depth": 20,
+        "learning_rate": 1e-3,
+        "checkpoint_every": 20,
+        "candidates": 10,
+        "reranking_queries": 300,
+    },
+    # One GPU: every layer, longer texts, more steps.
+    "full": {
+        "prefix": False,
+        "dtype": "bfloat16",
+        "embedding_pooling": "mean",
+        "reranking_pooling": "mean",
+        "document_tokens": 256,
+        "steps": 600,
+        "embedding_batch": 64,
+        "reranking_batch": 16,
+        "group_size": 8,
+        "learning_rate": 5e-4,
+        "checkpoint_every": 100,
+        "candidates": 50,
+    },
+}
+
+EXPERIMENTS = {
+    "kill_gate": Experiment(
+        question="Does training one model for retrieval and reranking cost either task?",
+        arms=ARMS,
+        controls={
+            "joint-half": {"steps_factor": 0.5},
+            "emb-only-double": {"tasks": ("embedding",), "steps_factor": 2.0},
+            "rank-only-double": {"tasks": ("reranking",), "steps_factor": 2.0},
+            "joint-2r": {"ranks": (32,)},
+            "joint-3r": {"ranks": (48,)},
+            "uniform-moe": {**MOE, "router": "uniform"},
+            "oracle-moe": {**MOE, "router": "task"},
+        },
+        aa={
+            "emb-only-aa": {"tasks": ("embedding",), "seed_offset": 1000},
+            "rank-only-aa": {"tasks": ("reranking",), "seed_offset": 1000},
+        },
+    ),
+}
+
+
+def arms(experiment: str, controls: bool = False, aa: bool = False) -> dict[str, dict]:
+    """The arms of an experiment, in the order in which they run and are shown."""
+    row = EXPERIMENTS[experiment]
+    return {**row.arms, **(row.controls if controls else {}), **(row.aa if aa else {})}
+
+
+def config(experiment: str, arm: str, scale: str, seed: int, **overrides) -> Config:
+    """The Config of one trial. `overrides` (base, data, ...) win over the scale's values.
+
+    `steps_factor` in a row multiplies the scale's number of steps.
+    """
+    row = {**EXPERIMENTS[experiment].common, **arms(experiment, True, True)[arm]}
+    factor = row.pop("steps_factor", 1.0)
+    made = replace(Config(), **{**SCALES[scale], **row, **overrides, "seed": seed})
+    return replace(made, steps=round(made.steps * factor))

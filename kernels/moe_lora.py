@@ -1,0 +1,178 @@
+"""The MoE-LoRA linear as one bordered weight: base and all weighted deltas in one GEMM.
+
+For linears that share an input x, with frozen W, experts A_i, B_i, gates w_i and s_i = alpha_i / r_i:
+
+    y = W x + sum_i w_i s_i B_i A_i x
+
+Concatenate the experts along the rank and write S = A x, g = the products w_i s_i repeated over
+their ranks. One buffer M = [[W, B], [A, 0]] then gives
+
+    forward    y  = [x | g S] [W | B]'
+    backward   dX = [dY | dS] [[W], [A]]   with  dS = g (dY B)
+               dB = dY' (g S),   dA = dS' x,   dg = (dY B) S summed over the group's linears
+
+so base and delta share one GEMM and one accumulator. A group of linears (q, k, v; gate, up) is one
+buffer whose linears look at overlapping windows of [S_first | x | S_rest]: two of them touch x from
+both sides, and k and v share a window with one zero block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """One GEMM: some linears of a group, and the columns of [S_first | x | S_rest] they read."""
+
+    rows: slice
+    cols: slice
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Where one linear of a group lies in M (rows of W, rows of A) and in [S_first | x | S_rest]."""
+
+    rows: slice
+    rank_rows: slice
+    spare: slice
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a group of linears lies in its bordered weight M (O + P, L + D + Q).
+
+    O output rows of all linears, then P rank rows of those that have experts. L spare columns to
+    the left of x (the first linear's), Q to the right (the others').
+    """
+
+    in_features: int
+    linears: tuple[Linear, ...]
+    windows: tuple[Window, ...]
+    shape: tuple[int, int]
+    x: slice
+    rank: int
+
+    @property
+    def out_features(self) -> int:
+        return self.linears[-1].rows.stop
+
+    @property
+    def adapted(self) -> list[Linear]:
+        return [linear for linear in self.linears if linear.spare.start != linear.spare.stop]
+
+
+def make_layout(in_features: int, outs: list[int], adapted: list[bool], rank: int, pad: int):
+    """Lay out a group: `outs` output sizes, which of them have experts, their total rank.
+
+    Each spare block is padded to a multiple of `pad` columns, so that GEMMs stay aligned.
+    """
+    padded = -(-rank // pad) * pad
+    widths = [padded if has else 0 for has in adapted]
+    left = widths[0] if len(outs) > 1 else 0
+    linears, row, rank_row, spare = [], 0, sum(outs), left + in_features
+    for i, (out, width) in enumerate(zip(outs, widths, strict=True)):
+        start = 0 if i == 0 and len(outs) > 1 else spare
+        linears.append(
+            Linear(
+                slice(row, row + out),
+                slice(rank_row, rank_row + width),
+                slice(start, start + width),
+            )
+        )
+        spare += 0 if i == 0 and len(outs) > 1 else width
+        row, rank_row = row + out, rank_row + width
+    if len(outs) > 1:
+        windows = (
+            Window(slice(0, outs[0]), slice(0, left + in_features)),
+            Window(slice(outs[0], sum(outs)), slice(left, spare)),
+        )
+    else:
+        windows = (Window(slice(0, outs[0]), slice(0, spare)),)
+    x = slice(left, left + in_features)
+    return Layout(in_features, tuple(linears), windows, (rank_row, spare), x, rank)
+
+
+class _BorderedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, layout: Layout, bordered: Tensor, keep: Tensor | None, x, gates, *masters):
+        adapted, rank, out = layout.adapted, layout.rank, layout.out_features
+        x_lora = x if keep is None else x * keep
+        s = x_lora @ bordered[out:, layout.x].t()  # (N, P)
+        wide = x.new_zeros(len(x), layout.shape[1])  # [g S | x | g S ...]
+        wide[:, layout.x] = x
+        for linear in adapted:
+            at = linear.rank_rows.start - out
+            wide[:, linear.spare.start : linear.spare.start + rank] = gates * s[:, at : at + rank]
+        ctx.save_for_backward(bordered, keep, gates, s, wide)
+        ctx.layout, ctx.needs_gates = layout, gates.requires_grad
+        return tuple(
+            wide[:, window.cols] @ bordered[window.rows, window.cols].t()
+            for window in layout.windows
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor):
+        bordered, keep, gates, s, wide = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        rank, out = layout.rank, layout.out_features
+        x = wide[:, layout.x]
+        wide_grad = x.new_zeros(len(x), layout.shape[0])  # [dY | dS]
+        torch.cat(grads, 1, out=wide_grad[:, :out])
+        d_gates = torch.zeros_like(gates) if ctx.needs_gates else None
+        d_bs = []
+        for linear in layout.adapted:
+            at = linear.rank_rows.start
+            spare = slice(linear.spare.start, linear.spare.start + rank)
+            dy = wide_grad[:, linear.rows]
+            t = dy @ bordered[linear.rows, spare]  # dY B: (N, R)
+            wide_grad[:, at : at + rank] = gates * t
+            if d_gates is not None:
+                product = t.to(gates.dtype) * s[:, at - out : at - out + rank]
+                d_gates += product.sum_to_size(gates.shape)
+            d_bs.append(dy.t() @ wide[:, spare])
+        ds = wide_grad[:, out:]
+        if keep is None:
+            dx = wide_grad @ bordered[:, layout.x] if ctx.needs_input_grad[3] else None
+            d_a = ds.t() @ x
+        else:
+            dx = None
+            if ctx.needs_input_grad[3]:
+                dx = wide_grad[:, :out] @ bordered[:out, layout.x]
+                dx += keep * (ds @ bordered[out:, layout.x])
+            d_a = ds.t() @ (x * keep)
+        d_masters = []
+        for linear, d_b in zip(layout.adapted, d_bs, strict=True):
+            at = linear.rank_rows.start - out
+            d_masters += [d_a[at : at + rank], d_b]
+        # The masters are wider than the GEMMs (fp32 beside bf16): hand back their dtype.
+        return None, None, None, dx, d_gates, *(d.to(gates.dtype) for d in d_masters)
+
+
+def bordered_linear(
+    layout: Layout,
+    bordered: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    masters: list[Tensor],
+    dropout: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """All linears of a group with their experts, one GEMM per window.
+
+    Args:
+        layout: how the group lies in `bordered`.
+        bordered: M, in the compute dtype; no gradient flows to it.
+        x: (N, D), the compute dtype.
+        gates: g = w_i s_i repeated over the ranks, (N, R) or (1, R), the masters' dtype.
+        masters: A (R, D) and B (O_j, R) of each adapted linear in turn, the tensors that M's
+            borders were copied from; they receive the gradients.
+        dropout: probability with which an element of x is dropped on its way to A.
+    Returns:
+        one (N, sum of its O_j) tensor per window.
+    """
+    keep = None
+    if dropout > 0:
+        keep = (torch.rand_like(x, dtype=torch.float32) >= dropout).to(x.dtype) / (1 - dropout)
+    return _BorderedLinear.apply(layout, bordered, keep, x, gates, *masters)

@@ -1,0 +1,79 @@
+"""Hidden states -> a vector or a score."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.transformer import Packed, segment_mean
+
+POOLINGS = ("last", "mean", "first")
+
+
+def check_pooling(pooling: str, causal: bool) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        ValueError: an unknown pooling, or `first` under a causal mask.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
+    if pooling == "first" and causal:
+        raise ValueError(
+            "pooling='first' needs bidirectional attention (causal=False): under a causal mask "
+            "the first token has seen nothing of the text, so every text would score the same"
+        )
+
+
+def pool(hidden: Tensor, batch: Packed, pooling: str) -> Tensor:
+    """(N, D) -> (B, D) in fp32 or wider: the last, the first, or the mean over a text's tokens."""
+    if pooling == "mean":
+        return segment_mean(hidden, batch)
+    at = batch.last
+    if pooling == "first":
+        at = at - torch.tensor(batch.lengths, device=at.device) + 1
+    rows = hidden[at]
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def embed(hidden: Tensor, batch: Packed, pooling: str) -> Tensor:
+    """(N, D) -> (B, D) of length 1."""
+    return F.normalize(pool(hidden, batch, pooling), dim=-1)
+
+
+class LinearScore(nn.Module):
+    """score = w . pool(h) + b: a relevance head trained from scratch; its logit, fp32."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.linear = nn.Linear(features, 1)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """U(-1/sqrt(D), 1/sqrt(D)), bias 0."""
+        bound = self.linear.in_features**-0.5
+        nn.init.uniform_(self.linear.weight, -bound, bound, generator=generator)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, D) -> (B,) logits."""
+        return self.linear(pooled).squeeze(-1)
+
+
+class YesNoScore(nn.Module):
+    """score = log p("yes") - log p("no"): two rows of the base's frozen output matrix.
+
+    The sigmoid of this difference is the softmax over the two words (Qwen3-Reranker,
+    arXiv 2506.05176).
+    """
+
+    def __init__(self, yes: Tensor, no: Tensor):
+        super().__init__()
+        wide = torch.promote_types(yes.dtype, torch.float32)
+        self.difference: Tensor
+        self.register_buffer("difference", (yes.to(wide) - no.to(wide)), persistent=False)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Nothing here is trained."""
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, D) -> (B,) log-odds."""
+        return pooled @ self.difference

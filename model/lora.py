@@ -1,0 +1,148 @@
+"""Frozen linears that share an input, with N LoRA experts each (arXiv 2106.09685)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels.moe_lora import bordered_linear, make_layout
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """N experts per linear.
+
+    experts: names, in the order of the router's weights.
+    ranks: r_i of each expert. alphas: alpha_i; the delta of expert i is scaled by alpha_i / r_i.
+    targets: which of the seven projections have experts.
+    first_layer: layers below it stay bare.
+    dropout: of the input on its way to A, in training alone.
+    """
+
+    experts: tuple[str, ...]
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    targets: tuple[str, ...] = PROJECTIONS
+    first_layer: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if not len(self.experts) == len(self.ranks) == len(self.alphas) >= 1:
+            raise ValueError(
+                f"experts {self.experts}, ranks {self.ranks} and alphas {self.alphas} "
+                "must name the same number of experts, at least one"
+            )
+        if len(set(self.experts)) != len(self.experts):
+            raise ValueError(f"expert names must differ, got {self.experts}")
+        if min(self.ranks) < 1:
+            raise ValueError(f"every rank must be at least 1, got {self.ranks}")
+        unknown = set(self.targets) - set(PROJECTIONS)
+        if unknown or not self.targets:
+            raise ValueError(
+                f"targets must be some of {PROJECTIONS}, got unknown {sorted(unknown)}"
+                if unknown
+                else f"targets is empty: name some of {PROJECTIONS}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+    @property
+    def total_rank(self) -> int:
+        return sum(self.ranks)
+
+    def slices(self) -> dict[str, slice]:
+        """Where each expert lies along the concatenated rank."""
+        ends = [sum(self.ranks[: i + 1]) for i in range(len(self.ranks))]
+        return {
+            name: slice(end - rank, end)
+            for name, end, rank in zip(self.experts, ends, self.ranks, strict=True)
+        }
+
+
+class LinearGroup(nn.Module):
+    """Linears of one input, frozen, in one bordered weight; the experts' masters beside it.
+
+    `lora_A[name]` (R, D) and `lora_B[name]` (O, R) hold all experts, concatenated along the rank.
+    They are fp32 (fp64 for an fp64 model); the borders of the weight are copies in the compute
+    dtype, renewed in `forward` whenever a master has changed since.
+    """
+
+    def __init__(
+        self, in_features: int, outs: dict[str, int], lora: LoRAConfig | None, dtype: torch.dtype
+    ):
+        super().__init__()
+        targets = [lora is not None and name in lora.targets for name in outs]
+        self.adapted_names = [name for name, has in zip(outs, targets, strict=True) if has]
+        rank = lora.total_rank if lora and self.adapted_names else 0
+        self.layout = make_layout(in_features, list(outs.values()), targets, rank, pad=16)
+        self.outs, self.dropout = outs, lora.dropout if lora else 0.0
+        self.bordered: Tensor
+        self.register_buffer(
+            "bordered", torch.zeros(self.layout.shape, dtype=dtype), persistent=False
+        )
+        master = torch.float64 if dtype == torch.float64 else torch.float32
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        for name in self.adapted_names:
+            self.lora_A[name] = nn.Parameter(torch.empty(rank, in_features, dtype=master))
+            self.lora_B[name] = nn.Parameter(torch.zeros(outs[name], rank, dtype=master))
+        self._copied: tuple | None = None
+        if rank:
+            self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """A ~ Kaiming uniform with a = sqrt(5), i.e. U(-1/sqrt(D), 1/sqrt(D)); B = 0."""
+        for name in self.adapted_names:
+            nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(self.lora_B[name])
+
+    def weight(self, name: str) -> Tensor:
+        """W (O, D) of one linear: a view into the bordered weight."""
+        return self.bordered[self._linear(name).rows, self.layout.x]
+
+    def _linear(self, name: str):
+        return self.layout.linears[list(self.outs).index(name)]
+
+    def _masters(self) -> list[Tensor]:
+        return [
+            p for name in self.adapted_names for p in (self.lora_A[name], self.lora_B[name])
+        ]
+
+    @torch.no_grad()
+    def _copy_masters(self, masters: list[Tensor]) -> None:
+        """Renew the borders of M where the masters were written since the last copy."""
+        state = tuple((id(p), p._version) for p in masters), self.bordered.data_ptr()
+        if state == self._copied:
+            return
+        rank = self.layout.rank
+        for name in self.adapted_names:
+            at = self._linear(name)
+            a_rows = slice(at.rank_rows.start, at.rank_rows.start + rank)
+            self.bordered[a_rows, self.layout.x].copy_(self.lora_A[name])
+            b_cols = slice(at.spare.start, at.spare.start + rank)
+            self.bordered[at.rows, b_cols].copy_(self.lora_B[name])
+        self._copied = state
+
+    def forward(self, x: Tensor, gates: Tensor | None) -> tuple[Tensor, ...]:
+        """All linears of the group, in the order they were named.
+
+        Args:
+            x: (N, D).
+            gates: w_i s_i repeated over the ranks, (N, R) or (1, R); None for the base alone.
+        Returns:
+            one (N, O) tensor per linear.
+        """
+        if gates is None or not self.adapted_names:
+            base = self.bordered[: self.layout.out_features, self.layout.x]
+            return (x @ base.t()).split(list(self.outs.values()), 1)
+        masters = self._masters()
+        self._copy_masters(masters)
+        dropout = self.dropout if self.training else 0.0
+        windows = bordered_linear(self.layout, self.bordered, x, gates, masters, dropout)
+        sizes = list(self.outs.values())
+        split = [sizes] if len(windows) == 1 else [sizes[:1], sizes[1:]]
+        return tuple(
+            y for window, outs in zip(windows, split, strict=True) for y in window.split(outs, 1)
+        )

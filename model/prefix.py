@@ -1,0 +1,192 @@
+"""What enters the first adapted layer, computed once per text and kept on disk.
+
+Below `first_layer` nothing is trained, so a text's states there are the same for every arm, seed
+and step. They are computed in batches that depend on the list of texts alone and rounded to the
+stored dtype, so a run ends with the same numbers whether the file was there or had to be made.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.transformer import Decoder, Packed, pack
+
+TokenIds = Sequence[Sequence[int]]
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices sorted by length, cut into batches of at most `budget` tokens (or one text)."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batches, size = [[]], 0
+    for i in order:
+        if batches[-1] and size + lengths[i] > budget:
+            batches.append([])
+            size = 0
+        batches[-1].append(i)
+        size += lengths[i]
+    return [batch for batch in batches if batch]
+
+
+class PrefixStates:
+    """States (sum of lengths, D) of a list of texts before layer `first_layer`, memory-mapped.
+
+    16-bit models store their own dtype, so nothing is rounded; wider ones store fp16.
+    """
+
+    def __init__(self, states: np.ndarray, lengths: Sequence[int], dtype: torch.dtype):
+        self.states, self.dtype = states, dtype
+        self.starts = np.concatenate(([0], np.cumsum(lengths)))
+
+    def rows(self, texts: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """(N, D) of the given texts, one after the other."""
+        parts = [self.states[self.starts[i] : self.starts[i + 1]] for i in texts]
+        return torch.from_numpy(np.concatenate(parts)).view(self.dtype).to(dtype)
+
+
+def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float16
+
+
+@torch.no_grad()
+def _compute(
+    decoder: Decoder,
+    ids: TokenIds,
+    first_layer: int,
+    out: np.ndarray,
+    starts: np.ndarray,
+    budget: int,
+    advance: Callable[[int], None],
+) -> None:
+    stored = _stored_dtype(decoder.embed_tokens.weight.dtype)
+    device = decoder.embed_tokens.weight.device
+    for batch in token_batches([len(text) for text in ids], budget):
+        hidden, _ = decoder(
+            pack([ids[i] for i in batch], device), last_layer=first_layer, base=True
+        )
+        bits = hidden.to(stored).cpu()
+        if not bits.isfinite().all():
+            raise ValueError(
+                f"states before layer {first_layer} exceed {stored} (largest "
+                f"{hidden.abs().max().item():.0f}): run with dtype bfloat16 or prefix off"
+            )
+        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
+        out[rows] = bits.view(torch.int16).numpy()
+        advance(len(rows))
+
+
+def prefix_states(
+    decoder: Decoder,
+    ids: TokenIds,
+    identity: str,
+    folder: Path | None,
+    *,
+    budget: int = 4096,
+    limit_bytes: int = 8 << 30,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> PrefixStates:
+    """The states of `ids` before the decoder's first adapted layer.
+
+    Args:
+        identity: of the base's weights; with the layer, dtype and token ids it names the file.
+        folder: of the cache; None computes into a file that vanishes with the process.
+        budget: tokens of one batch; part of the key, since rounding depends on it.
+        limit_bytes: the cache's bound on disk; the least recently used files go first.
+        advance: told how many tokens are done, for a progress bar.
+    """
+    assert decoder.lora is not None
+    first_layer = decoder.lora.first_layer
+    weight = decoder.embed_tokens.weight
+    lengths = [len(text) for text in ids]
+    shape = (sum(lengths), decoder.config.hidden_size)
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    stored = _stored_dtype(weight.dtype)
+    kind = f"{identity} {first_layer} {weight.dtype} {weight.device.type} {decoder.config.causal}"
+    key = hashlib.sha256(f"{kind} {budget} {torch.__version__}".encode())
+    for text in ids:
+        key.update(np.asarray([len(text), *text], dtype=np.int32).tobytes())
+    name = key.hexdigest()[:32]
+    if folder is not None:
+        cached = _open(folder / f"{name}.states", shape, key.hexdigest())
+        if cached is not None:
+            advance(shape[0])
+            return PrefixStates(cached, lengths, stored)
+        folder.mkdir(parents=True, exist_ok=True)
+        _evict(folder, limit_bytes - 2 * shape[0] * shape[1])
+    handle, path = tempfile.mkstemp(prefix=f"{name}.", suffix=".part", dir=folder)
+    os.close(handle)
+    try:
+        out = np.memmap(path, dtype=np.int16, mode="w+", shape=shape)
+        _compute(decoder, ids, first_layer, out, starts, budget, advance)
+        out.flush()
+        if folder is not None:
+            header = {"key": key.hexdigest(), "crc32": zlib.crc32(out), "shape": shape}
+            note = folder / f"{name}.json"
+            # The note goes first: a states file without its note is never believed.
+            note.with_suffix(".json.part").write_text(json.dumps(header))
+            os.replace(note.with_suffix(".json.part"), note)
+            os.replace(path, folder / f"{name}.states")
+    finally:
+        if os.path.exists(path):
+            os.unlink(path)  # the mapping stays readable until it is dropped
+    return PrefixStates(out, lengths, stored)
+
+
+def _open(path: Path, shape: tuple[int, int], key: str) -> np.ndarray | None:
+    """The cached states, or None where they are absent, damaged or another list's."""
+    note = path.with_suffix(".json")
+    if not (path.exists() and note.exists()):
+        return None
+    try:
+        header = json.loads(note.read_text())
+    except ValueError:
+        header = {}
+    expected = {"key": key, "shape": list(shape)}
+    if {k: header.get(k) for k in expected} == expected:
+        if path.stat().st_size == 2 * shape[0] * shape[1]:
+            states = np.memmap(path, dtype=np.int16, mode="r+", shape=shape)
+            if zlib.crc32(states) == header.get("crc32"):
+                os.utime(path)
+                return states
+    print(f"{path}: damaged, made again")
+    return None
+
+
+def _evict(folder: Path, keep_bytes: int) -> None:
+    """Remove the least recently used files until at most `keep_bytes` are left."""
+    for part in folder.glob("*.part"):  # left by a killed run; a live one is younger than this
+        if time.time() - part.stat().st_mtime > 24 * 3600:
+            part.unlink(missing_ok=True)
+    files = sorted(folder.glob("*.states"), key=lambda p: p.stat().st_mtime)
+    total = sum(p.stat().st_size for p in files)
+    for path in files:
+        if total <= keep_bytes:
+            return
+        total -= path.stat().st_size
+        path.unlink(missing_ok=True)
+        path.with_suffix(".json").unlink(missing_ok=True)
+
+
+class TextSet:
+    """Tokenized texts, with their frozen-prefix states where those are used."""
+
+    def __init__(self, ids: TokenIds, states: PrefixStates | None = None):
+        self.ids, self.states = ids, states
+        self.lengths = [len(text) for text in ids]
+
+    def batch(
+        self, texts: Sequence[int], device: torch.device, dtype: torch.dtype
+    ) -> tuple[Packed, Tensor | None]:
+        """The packed batch of some texts and, with states, what enters the first adapted layer."""
+        packed = pack([self.ids[i] for i in texts], device)
+        if self.states is None:
+            return packed, None
+        return packed, self.states.rows(texts, dtype).to(device)

@@ -1,0 +1,147 @@
+"""The learned router of one layer: one set of expert weights per text."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.sparsegen import sparsegen
+
+TASKS = ("embedding", "reranking")
+
+
+def route_task(router: "Router", logits: Tensor, tasks: Tensor) -> Tensor:
+    """Hard: the expert that carries the task's name (jina-embeddings-v3, arXiv 2409.10173)."""
+    roles = torch.tensor([router.routed.index(task) for task in TASKS], device=tasks.device)
+    return F.one_hot(roles[tasks], len(router.routed)).to(logits.dtype)
+
+
+def route_uniform(router: "Router", logits: Tensor, tasks: Tensor) -> Tensor:
+    """Every expert alike: the control that has the parameters of a mixture and no routing."""
+    return torch.full_like(logits, 1 / logits.shape[-1])
+
+
+def route_softmax(router: "Router", logits: Tensor, tasks: Tensor) -> Tensor:
+    return logits.softmax(-1)
+
+
+def route_sparsegen(router: "Router", logits: Tensor, tasks: Tensor) -> Tensor:
+    """Sparsegen with a learned c per layer; see `kernels.sparsegen`."""
+    return sparsegen(logits, router.c)
+
+
+# A new router is one function here and one row in experiments.py.
+ROUTES = {
+    "task": route_task,
+    "uniform": route_uniform,
+    "softmax": route_softmax,
+    "sparsegen": route_sparsegen,
+}
+LEARNED = ("softmax", "sparsegen")
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """kind: one of `ROUTES`.
+
+    hidden: width of the MLP. always_on: an expert of weight 1 outside the simplex, or "".
+    noise: standard deviation of Gaussian noise on the logits, scaled by `Router.anneal`.
+    expert_dropout: probability of dropping an expert, the others renormalised.
+    task_prior: added to the logit of the expert that has the task's name, scaled by
+    `Router.anneal`. Noise, dropout and prior act in training alone.
+    """
+
+    kind: str = "sparsegen"
+    hidden: int = 64
+    always_on: str = ""
+    noise: float = 0.0
+    expert_dropout: float = 0.0
+    task_prior: float = 0.0
+
+    def __post_init__(self):
+        if self.kind not in ROUTES:
+            raise ValueError(f"router must be one of {sorted(ROUTES)}, got {self.kind!r}")
+        if not 0 <= self.expert_dropout < 1:
+            raise ValueError(f"expert_dropout must lie in [0, 1), got {self.expert_dropout}")
+        if self.noise < 0:
+            raise ValueError(f"noise is a standard deviation, got {self.noise}")
+
+
+class Router(nn.Module):
+    """Pooled hidden state (B, D) -> MLP -> logits -> weights (B, E) in fp32.
+
+    Row b depends on row b alone, so the routing of a text never depends on the rest of its batch.
+    """
+
+    def __init__(self, features: int, experts: tuple[str, ...], config: RouterConfig):
+        super().__init__()
+        if config.always_on and config.always_on not in experts:
+            raise ValueError(f"always_on {config.always_on!r} is none of the experts {experts}")
+        self.config, self.experts = config, experts
+        self.routed = tuple(name for name in experts if name != config.always_on)
+        if config.kind == "task" or config.task_prior:
+            missing = [task for task in TASKS if task not in self.routed]
+            if missing:
+                raise ValueError(
+                    f"routing by task needs experts named {TASKS}, {missing} not in {self.routed}"
+                )
+        self.anneal = 1.0  # the training loop takes it from 1 to 0
+        if config.kind in LEARNED:
+            self.up = nn.Linear(features, config.hidden)
+            self.down = nn.Linear(config.hidden, len(self.routed))
+            self.reset_parameters()
+        if config.kind == "sparsegen":
+            # c = 0.1 + softplus(v) starts at 2: dense for logits within 2/3 of each other.
+            self.v = nn.Parameter(torch.tensor(math.log(math.expm1(1.9))))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Small logits, so every expert starts with a share and a gradient."""
+        nn.init.kaiming_uniform_(self.up.weight, a=math.sqrt(5), generator=generator)
+        nn.init.normal_(self.down.weight, std=0.02, generator=generator)
+        nn.init.zeros_(self.up.bias)
+        nn.init.zeros_(self.down.bias)
+
+    @property
+    def c(self) -> Tensor:
+        """Sparsegen's 1 - lambda, at least 0.1: below it one expert wins and all gradients die."""
+        return 0.1 + F.softplus(self.v)
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """(B, D) -> (B, routed experts); zeros where nothing is learned."""
+        if self.config.kind not in LEARNED:
+            return pooled.new_zeros(len(pooled), len(self.routed))
+        return self.down(F.silu(self.up(F.rms_norm(pooled, pooled.shape[-1:]))))
+
+    def forward(self, pooled: Tensor, tasks: Tensor) -> Tensor:
+        """Expert weights of each text.
+
+        Args:
+            pooled: (B, D) fp32 (or fp64), the mean over a text's own tokens.
+            tasks: (B,) int64, the index in TASKS of what each text is for.
+        Returns:
+            (B, E): on the simplex over the routed experts, 1 for the always-on one.
+        """
+        logits = self.logits(pooled)
+        if self.training and self.config.task_prior:
+            prior = route_task(self, logits, tasks)
+            logits = logits + self.config.task_prior * self.anneal * prior
+        if self.training and self.config.noise:
+            logits = logits + self.config.noise * self.anneal * torch.randn_like(logits)
+        weights = ROUTES[self.config.kind](self, logits, tasks)
+        if self.training and self.config.expert_dropout:
+            weights = _drop(weights, self.config.expert_dropout)
+        if self.config.always_on:
+            at = self.experts.index(self.config.always_on)
+            one = torch.ones_like(weights[:, :1])
+            weights = torch.cat((weights[:, :at], one, weights[:, at:]), 1)
+        return weights
+
+
+def _drop(weights: Tensor, probability: float) -> Tensor:
+    """Drop experts and renormalise; a text that would lose all of its weight keeps it."""
+    kept = weights * (torch.rand_like(weights) >= probability)
+    total = kept.sum(-1, keepdim=True)
+    alive = total > 0
+    return torch.where(alive, kept / torch.where(alive, total, torch.ones_like(total)), weights)

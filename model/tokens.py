@@ -1,0 +1,118 @@
+"""Text -> token ids: templates, truncation of the document alone, the end token by id."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Encoding
+from tokenizers import Tokenizer as FastTokenizer
+
+END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Templates with `{query}` and `{document}`; saved with every model.
+
+    The pair's template holds both. What is outside the braces is never truncated.
+    """
+
+    query: str = "Query: {query}"
+    document: str = "{document}"
+    pair: str = "Query: {query}\nDocument: {document}"
+
+    def __post_init__(self):
+        for name, needs in (
+            ("query", ("{query}",)),
+            ("document", ("{document}",)),
+            ("pair", ("{query}", "{document}")),
+        ):
+            template = getattr(self, name)
+            if any(template.count(field) != 1 for field in needs):
+                raise ValueError(f"prompt {name!r} needs {' and '.join(needs)} once: {template!r}")
+
+
+class Tokenizer:
+    """The base's own `tokenizer.json`, and the rules of this project around it.
+
+    Args:
+        folder: holds tokenizer.json.
+        document_tokens: a document longer than this loses its end. Queries, instructions and
+            suffixes are never cut.
+        end_token: appended by id to every text; "" takes the first of END_TOKENS that exists.
+    Raises:
+        ValueError: the end token is not in the vocabulary, or document_tokens < 1.
+    """
+
+    def __init__(
+        self, folder: Path, prompts: Prompts, document_tokens: int, end_token: str = ""
+    ):
+        if document_tokens < 1:
+            raise ValueError(f"document_tokens must be at least 1, got {document_tokens}")
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: a base needs its tokenizer.json")
+        self.fast = FastTokenizer.from_file(str(path))
+        # The file may carry its own truncation and padding; both would break the rules here.
+        self.fast.no_truncation()
+        self.fast.no_padding()
+        self.prompts, self.document_tokens = prompts, document_tokens
+        known = [t for t in ([end_token] if end_token else END_TOKENS) if self.id(t) is not None]
+        if not known:
+            raise ValueError(f"{path}: none of {[end_token] if end_token else END_TOKENS} in it")
+        self.end_token = known[0]
+        self.end_id: int = self.fast.token_to_id(self.end_token)
+
+    def id(self, token: str) -> int | None:
+        return self.fast.token_to_id(token)
+
+    def queries(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text in the query template, whole, with the end token."""
+        return self._encode([_fill(self.prompts.query, query=text) for text in texts])
+
+    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids in the document template, the document cut to `document_tokens`."""
+        return self._encode([_fill(self.prompts.document, document=text) for text in texts])
+
+    def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Token ids of (query, document) in the pair's template, only the document cut."""
+        return self._encode([_fill(self.prompts.pair, query=q, document=d) for q, d in pairs])
+
+    def _encode(self, filled: list[tuple[str, int, int]]) -> list[list[int]]:
+        encodings = self.fast.encode_batch([text for text, _, _ in filled])
+        return [
+            self._cut(encoding, start, stop)
+            for encoding, (_, start, stop) in zip(encodings, filled, strict=True)
+        ]
+
+    def _cut(self, encoding: Encoding, start: int, stop: int) -> list[int]:
+        """Drop the tokens past `document_tokens` of the characters [start, stop)."""
+        inside = 0
+        ids = []
+        for token, (left, right) in zip(encoding.ids, encoding.offsets, strict=True):
+            # A token that begins in the template (" The" after "Document:") belongs to the text.
+            if left < stop and right > start:
+                inside += 1
+                if inside > self.document_tokens:
+                    continue
+            ids.append(token)
+        if not ids or ids[-1] != self.end_id:
+            ids.append(self.end_id)
+        assert ids[-1] == self.end_id and ids.count(self.end_id) >= 1
+        return ids
+
+
+def _fill(template: str, **fields: str) -> tuple[str, int, int]:
+    """The filled template, and which of its characters are the document (0, 0: none).
+
+    Not str.format: texts hold braces of their own, and a query may contain "{document}".
+    """
+    text, start, stop, at = "", 0, 0, 0
+    places = sorted((template.index("{" + name + "}"), name) for name in fields)
+    for place, name in places:
+        text += template[at:place]
+        if name == "document":
+            start, stop = len(text), len(text) + len(fields[name])
+        text += fields[name]
+        at = place + len(name) + 2
+    return text + template[at:], start, stop

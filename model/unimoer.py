@@ -1,0 +1,364 @@
+"""UniMoER: one frozen decoder that embeds and reranks, with its experts, routers and heads."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model import bases, weights
+from model.heads import LinearScore, YesNoScore, check_pooling, embed, pool
+from model.lora import LinearGroup, LoRAConfig
+from model.prefix import TextSet, token_batches
+from model.router import TASKS, Router, RouterConfig
+from model.tokens import Prompts, Tokenizer
+from model.transformer import Decoder, DecoderConfig, Packed
+
+FORMAT = 1
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that rebuilds a model, except its trained tensors.
+
+    base, revision: see `bases.resolve`. layers: only the first n; None: all.
+    embedding_pooling, reranking_pooling: last, mean, or first. rerank_head: linear or yes_no.
+    document_tokens: longer documents lose their end. end_token: "" takes the base's own.
+    lora None: the bare base. router None: every expert counts in full.
+    """
+
+    base: str = bases.DEFAULT
+    revision: str | None = None
+    layers: int | None = None
+    causal: bool = True
+    dtype: str = "float32"
+    embedding_pooling: str = "last"
+    reranking_pooling: str = "last"
+    rerank_head: str = "linear"
+    document_tokens: int = 512
+    end_token: str = ""
+    prompts: Prompts = Prompts()
+    lora: LoRAConfig | None = None
+    router: RouterConfig | None = None
+    checkpointing: bool = False
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
+        if self.rerank_head not in ("linear", "yes_no"):
+            raise ValueError(f"rerank_head must be linear or yes_no, got {self.rerank_head!r}")
+        check_pooling(self.embedding_pooling, self.causal)
+        check_pooling(self.reranking_pooling, self.causal)
+
+    @classmethod
+    def from_json(cls, raw: dict) -> "ModelConfig":
+        raw = dict(raw, prompts=Prompts(**raw["prompts"]))
+        if raw["lora"] is not None:
+            lists = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["lora"].items()}
+            raw["lora"] = LoRAConfig(**lists)
+        if raw["router"] is not None:
+            raw["router"] = RouterConfig(**raw["router"])
+        return cls(**raw)
+
+
+class UniMoER(nn.Module):
+    """Embeds and reranks with one resident base.
+
+    `UniMoER(config)` starts from the base: experts with B = 0, so it equals the base until it is
+    trained. `from_pretrained` loads a saved folder.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0):
+        super().__init__()
+        folder = bases.resolve(config.base, config.revision)
+        shape = DecoderConfig.read(folder, config.layers, config.causal)
+        self.config, self.identity = config, bases.identity(folder)
+        self.tokenizer = Tokenizer(
+            folder, config.prompts, config.document_tokens, config.end_token
+        )
+        self.decoder = Decoder(
+            shape, config.lora, config.router, DTYPES[config.dtype], config.checkpointing
+        )
+        targets = self.decoder.named_weights()
+        head = None
+        if config.rerank_head == "yes_no" and not shape.tie_word_embeddings:
+            head = torch.zeros(shape.vocab_size, shape.hidden_size, dtype=DTYPES[config.dtype])
+            targets["lm_head.weight"] = head
+        weights.load_into(
+            folder, targets, ignore=lambda name: _unused(name, shape, head is not None)
+        )
+        self.head: LinearScore | YesNoScore
+        if config.rerank_head == "linear":
+            self.head = LinearScore(shape.hidden_size)
+            if config.dtype == "float64":
+                self.head.double()
+        else:
+            rows = self.decoder.embed_tokens.weight if head is None else head
+            yes, no = self._word_id("yes"), self._word_id("no")
+            self.head = YesNoScore(rows[yes], rows[no])
+        self.reset_parameters(seed)
+        self.to(device)
+        self.eval()
+
+    def _word_id(self, word: str) -> int:
+        found = self.tokenizer.id(word)
+        if found is None:
+            raise ValueError(
+                f"rerank_head='yes_no' needs the single token {word!r}, which the tokenizer of "
+                f"{self.config.base} does not have: use rerank_head='linear'"
+            )
+        return found
+
+    def reset_parameters(self, seed: int) -> None:
+        """Initialise experts, routers and head; the same seed gives the same values."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, LinearGroup | Router | LinearScore | YesNoScore):
+                if not isinstance(module, Router) or hasattr(module, "up"):
+                    module.reset_parameters(generator)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.embed_tokens.weight.dtype
+
+    def routers(self) -> dict[int, Router]:
+        """The router of each routed layer."""
+        found = ((i, getattr(layer, "router", None)) for i, layer in enumerate(self.decoder.layers))
+        return {i: router for i, router in found if router is not None}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Every trainable parameter: experts, routers, head."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    # The two tasks on a packed batch ---------------------------------------------------------
+
+    def hidden(
+        self, batch: Packed, task: str, states: Tensor | None = None, base: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Final hidden states (N, D) for one task, and the routing weights by layer.
+
+        Args:
+            states: (N, D), what enters the first adapted layer, where it was computed before.
+            base: leave experts and routers out.
+        """
+        tasks = torch.full((len(batch.lengths),), TASKS.index(task), device=self.device)
+        first = 0
+        if states is not None:
+            assert self.config.lora is not None
+            first = self.config.lora.first_layer
+        return self.decoder(batch, tasks, hidden=states, first_layer=first, base=base)
+
+    def embed(
+        self, batch: Packed, states: Tensor | None = None, base: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Unit vectors (B, D) of a batch of texts, and the routing weights by layer."""
+        hidden, routing = self.hidden(batch, "embedding", states, base)
+        return embed(hidden, batch, self.config.embedding_pooling), routing
+
+    def score(
+        self, batch: Packed, states: Tensor | None = None, base: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Relevance logits (B,) of a batch of pairs, and the routing weights by layer."""
+        hidden, routing = self.hidden(batch, "reranking", states, base)
+        return self.head(pool(hidden, batch, self.config.reranking_pooling)), routing
+
+    # Many texts ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def over(
+        self,
+        texts: TextSet,
+        step: Callable[[Packed, Tensor | None, bool], tuple[Tensor, list[Tensor]]],
+        *,
+        budget: int = 4096,
+        base: bool = False,
+        progress: bool = False,
+        title: str = "",
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Run `step` (such as `embed`) over tokenized texts, without gradients.
+
+        Yields the indices of each batch, sorted by length under a budget of tokens, and its result.
+        """
+        self.eval()
+        bar = tqdm(
+            total=sum(texts.lengths), unit="token", desc=title, disable=not progress, leave=False
+        )
+        with bar:
+            for indices in token_batches(texts.lengths, budget):
+                batch, states = texts.batch(indices, self.device, self.dtype)
+                yield indices, step(batch, states, base)[0].cpu()
+                bar.update(sum(batch.lengths))
+
+    def embed_all(
+        self, texts: TextSet, *, budget: int = 4096, base: bool = False, progress: bool = False
+    ) -> Tensor:
+        """(n, D) unit vectors of n tokenized texts, in their order."""
+        width = self.decoder.config.hidden_size
+        out = torch.zeros(len(texts.ids), width, dtype=torch.promote_types(self.dtype, torch.float))
+        options = {"budget": budget, "base": base, "progress": progress, "title": "encode"}
+        for indices, vectors in self.over(texts, self.embed, **options):
+            out[indices] = vectors
+        return out
+
+    def score_all(
+        self, texts: TextSet, *, budget: int = 4096, base: bool = False, progress: bool = False
+    ) -> Tensor:
+        """(n,) logits of n tokenized pairs, in their order."""
+        out = torch.zeros(len(texts.ids), dtype=torch.promote_types(self.dtype, torch.float))
+        options = {"budget": budget, "base": base, "progress": progress, "title": "rerank"}
+        for indices, scores in self.over(texts, self.score, **options):
+            out[indices] = scores
+        return out
+
+    def encode(
+        self, texts: Sequence[str], *, task: str = "document", budget: int = 4096,
+        progress: bool | None = None,
+    ) -> Tensor:
+        """Unit vectors of texts.
+
+        Args:
+            task: "query" or "document", which decides the template.
+            budget: tokens of one batch. progress: a bar; None: from 1,000 texts up.
+        Returns:
+            (n, D) on the CPU, fp32; the scores of a query are `similarity(query, documents)`.
+        """
+        if task not in ("query", "document"):
+            raise ValueError(f"task must be 'query' or 'document', got {task!r}")
+        texts = _listed(texts, "texts")
+        tokenize = self.tokenizer.queries if task == "query" else self.tokenizer.documents
+        bar = len(texts) >= 1000 if progress is None else progress
+        return self.embed_all(TextSet(tokenize(texts)), budget=budget, progress=bar)
+
+    def encode_query(self, texts: Sequence[str], **options) -> Tensor:
+        """`encode` with the query template."""
+        return self.encode(texts, task="query", **options)
+
+    def encode_document(self, texts: Sequence[str], **options) -> Tensor:
+        """`encode` with the document template."""
+        return self.encode(texts, task="document", **options)
+
+    @staticmethod
+    def similarity(queries: Tensor, documents: Tensor) -> Tensor:
+        """Cosine (Q, D') of unit vectors (Q, D) and (D', D)."""
+        return queries @ documents.t()
+
+    def predict(
+        self, pairs: Sequence[tuple[str, str]], *, budget: int = 4096, progress: bool | None = None
+    ) -> Tensor:
+        """Relevance in (0, 1) of (query, document) pairs: the sigmoid of the head's logit, (n,)."""
+        pairs = _listed(pairs, "pairs")
+        bar = len(pairs) >= 1000 if progress is None else progress
+        texts = TextSet(self.tokenizer.pairs(pairs))
+        return self.score_all(texts, budget=budget, progress=bar).sigmoid()
+
+    def rank(
+        self, query: str, documents: Sequence[str], top_k: int | None = None
+    ) -> list[tuple[int, float]]:
+        """(index of the document, relevance), best first, ties in the order given."""
+        scores = self.predict([(query, document) for document in documents])
+        order = scores.argsort(descending=True, stable=True)[:top_k]
+        return [(int(i), float(scores[i])) for i in order]
+
+    # On disk ---------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write `config.json`, `adapters.safetensors` and `heads.safetensors`.
+
+        The base is not copied: config.json names it and holds its fingerprint and the prompts.
+        Each file is renamed into place whole, config.json last.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: p.detach() for name, p in self.trained().items()}
+        heads = {name: t for name, t in tensors.items() if name.startswith("head.")}
+        adapters = {name: t for name, t in tensors.items() if name not in heads}
+        weights.save(adapters, folder / "adapters.safetensors")
+        weights.save(heads, folder / "heads.safetensors")
+        record = {"format": FORMAT, "model": asdict(self.config), "identity": self.identity}
+        part = folder / ".config.json.part"
+        part.write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(part, folder / "config.json")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        device: torch.device | str = "cpu",
+        base: str | None = None,
+    ) -> "UniMoER":
+        """Load a folder written by `save_pretrained`.
+
+        Args:
+            base: where the base lies, if not where config.json says (a moved local folder).
+        Raises:
+            ValueError: files are missing or foreign, the base is another one than it was trained
+                on, or a tensor is missing, unexpected or misshapen.
+        """
+        folder = Path(folder)
+        path = folder / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: expected a folder written by save_pretrained")
+        record = json.loads(path.read_text())
+        if record.get("format") != FORMAT:
+            raise ValueError(f"{path}: format {record.get('format')!r}, expected {FORMAT}")
+        config = ModelConfig.from_json(record["model"])
+        model = cls(replace(config, base=base) if base else config, device)
+        found, expected = model.identity["fingerprint"], record["identity"]["fingerprint"]
+        if found != expected:
+            raise ValueError(
+                f"{folder} was trained on the base {record['identity']['name']} with fingerprint "
+                f"{expected}, but {base or config.base} has {found}: give the original base"
+            )
+        tensors = {}
+        for name in ("adapters.safetensors", "heads.safetensors"):
+            weights.read_header(folder / name)  # refuses truncated and foreign files by name
+            tensors.update(load_file(folder / name))
+        model.load_trained(tensors, str(folder))
+        return model
+
+    @torch.no_grad()
+    def load_trained(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Copy experts, routers and head; names and shapes must match exactly."""
+        mine = self.trained()
+        problems = [f"missing: {name}" for name in mine.keys() - tensors.keys()]
+        problems += [f"unexpected: {name}" for name in tensors.keys() - mine.keys()]
+        problems += [
+            f"shape: {name} is {tuple(tensors[name].shape)}, expected {tuple(mine[name].shape)}"
+            for name in mine.keys() & tensors.keys()
+            if mine[name].shape != tensors[name].shape
+        ]
+        if problems:
+            raise ValueError(f"{source} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
+        for name, parameter in mine.items():
+            parameter.copy_(tensors[name])
+
+
+def _unused(name: str, shape: DecoderConfig, keeps_head: bool) -> bool:
+    """Checkpoint tensors that this model has no place for, by right."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer and int(layer[1]) >= shape.num_hidden_layers:
+        return True
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and not keeps_head)
+
+
+def _listed(items: Sequence, name: str) -> Sequence:
+    """A single string is a sequence of characters, and almost never what was meant."""
+    if isinstance(items, str):
+        raise ValueError(f"{name} must be a list, got one string: {items[:60]!r}")
+    return items

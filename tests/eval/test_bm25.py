@@ -1,0 +1,122 @@
+"""eval/bm25.py: the formula, ties, odd inputs, and the scale on two public collections."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import collections, metrics
+from eval.bm25 import BM25
+
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
+
+
+def test_scores_follow_the_formula():
+    texts = ["cats cats dogs", "dogs", "birds sing songs here", ""]
+    k1, b = 0.9, 0.4
+    found = BM25(["a", "b", "c", "d"], texts, k1=k1, b=b).search({"q": "a cat and the DOG"}, 10)
+    mean_length = (3 + 1 + 4 + 0) / 4
+
+    def weight(tf: int, df: int, length: int) -> float:
+        idf = math.log(1 + (4 - df + 0.5) / (df + 0.5))
+        return idf * tf / (tf + k1 * (1 - b + b * length / mean_length))
+
+    expected = {"a": weight(2, 1, 3) + weight(1, 2, 3), "b": weight(1, 2, 1)}
+    assert found["q"] == pytest.approx(expected, rel=1e-5)
+    assert list(found["q"]) == ["a", "b"]  # best first
+
+
+def test_a_term_twice_in_the_query_counts_twice():
+    index = BM25(["a", "b"], ["red fish", "blue bird"])
+    once, twice = index.search({"once": "red", "twice": "red red"}, 2).values()
+    assert twice["a"] == pytest.approx(2 * once["a"], rel=1e-6)
+
+
+def test_identifiers_are_split_at_underscores_and_stemmed():
+    index = BM25(["a", "b"], ["def read_files(self): pass", "def write(self): pass"])
+    assert list(index.search({"q": "reads a file"}, 2)["q"]) == ["a"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_ties_go_to_the_larger_id_also_at_the_cut(order):
+    ids = [f"d{i}" for i in range(9)][::order]
+    index = BM25(ids, ["same words"] * 8 + ["same words, and others that make it longer"])
+    last = ids[8]
+    equal = sorted((i for i in ids if i != last), reverse=True)
+    for k in (1, 4, 8):
+        assert list(index.search({"q": "same"}, k)["q"]) == equal[:k]
+    assert list(index.search({"q": "same"}, 9)["q"]) == [*equal, last]
+
+
+def test_the_cut_agrees_with_sorting_everything():
+    rng = np.random.default_rng(0)
+    words = [f"w{i:02d}" for i in range(12)]
+    ids = [f"d{i:03d}" for i in rng.permutation(200)]
+    index = BM25(ids, [" ".join(rng.choice(words, rng.integers(1, 5))) for _ in ids])
+    everything = index.search({"q": "w00 w01 w02"}, 1000)["q"]
+    expected = sorted(everything, key=lambda d: (everything[d], d), reverse=True)
+    assert len(set(everything.values())) < len(everything)  # there are ties
+    assert list(everything) == expected
+    for k in (1, 7, 50):
+        assert list(index.search({"q": "w00 w01 w02"}, k)["q"]) == expected[:k]
+
+
+def test_a_query_without_a_known_term_finds_nothing_and_is_present():
+    index = BM25(["a", "b"], ["red fish", "blue bird"])
+    queries = {"unknown": "zebra", "empty": "", "letters": "a b", "known": "bird zebra"}
+    assert index.search(queries, 2) == {
+        "unknown": {},
+        "empty": {},
+        "letters": {},
+        "known": {"b": pytest.approx(math.log(2) / (1 + 0.9), rel=1e-5)},
+    }
+    assert index.search({}, 2) == {}
+
+
+def test_a_corpus_of_empty_documents_finds_nothing():
+    assert BM25(["a", "b"], ["", "."]).search({"q": "red"}, 2) == {"q": {}}
+
+
+def test_k_may_exceed_the_corpus_and_scores_are_float32():
+    row = BM25(["a", "b", "c"], ["red fish", "red bird now", "sky"]).search({"q": "red"}, 99)["q"]
+    assert set(row) == {"a", "b"}
+    assert all(score == float(np.float32(score)) > 0 for score in row.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((["a"], ["x", "y"]), {}, "1 ids but 2 texts"),
+        (([], []), {}, "no document"),
+        ((["b", "a", "b"], ["x", "y", "z"]), {}, "'b' occurs twice"),
+        ((["a"], ["x"]), {"k1": -1.0}, "k1=-1.0"),
+        ((["a"], ["x"]), {"b": 1.5}, "b=1.5"),
+    ],
+)
+def test_wrong_arguments(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        BM25(*arguments, **options)
+
+
+def test_k_below_one():
+    with pytest.raises(ValueError, match="k=0"):
+        BM25(["a"], ["red"]).search({"q": "red"}, 0)
+
+
+def test_nothing_is_printed(capfd):
+    BM25(["a", "b"], ["red fish", "blue bird"]).search({"q": "red"}, 2)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("scifact", 0.66, 0.70), ("nfcorpus", 0.31, 0.33)]
+)
+def test_scale_on_a_public_collection(name, low, high):
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"../shared/data/{name} is not there: real collections come with no checkout")
+    data = collections.load(str(SHARED / name))
+    qrels = data.qrels["test"]
+    index = BM25(data.pools["test"], [data.corpus[i] for i in data.pools["test"]])
+    run = index.search({query: data.queries[query] for query in qrels}, 100)
+    assert low < metrics.mean(metrics.evaluate(qrels, run), "ndcg_cut_10") < high

@@ -1,0 +1,227 @@
+"""The training loop: mixed steps, a log of JSON lines, checkpoints, the same end after a kill."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from experiments import Config
+from model import weights
+from model.prefix import TextSet
+from model.unimoer import UniMoER
+from train import losses
+from train.batches import TrainingData
+from train.optim import adamw, schedule
+
+# Called after each step with the step and its log line; what an analysis watches is passed in.
+Callback = Callable[[int, dict], None]
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or a gradient is NaN or infinite; the last checkpoint is kept."""
+
+
+def _ordered(texts: TextSet, indices: list[int], model: UniMoER):
+    """The batch of some texts sorted by length, and where each of `indices` went."""
+    order = sorted(range(len(indices)), key=lambda i: texts.lengths[indices[i]])
+    batch, states = texts.batch([indices[i] for i in order], model.device, model.dtype)
+    back = torch.empty(len(order), dtype=torch.int64)
+    back[order] = torch.arange(len(order))
+    return batch, states, back.to(model.device)
+
+
+def embedding_loss(
+    model: UniMoER, data: TrainingData, step: int
+) -> tuple[Tensor, list[Tensor], list[str]]:
+    """InfoNCE of the step's embedding micro-batch, its routing weights by layer, its query ids."""
+    rows, c = data.embedding(step), data.config
+    batch, states, back = _ordered(data.embedding_texts, rows.queries + rows.documents, model)
+    vectors, routing = model.embed(batch, states)
+    vectors = vectors[back]
+    loss = losses.info_nce(
+        vectors[: len(rows.queries)],
+        vectors[len(rows.queries) :],
+        rows.positive.to(model.device),
+        rows.relevant.to(model.device),
+        c.temperature,
+        c.false_negative_margin,
+    )
+    return loss, routing, rows.ids
+
+
+def reranking_loss(
+    model: UniMoER, data: TrainingData, step: int
+) -> tuple[Tensor, list[Tensor], list[str]]:
+    """Listwise or pointwise loss of the step's reranking micro-batch; else as above."""
+    rows = data.reranking(step)
+    batch, states, back = _ordered(data.reranking_texts, rows.pairs, model)
+    scores, routing = model.score(batch, states)
+    loss = losses.RERANKING[data.config.reranking_loss](scores[back].view(-1, rows.size))
+    return loss, routing, rows.ids
+
+
+TASK_LOSS = {"embedding": embedding_loss, "reranking": reranking_loss}
+
+
+def routing_line(routing: dict[str, list[Tensor]], experts: tuple[str, ...]) -> dict:
+    """Mean weights by task, their entropy in nats, and an alarm when an expert is dead.
+
+    The alarm names each expert whose mean weight over the whole mixed batch is below 0.01 in more
+    than half of the layers.
+    """
+    line: dict = {}
+    for task, layers in routing.items():
+        stacked = torch.stack([w.detach().float().mean(0) for w in layers])  # (layers, E)
+        line[f"weights_{task}"] = [round(v, 4) for v in stacked.mean(0).tolist()]
+        entropy = torch.stack(
+            [torch.special.entr(w.detach().float()).sum(-1).mean() for w in layers]
+        )
+        line[f"entropy_{task}"] = round(entropy.mean().item(), 4)
+    mixed = torch.stack(
+        [torch.cat([w.detach().float() for w in layer]).mean(0) for layer in zip(*routing.values())]
+    )
+    dead = (mixed < 0.01).float().mean(0) > 0.5
+    alarm = [name for name, is_dead in zip(experts, dead.tolist(), strict=True) if is_dead]
+    if alarm:
+        line["alarm"] = f"collapse: {', '.join(alarm)} carry no weight"
+    return line
+
+
+def train(
+    model: UniMoER,
+    data: TrainingData,
+    config: Config,
+    place: Path,
+    *,
+    callback: Callback | None = None,
+    title: str = "train",
+) -> list[dict]:
+    """Train experts, routers and head in place; return the log, one line per step.
+
+    A joint step is one embedding and one reranking micro-batch, two forward passes and one
+    backward. The random state of a step is a function of the seed and the step, so a run that
+    continues from its checkpoint ends like one that was never stopped.
+
+    Args:
+        place: `<place>.log.jsonl` and `<place>.checkpoint/` are written beside it. The checkpoint
+            is removed by `forget` when the caller has stored the trial's result.
+    Raises:
+        NonFiniteLoss: with the step and the batch's ids.
+        ValueError: the checkpoint belongs to another config.
+    """
+    parameters = model.trained()
+    optimizer = adamw(
+        parameters, config.learning_rate, config.head_learning_rate, config.weight_decay
+    )
+    seed = config.seed + config.seed_offset
+    log_path, folder = _log_path(place), _checkpoint_folder(place)
+    start, log = _resume(model, optimizer, parameters, config, folder, log_path)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    model.train()
+    task_weight = {"embedding": config.embedding_weight, "reranking": config.reranking_weight}
+    bar = tqdm(total=config.steps, initial=start, desc=title, unit="step", leave=False)
+    with open(log_path, "a") as log_file, bar:
+        for step in range(start, config.steps):
+            torch.manual_seed(seed * 1_000_003 + step)
+            share = schedule(step, config.steps, config.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
+            for router in model.routers().values():
+                router.anneal = 1 - step / config.steps
+            line: dict = {"step": step, "learning_rate": config.learning_rate * share}
+            total = torch.zeros((), device=model.device)
+            routing, ids = {}, {}
+            for task in config.tasks:
+                loss, routing[task], ids[task] = TASK_LOSS[task](model, data, step)
+                total = total + task_weight[task] * loss
+                line[f"loss_{task}"] = loss.item()
+            if model.routers():
+                mixed = [torch.cat(layer) for layer in zip(*routing.values(), strict=True)]
+                aux = losses.balance(mixed, config.balance)
+                total = total + config.balance_weight * aux
+                line["loss_balance"] = aux.item()
+                line |= routing_line(routing, model.config.lora.experts)  # type: ignore[union-attr]
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip).item()
+            line["gradient_norm"] = norm
+            if not (math.isfinite(total.item()) and math.isfinite(norm)):
+                raise NonFiniteLoss(
+                    f"step {step}: loss {total.item()}, gradient norm {norm}; batch {ids}. "
+                    f"The last good checkpoint is in {folder}: lower learning_rate or clip, or "
+                    "look at these texts"
+                )
+            optimizer.step()
+            log.append(line)
+            log_file.write(json.dumps(line) + "\n")
+            log_file.flush()
+            if callback is not None:
+                callback(step, line)
+            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+                _save(optimizer, parameters, config, folder, step + 1)
+            bar.update()
+            bar.set_postfix({k[5:]: f"{v:.3f}" for k, v in line.items() if k.startswith("loss_")})
+    model.eval()
+    return log
+
+
+def _log_path(place: Path) -> Path:
+    return place.with_name(place.name + ".log.jsonl")
+
+
+def _checkpoint_folder(place: Path) -> Path:
+    return place.with_name(place.name + ".checkpoint")
+
+
+def forget(place: Path) -> None:
+    """Remove a finished trial's checkpoint and log; the result holds the curve."""
+    shutil.rmtree(_checkpoint_folder(place), ignore_errors=True)
+    _log_path(place).unlink(missing_ok=True)
+
+
+def _save(optimizer, parameters: dict, config: Config, folder: Path, step: int) -> None:
+    """One safetensors file, renamed into place: parameters, Adam's moments, step and config."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        tensors[f"parameter.{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = torch.as_tensor(value)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"step": str(step), "config": json.dumps(config.to_json())}
+    weights.save(tensors, folder / "state.safetensors", metadata)
+
+
+@torch.no_grad()
+def _resume(
+    model: UniMoER, optimizer, parameters: dict, config: Config, folder: Path, log_path: Path
+) -> tuple[int, list[dict]]:
+    """Load the checkpoint if there is one; (first step to do, log of the steps before it)."""
+    path = folder / "state.safetensors"
+    if not path.exists():
+        log_path.unlink(missing_ok=True)
+        return 0, []
+    metadata = weights.read_metadata(path)
+    if Config.from_json(json.loads(metadata["config"])) != config:
+        raise ValueError(
+            f"{path} belongs to a run with another config: remove {folder} to start anew"
+        )
+    step, tensors = int(metadata["step"]), load_file(path, device=str(model.device))
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[f"parameter.{name}"])
+        optimizer.state[parameter] = {
+            key: tensors[f"{key}.{name}"].cpu() if key == "step" else tensors[f"{key}.{name}"]
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"{key}.{name}" in tensors
+        }
+    lines = [json.loads(line) for line in log_path.read_text().splitlines()[:step]]
+    part = log_path.with_name(log_path.name + ".part")
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(part, log_path)
+    return step, lines

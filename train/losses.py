@@ -1,0 +1,82 @@
+"""What is minimised: InfoNCE for the vectors, listwise or pointwise for the scores, balance."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def info_nce(
+    queries: Tensor,
+    documents: Tensor,
+    positive: Tensor,
+    relevant: Tensor,
+    temperature: float,
+    margin: float,
+) -> Tensor:
+    """Mean over queries of -log softmax(q . d / temperature) at the positive (arXiv 1807.03748).
+
+    All documents of the batch compete: the other queries' positives and everyone's hard negatives.
+    Left out as false negatives are documents that are judged relevant to the query, and those
+    whose cosine exceeds the positive's by more than `margin`.
+
+    Args:
+        queries: (B, D) unit vectors. documents: (M, D) unit vectors.
+        positive: (B,) int64, row of each query's positive.
+        relevant: (B, M) bool, what is known to be relevant (the positive included or not).
+        temperature: in (0, 1]; margin: in cosine.
+    """
+    scores = queries @ documents.t()  # (B, M)
+    own = scores.gather(1, positive[:, None])
+    false = relevant | (scores.detach() > own.detach() + margin)
+    false = false.scatter(1, positive[:, None], False)
+    return F.cross_entropy((scores / temperature).masked_fill(false, float("-inf")), positive)
+
+
+def listwise(scores: Tensor) -> Tensor:
+    """Mean over groups of -log softmax(score) at the positive, which is the first of its group.
+
+    Args:
+        scores: (groups, size) logits.
+    """
+    return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.int64, device=scores.device))
+
+
+def bce(scores: Tensor) -> Tensor:
+    """Binary cross-entropy of each pair; the positive weighs as much as its group's negatives.
+
+    Args:
+        scores: (groups, size) logits, the positive first.
+    """
+    target = torch.zeros_like(scores)
+    target[:, 0] = 1
+    weight = scores.new_tensor(scores.shape[1] - 1)
+    return F.binary_cross_entropy_with_logits(scores, target, pos_weight=weight)
+
+
+RERANKING = {"listwise": listwise, "bce": bce}
+
+
+def balance(weights: list[Tensor], kind: str) -> Tensor:
+    """Load balance: mean over layers of E sum_i f_i P_i, 1 when balanced (arXiv 2101.03961).
+
+    P_i is the mean weight of expert i over the whole mixed batch (balanced within each task it
+    would forbid routing by task). f_i is the mean weight again (`mean`), the share of texts whose
+    largest weight it has (`argmax`), or the share of texts that use it, normalised (`support`).
+
+    Args:
+        weights: (B, E) of each layer.
+    """
+    terms = []
+    for p in weights:
+        mean = p.mean(0)
+        if kind == "mean":
+            f = mean
+        elif kind == "argmax":
+            f = F.one_hot(p.argmax(-1), p.shape[-1]).to(p.dtype).mean(0)
+        elif kind == "support":
+            used = (p > 0).to(p.dtype)
+            f = (used / used.sum(-1, keepdim=True)).mean(0)
+        else:
+            raise ValueError(f"balance must be mean, argmax or support, got {kind!r}")
+        terms.append(p.shape[-1] * (f * mean).sum())
+    return torch.stack(terms).mean()
