@@ -4,7 +4,8 @@ A new experiment is a row in EXPERIMENTS, a new arm a row in its `arms`, a new s
 SCALES. A trial is one (experiment, arm, seed); its `Config` says everything about it.
 """
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,9 @@ class Config:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, raw: dict) -> "Config":
-        names = {f.name for f in fields(cls)}
-        return cls(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in names}
-        )
+    def from_json(cls, raw: dict[str, Any]) -> "Config":
+        lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        return cls(**lists)
 
 
 @dataclass(frozen=True)

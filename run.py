@@ -142,9 +142,7 @@ def run_trial(config: Config, arm: str, place: Path, bench: Workbench) -> dict:
     """Train and evaluate one arm with one seed; the result as it is stored."""
     started = time.perf_counter()
     model = bench.model(config)
-    data = TrainingData(
-        bench.collection, model.tokenizer, config, bench.states(model, config)
-    )
+    data = TrainingData(bench.collection, model.tokenizer, config, bench.states(model, config))
     prepared = time.perf_counter()
     log = train(model, data, config, place, title=f"{arm} seed {config.seed}")
     trained = time.perf_counter()
@@ -428,7 +426,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--split", default="", help="what is measured: test (default) or dev")
             sub.add_argument("--device", default="", help="cpu or cuda; default: what there is")
             sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
-            sub.add_argument("--no-prefix-cache", action="store_true", help="keep no states on disk")
+            sub.add_argument(
+                "--no-prefix-cache", action="store_true", help="keep no states on disk"
+            )
     return made
 
 

@@ -1,24 +1,21 @@
 """Text collections: Python's standard library, BEIR folders, BEIR sets of the Hugging Face hub."""
 
-import ast
 import gzip
 import hashlib
-import inspect
 import json
 import platform
 import re
 import sysconfig
-import tokenize
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError
+
+from eval.stdlib import DEV_SHARE, documented_functions, split_modules
 
 # The public BEIR sets (arXiv 2104.08663, table 1) on the hub and the splits of their qrels.
 HUB_SPLITS = (
@@ -28,15 +25,6 @@ HUB_SPLITS = (
     | dict.fromkeys(("webis-touche2020", "climate-fever"), ("test",))
 )
 NOT_ON_HUB = ("bioasq", "signal1m", "trec-news", "robust04", "cqadupstack")  # not as one set there
-
-# Left out of `stdlib`. Tests: their docstrings name test cases and their bodies repeat each other.
-# turtledemo, idlelib and lib2to3 are programs that come with Python, not a library, and are absent
-# from many installations. site-packages is not Python's own.
-EXCLUDED = {"test", "tests", "idle_test", "turtledemo", "idlelib", "lib2to3"}
-EXCLUDED |= {"site-packages", "dist-packages"}
-TEST_SHARE, DEV_SHARE = 0.30, 0.10  # of the pairs
-LARGE_SHARE = 0.03  # of the pairs: a module above this is for training
-MIN_WORDS = 3  # "Internal." or "See above." is no query
 
 
 @dataclass(frozen=True)
@@ -134,19 +122,12 @@ def fingerprint(
 # ---------------------------------------------------------------------------------------- stdlib
 
 
-class _Pair(NamedTuple):
-    id: str  # module.qualname, with :line on a clash
-    module: str  # top level
-    query: str
-    document: str
-
-
 def stdlib(root: Path) -> Collection:
     """The standard library under `root`: docstrings ask, functions answer.
 
     Query: the first sentence of the docstring of a function or method (not of one nested in
     another function: its text is part of the outer one). Document: its source, decorators
-    included, without docstrings. Whole top-level modules go to one split (`_split_modules`).
+    included, without docstrings. Whole top-level modules go to one split (`split_modules`).
 
     Duplicates: within a split, equal documents become one document and equal queries one query
     with several relevant documents; the domain of such a query is the module that most of its
@@ -154,13 +135,13 @@ def stdlib(root: Path) -> Collection:
     training: a pair whose query *or* document text also occurs in the test split is dropped from
     dev and train, one that occurs in dev is dropped from train.
     """
-    pairs = list(_pairs(root))
+    pairs = list(documented_functions(root))
     if not pairs:
         raise ValueError(
             f"no function with a docstring under {root}: this Python carries no sources of its "
             "standard library; use another one, or pass DATA=path or a BEIR name"
         )
-    split_of = _split_modules(Counter(pair.module for pair in pairs))
+    split_of = split_modules(Counter(pair.module for pair in pairs))
     corpus: dict[str, str] = {}
     queries: dict[str, str] = {}
     qrels: dict[str, dict[str, dict[str, int]]] = {split: {} for split in ("train", "dev", "test")}
@@ -195,91 +176,6 @@ def stdlib(root: Path) -> Collection:
     }
     mark = fingerprint(corpus, queries, qrels, domain)
     return Collection("stdlib", corpus, queries, qrels, domain, pools, mark, provenance)
-
-
-def _split_modules(sizes: Counter[str]) -> dict[str, str]:
-    """Top-level module -> split: walk the modules in the order of sha256(name) and fill test up to
-    30 % of the pairs, then dev up to 10 %; the rest is train. Modules of more than 3 % (tkinter
-    alone has 11 %) go to train at once: queries of one module are resampled together, and one
-    that is a third of the test set would widen every interval (effective modules 6, so 33).
-    """
-    total, seen, split = sum(sizes.values()), 0, {}
-    for module in sorted(sizes, key=_sha256):
-        if sizes[module] > LARGE_SHARE * total or seen >= (TEST_SHARE + DEV_SHARE) * total:
-            split[module] = "train"
-            continue
-        split[module] = "test" if seen < TEST_SHARE * total else "dev"
-        seen += sizes[module]
-    return split
-
-
-def _pairs(root: Path) -> Iterator[_Pair]:
-    """Every documented function under `root`, in the order of path and line."""
-    used: set[str] = set()
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        parts = path.relative_to(root).with_suffix("").parts
-        top = parts[0]
-        skip = any(part in EXCLUDED or part.startswith("test_") for part in parts)
-        # config-3.11-x86_64-linux-gnu and the like cannot be imported: files of the build
-        if skip or not all(part.isidentifier() for part in parts):
-            continue
-        with tokenize.open(path) as file:  # honours the coding line
-            source = file.read()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "invalid escape sequence" in somebody else's source
-            tree = ast.parse(source)
-        module = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-        lines = source.encode().splitlines(keepends=True)  # ast counts columns in bytes
-        for name, node in _functions(tree, module):
-            query = first_sentence(ast.get_docstring(node) or "")
-            words = sum(any(c.isalpha() for c in word) for word in query.split())
-            if words < MIN_WORDS or ">>>" in query:  # a doctest is no sentence
-                continue
-            if len(node.body) == 1:  # nothing but the docstring: no source to find
-                continue
-            name = name if name not in used else f"{name}:{node.lineno}"
-            used.add(name)
-            yield _Pair(name, top, query, _without_docstrings(node, lines))
-
-
-def _functions(
-    parent: ast.AST, prefix: str
-) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """(qualified name, node) of the functions and methods below `parent`, not of nested ones."""
-    for node in ast.iter_child_nodes(parent):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield f"{prefix}.{node.name}", node
-        elif isinstance(node, ast.ClassDef):
-            yield from _functions(node, f"{prefix}.{node.name}")
-        elif isinstance(node, ast.stmt | ast.ExceptHandler):  # if, try, with at module level
-            yield from _functions(node, prefix)
-
-
-def first_sentence(docstring: str) -> str:
-    """The first sentence of a docstring's first paragraph, on one line, without the full stop."""
-    paragraph = re.split(r"\n\s*\n", inspect.cleandoc(docstring).strip(), maxsplit=1)[0]
-    line = " ".join(paragraph.split())
-    end = re.search(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)(?<!cf)[.!?](?=\s+[^a-z\s])", line)
-    return (line[: end.start()] if end else line).rstrip(" .:")
-
-
-def _without_docstrings(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[bytes]) -> str:
-    """The function's source, dedented, decorators included; docstrings (also those of functions
-    and classes inside it, which are queries of nobody) cut out by their position."""
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    text = lines[first - 1 : node.end_lineno]
-    indent = text[0][: len(text[0]) - len(text[0].lstrip())]
-    for inner in ast.walk(node):
-        if not isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            continue
-        if ast.get_docstring(inner, clean=False) is None:
-            continue
-        doc = inner.body[0]
-        start, stop = doc.lineno - first, (doc.end_lineno or doc.lineno) - first
-        head, tail = text[start][: doc.col_offset], text[stop][doc.end_col_offset :]
-        rest = head + tail.lstrip(b"; \t")  # def f(): "docstring"; return 1
-        text[start : stop + 1] = [b""] * (stop - start) + [rest if rest.strip() else b""]
-    return b"".join(line.removeprefix(indent) for line in text).decode().rstrip()
 
 
 # ---------------------------------------------------------------------------------- BEIR folders

@@ -6,9 +6,7 @@ from torch import Tensor
 from eval.metrics import METRICS, evaluate
 
 
-def to_run(
-    scores: Tensor, pairs: list[tuple[str, str]]
-) -> dict[str, dict[str, float]]:
+def to_run(scores: Tensor, pairs: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
     """Scores (n,) of n (query id, document id) pairs as a run: query -> document -> score."""
     run: dict[str, dict[str, float]] = {}
     for (query, document), score in zip(pairs, scores.tolist(), strict=True):

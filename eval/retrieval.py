@@ -1,6 +1,5 @@
 """Full-corpus dense retrieval: every query against every document of the pool, exactly."""
 
-import torch
 from torch import Tensor
 
 

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 Arms = Mapping[str, np.ndarray]  # arm -> (S_a, Q) scores
-Clusters = Sequence[str] | None  # Q labels; None: each query its own cluster
+Clusters = Sequence[str] | np.ndarray | None  # Q labels; None: each query its own cluster
 TaskResult = dict[str, Any]  # one task of `verdict`, whose docstring lists the keys
 
 ALPHA = 0.05  # spent over all looks
@@ -254,18 +254,17 @@ def power(effect: float, se: float, df: float, alpha: float = ALPHA) -> float:
     if se <= 0 or df <= 0 or not 0 < alpha < 1:
         raise ValueError(f"need se > 0, df > 0, 0 < alpha < 1; found {se}, {df}, {alpha}")
     critical, shift = stats.t.isf(alpha / 2, df), abs(effect) / se
-    # The far tail is below Phi(-shift); scipy gives NaN where it vanishes.
-    far = stats.nct.cdf(-critical, df, shift) if shift < 5 else 0.0
+    far = np.nan_to_num(stats.nct.cdf(-critical, df, shift))  # scipy: NaN where it is under 1e-16
     return float(stats.nct.sf(critical, df, shift) + far)
 
 
 def smallest_detectable_effect(se: float, df: float, alpha: float, target: float = 0.8) -> float:
     """The effect, in the unit of se, at which `power` reaches target; 0 when se is 0."""
-    low, high = 0.0, 2 * float(stats.t.isf(alpha / 2, df) + stats.t.isf(1 - target, df))
-    while se > 0 and high - low > 1e-9 * high:  # power grows with the effect: halve the bracket
-        middle = (low + high) / 2
-        low, high = (middle, high) if power(middle, 1.0, df, alpha) < target else (low, middle)
-    return se * high
+    if not se > 0:  # 0, or NaN
+        return se
+    high = 2 * float(stats.t.isf(alpha / 2, df) + stats.t.isf(1 - target, df))
+    found = optimize.root_scalar(lambda x: power(x, 1.0, df, alpha) - target, bracket=(0, high))
+    return se * float(found.root)
 
 
 def alpha_at_look(seeds: int, previous: int | None = None, alpha: float = ALPHA) -> float:
@@ -350,8 +349,8 @@ def verdict(
     measurable; specialist, joint, moe, base, seed_sd (nDCG, 0 to 1); interference, interval, se
     (%), df, p, p_holm, p_randomisation, p_equivalence; smallest_detectable_effect (%) and its
     detectable_alpha = alpha / tasks, Holm's first step; gain_normalised and won_back (fractions)
-    with _interval, won_back_reason. Intervals are 95 %, not adjusted for looks. Holm's family is all
-    tasks, measurable or not. ValueError as `arm_mean`, or if base, clusters, specialist lack a task.
+    with _interval, won_back_reason. Intervals are 95 %, not adjusted for looks. Holm's family is
+    all tasks, measurable or not. ValueError as `arm_mean`, or if an argument lacks a task.
     """
     for name, table in (("base", base), ("clusters", clusters), ("specialist", specialist)):
         if missing := set(scores) - set(table):

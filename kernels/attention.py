@@ -27,6 +27,10 @@ def attention(
     Returns:
         (N, H, K)
     """
+    dtype = q.dtype
+    if q.device.type == "cpu" and dtype != torch.float64:
+        # PyTorch's CPU kernel converts 16-bit values block by block: 4 to 7 times slower backward.
+        q, k, v = q.float(), k.float(), v.float()
     repeat = q.shape[1] // k.shape[1]
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
@@ -43,7 +47,7 @@ def attention(
             *heads, attn_mask=mask, is_causal=causal and mask is None
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+    return torch.cat(outputs).to(dtype)
 
 
 def _window_mask(length: int, causal: bool, window: int, device: torch.device) -> Tensor:

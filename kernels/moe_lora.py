@@ -1,6 +1,6 @@
 """The MoE-LoRA linear as one bordered weight: base and all weighted deltas in one GEMM.
 
-For linears that share an input x, with frozen W, experts A_i, B_i, gates w_i and s_i = alpha_i / r_i:
+For linears that share an input x, frozen W, experts A_i, B_i, gates w_i, s_i = alpha_i / r_i:
 
     y = W x + sum_i w_i s_i B_i A_i x
 
@@ -32,7 +32,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Linear:
-    """Where one linear of a group lies in M (rows of W, rows of A) and in [S_first | x | S_rest]."""
+    """Where one linear lies in M (rows of W, rows of A) and in [S_first | x | S_rest]."""
 
     rows: slice
     rank_rows: slice

@@ -89,6 +89,7 @@ class LinearGroup(nn.Module):
             self.lora_A[name] = nn.Parameter(torch.empty(rank, in_features, dtype=master))
             self.lora_B[name] = nn.Parameter(torch.zeros(outs[name], rank, dtype=master))
         self._copied: tuple | None = None
+        self._stepped = False  # whether an optimizer may have run since that copy
         if rank:
             self.reset_parameters()
 
@@ -106,24 +107,29 @@ class LinearGroup(nn.Module):
         return self.layout.linears[list(self.outs).index(name)]
 
     def _masters(self) -> list[Tensor]:
-        return [
-            p for name in self.adapted_names for p in (self.lora_A[name], self.lora_B[name])
-        ]
+        return [p for name in self.adapted_names for p in (self.lora_A[name], self.lora_B[name])]
 
     @torch.no_grad()
     def _copy_masters(self, masters: list[Tensor]) -> None:
         """Renew the borders of M where the masters were written since the last copy."""
         state = tuple((id(p), p._version) for p in masters), self.bordered.data_ptr()
-        if state == self._copied:
+        same = state == self._copied
+        if same and not self._stepped:
             return
+        # Fused optimizers write without raising the version, so copy after every backward. Then the
+        # values may well be the same, and graphs that wait for theirs must not be told otherwise.
+        bordered = self.bordered.data if same else self.bordered
         rank = self.layout.rank
         for name in self.adapted_names:
             at = self._linear(name)
             a_rows = slice(at.rank_rows.start, at.rank_rows.start + rank)
-            self.bordered[a_rows, self.layout.x].copy_(self.lora_A[name])
+            bordered[a_rows, self.layout.x].copy_(self.lora_A[name])
             b_cols = slice(at.spare.start, at.spare.start + rank)
-            self.bordered[at.rows, b_cols].copy_(self.lora_B[name])
-        self._copied = state
+            bordered[at.rows, b_cols].copy_(self.lora_B[name])
+        self._copied, self._stepped = state, False
+
+    def _mark_stepped(self, grad: Tensor) -> None:
+        self._stepped = True
 
     def forward(self, x: Tensor, gates: Tensor | None) -> tuple[Tensor, ...]:
         """All linears of the group, in the order they were named.
@@ -141,6 +147,8 @@ class LinearGroup(nn.Module):
         self._copy_masters(masters)
         dropout = self.dropout if self.training else 0.0
         windows = bordered_linear(self.layout, self.bordered, x, gates, masters, dropout)
+        if windows[0].requires_grad:
+            windows[0].register_hook(self._mark_stepped)
         sizes = list(self.outs.values())
         split = [sizes] if len(windows) == 1 else [sizes[:1], sizes[1:]]
         return tuple(

@@ -64,7 +64,7 @@ def _compute(
     out: np.ndarray,
     starts: np.ndarray,
     budget: int,
-    advance: Callable[[int], None],
+    advance: Callable[[int], object],
 ) -> None:
     stored = _stored_dtype(decoder.embed_tokens.weight.dtype)
     device = decoder.embed_tokens.weight.device
@@ -91,7 +91,7 @@ def prefix_states(
     *,
     budget: int = 4096,
     limit_bytes: int = 8 << 30,
-    advance: Callable[[int], None] = lambda tokens: None,
+    advance: Callable[[int], object] = lambda tokens: None,
 ) -> PrefixStates:
     """The states of `ids` before the decoder's first adapted layer.
 
@@ -128,7 +128,7 @@ def prefix_states(
         _compute(decoder, ids, first_layer, out, starts, budget, advance)
         out.flush()
         if folder is not None:
-            header = {"key": key.hexdigest(), "crc32": zlib.crc32(out), "shape": shape}
+            header = {"key": key.hexdigest(), "crc32": zlib.crc32(out.data), "shape": shape}
             note = folder / f"{name}.json"
             # The note goes first: a states file without its note is never believed.
             note.with_suffix(".json.part").write_text(json.dumps(header))
@@ -153,7 +153,7 @@ def _open(path: Path, shape: tuple[int, int], key: str) -> np.ndarray | None:
     if {k: header.get(k) for k in expected} == expected:
         if path.stat().st_size == 2 * shape[0] * shape[1]:
             states = np.memmap(path, dtype=np.int16, mode="r+", shape=shape)
-            if zlib.crc32(states) == header.get("crc32"):
+            if zlib.crc32(states.data) == header.get("crc32"):
                 os.utime(path)
                 return states
     print(f"{path}: damaged, made again")

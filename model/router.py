@@ -81,6 +81,8 @@ class Router(nn.Module):
             raise ValueError(f"always_on {config.always_on!r} is none of the experts {experts}")
         self.config, self.experts = config, experts
         self.routed = tuple(name for name in experts if name != config.always_on)
+        if not self.routed:
+            raise ValueError(f"no expert of {experts} is left to be routed beside always_on")
         if config.kind == "task" or config.task_prior:
             missing = [task for task in TASKS if task not in self.routed]
             if missing:
@@ -91,10 +93,10 @@ class Router(nn.Module):
         if config.kind in LEARNED:
             self.up = nn.Linear(features, config.hidden)
             self.down = nn.Linear(config.hidden, len(self.routed))
-            self.reset_parameters()
         if config.kind == "sparsegen":
-            # c = 0.1 + softplus(v) starts at 2: dense for logits within 2/3 of each other.
-            self.v = nn.Parameter(torch.tensor(math.log(math.expm1(1.9))))
+            self.v = nn.Parameter(torch.empty(()))
+        if config.kind in LEARNED:
+            self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Small logits, so every expert starts with a share and a gradient."""
@@ -102,6 +104,9 @@ class Router(nn.Module):
         nn.init.normal_(self.down.weight, std=0.02, generator=generator)
         nn.init.zeros_(self.up.bias)
         nn.init.zeros_(self.down.bias)
+        if self.config.kind == "sparsegen":
+            # c = 0.1 + softplus(v) starts at 2: dense for logits within 2/3 of each other.
+            nn.init.constant_(self.v, math.log(math.expm1(1.9)))
 
     @property
     def c(self) -> Tensor:

@@ -44,9 +44,7 @@ class Tokenizer:
         ValueError: the end token is not in the vocabulary, or document_tokens < 1.
     """
 
-    def __init__(
-        self, folder: Path, prompts: Prompts, document_tokens: int, end_token: str = ""
-    ):
+    def __init__(self, folder: Path, prompts: Prompts, document_tokens: int, end_token: str = ""):
         if document_tokens < 1:
             raise ValueError(f"document_tokens must be at least 1, got {document_tokens}")
         path = folder / "tokenizer.json"
@@ -61,7 +59,7 @@ class Tokenizer:
         if not known:
             raise ValueError(f"{path}: none of {[end_token] if end_token else END_TOKENS} in it")
         self.end_token = known[0]
-        self.end_id: int = self.fast.token_to_id(self.end_token)
+        self.end_id = self.fast.token_to_id(self.end_token)
 
     def id(self, token: str) -> int | None:
         return self.fast.token_to_id(token)
@@ -93,7 +91,8 @@ class Tokenizer:
             # A token that begins in the template (" The" after "Document:") belongs to the text.
             if left < stop and right > start:
                 inside += 1
-                if inside > self.document_tokens:
+                # One that ends in the template (".</" before "</doc>") stays: it is both.
+                if inside > self.document_tokens and right <= stop:
                     continue
             ids.append(token)
         if not ids or ids[-1] != self.end_id:

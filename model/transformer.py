@@ -223,6 +223,8 @@ class DecoderLayer(nn.Module):
             ]
             owner = [i for i, rank in enumerate(lora.ranks) for _ in range(rank)]
             master = torch.float64 if dtype == torch.float64 else torch.float32
+            self.scale: Tensor  # (R,) alpha_i / r_i repeated over the ranks
+            self.owner: Tensor  # (R,) which expert each rank belongs to
             self.register_buffer("scale", torch.tensor(scale, dtype=master), persistent=False)
             self.register_buffer("owner", torch.tensor(owner), persistent=False)
 
@@ -348,7 +350,7 @@ class Decoder(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():
                 x, used = checkpoint(
                     layer, x, batch, cos, sin, tasks, weights, base, use_reentrant=False
-                )  # pyright: ignore[reportGeneralTypeIssues]
+                )
             else:
                 x, used = layer(x, batch, cos, sin, tasks, weights, base)
             if used is not None:

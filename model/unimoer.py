@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -66,8 +67,9 @@ class ModelConfig:
     def from_json(cls, raw: dict) -> "ModelConfig":
         raw = dict(raw, prompts=Prompts(**raw["prompts"]))
         if raw["lora"] is not None:
-            lists = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["lora"].items()}
-            raw["lora"] = LoRAConfig(**lists)
+            lora: dict[str, Any] = raw["lora"]
+            lora = {k: tuple(v) if isinstance(v, list) else v for k, v in lora.items()}
+            raw["lora"] = LoRAConfig(**lora)
         if raw["router"] is not None:
             raw["router"] = RouterConfig(**raw["router"])
         return cls(**raw)
@@ -85,9 +87,7 @@ class UniMoER(nn.Module):
         folder = bases.resolve(config.base, config.revision)
         shape = DecoderConfig.read(folder, config.layers, config.causal)
         self.config, self.identity = config, bases.identity(folder)
-        self.tokenizer = Tokenizer(
-            folder, config.prompts, config.document_tokens, config.end_token
-        )
+        self.tokenizer = Tokenizer(folder, config.prompts, config.document_tokens, config.end_token)
         self.decoder = Decoder(
             shape, config.lora, config.router, DTYPES[config.dtype], config.checkpointing
         )
@@ -227,7 +227,11 @@ class UniMoER(nn.Module):
         return out
 
     def encode(
-        self, texts: Sequence[str], *, task: str = "document", budget: int = 4096,
+        self,
+        texts: Sequence[str],
+        *,
+        task: str = "document",
+        budget: int = 4096,
         progress: bool | None = None,
     ) -> Tensor:
         """Unit vectors of texts.
@@ -344,7 +348,9 @@ class UniMoER(nn.Module):
             if mine[name].shape != tensors[name].shape
         ]
         if problems:
-            raise ValueError(f"{source} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
+            raise ValueError(
+                f"{source} does not fit the model:\n  " + "\n  ".join(sorted(problems))
+            )
         for name, parameter in mine.items():
             parameter.copy_(tensors[name])
 

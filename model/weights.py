@@ -314,7 +314,7 @@ def _copy(path: Path, name: str, info: TensorInfo, target: torch.Tensor) -> None
         mapped = mmap.mmap(file.fileno(), info.end - page, access=mmap.ACCESS_COPY, offset=page)
     offset = info.begin - page
     if offset % dtype.itemsize:  # old writers did not align the data: move one tensor
-        mapped, offset = bytearray(mapped[offset:]), 0
+        mapped, offset = bytearray(memoryview(mapped)[offset:]), 0
     source = torch.frombuffer(mapped, dtype=dtype, count=math.prod(info.shape), offset=offset)
     target.copy_(source.view(info.shape))
     if dtype.is_floating_point and torch.finfo(dtype).max > torch.finfo(target.dtype).max:

@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 END = "<|endoftext|>"
-# "yes" and "no" come often enough to become single tokens, the other lines give some merges.
-LINES = ["yes", "no"] * 50 + [
+# "yes", "no" and ".</" come often enough to become single tokens; the others give some merges.
+LINES = ["yes", "no", ".</"] * 50 + [
     "Query: what is the capital of France?",
     "Document: The capital of France is Paris, on the Seine.",
     "def read(path): return the text of the file, or None.",

@@ -1,4 +1,4 @@
-"""The fixed micro-batches of a trial: the same pairs for every arm and seed, in the seed's order."""
+"""The fixed micro-batches of a trial: one set of pairs for all arms, in the seed's order."""
 
 import random
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class TrainingData:
     def __init__(
         self, collection: Collection, tokenizer: Tokenizer, config: Config, states: WithStates
     ):
-        self.config = config
+        self.config, self.corpus = config, collection.corpus
         judged = require_split(collection, "train")
         self.relevant = {
             query: {d: grade for d, grade in row.items() if grade > 0}
@@ -119,7 +119,9 @@ class TrainingData:
         # A document that serves two queries appears once: it is no negative of its own query.
         documents = list(dict.fromkeys([self.positive[q] for q in queries] + hard))
         row = {d: i for i, d in enumerate(documents)}
-        relevant = torch.tensor([[d in self.relevant[q] for d in documents] for q in queries])
+        # By text, not by id: a copy under another id is as relevant.
+        known = [{self.corpus[d] for d in self.relevant[q]} for q in queries]
+        relevant = torch.tensor([[self.corpus[d] in texts for d in documents] for texts in known])
         return EmbeddingBatch(
             queries=[self.query_at[q] for q in queries],
             documents=[self.document_at[d] for d in documents],

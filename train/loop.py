@@ -84,9 +84,8 @@ def routing_line(routing: dict[str, list[Tensor]], experts: tuple[str, ...]) -> 
             [torch.special.entr(w.detach().float()).sum(-1).mean() for w in layers]
         )
         line[f"entropy_{task}"] = round(entropy.mean().item(), 4)
-    mixed = torch.stack(
-        [torch.cat([w.detach().float() for w in layer]).mean(0) for layer in zip(*routing.values())]
-    )
+    layers = zip(*routing.values(), strict=True)
+    mixed = torch.stack([torch.cat(layer).detach().float().mean(0) for layer in layers])
     dead = (mixed < 0.01).float().mean(0) > 0.5
     alarm = [name for name, is_dead in zip(experts, dead.tolist(), strict=True) if is_dead]
     if alarm:
@@ -147,7 +146,7 @@ def train(
                 aux = losses.balance(mixed, config.balance)
                 total = total + config.balance_weight * aux
                 line["loss_balance"] = aux.item()
-                line |= routing_line(routing, model.config.lora.experts)  # type: ignore[union-attr]
+                line |= routing_line(routing, config.experts)
             optimizer.zero_grad(set_to_none=True)
             total.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip).item()

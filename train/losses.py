@@ -38,7 +38,9 @@ def listwise(scores: Tensor) -> Tensor:
     Args:
         scores: (groups, size) logits.
     """
-    return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.int64, device=scores.device))
+    return F.cross_entropy(
+        scores, torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+    )
 
 
 def bce(scores: Tensor) -> Tensor:

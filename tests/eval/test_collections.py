@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from eval import collections as C
+from eval import stdlib as S
 
 CORPUS = [{"_id": "d1", "title": "One", "text": "first"}, {"_id": "d2", "text": ""}]
 QUERIES = [{"_id": "q1", "text": "which is first?"}, {"_id": "q2", "text": "which is empty?"}]
@@ -354,7 +355,7 @@ def test_stdlib_is_well_formed(stdlib):
         assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef), key
         assert ast.get_docstring(node) is None, key
     for text in stdlib.queries.values():
-        assert text == " ".join(text.split()) and len(text.split()) >= C.MIN_WORDS
+        assert text == " ".join(text.split()) and len(text.split()) >= S.MIN_WORDS
 
 
 def test_stdlib_is_the_same_in_another_process(stdlib):
@@ -373,7 +374,7 @@ def tree(root: Path, monkeypatch, split: dict[str, str], **files: str) -> C.Coll
         path = root / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source, encoding="utf-8")
-    monkeypatch.setattr(C, "_split_modules", lambda sizes: {m: split[m] for m in sizes})
+    monkeypatch.setattr(C, "split_modules", lambda sizes: {m: split[m] for m in sizes})
     return C.stdlib(root)
 
 
@@ -490,8 +491,8 @@ def test_modules_are_split_by_share_and_large_ones_train():
     sizes = Counter({f"m{i}": 5 + i % 7 for i in range(300)})
     small = sum(sizes.values())
     sizes["large"] = small // 10
-    split = C._split_modules(sizes)
-    assert split == C._split_modules(Counter(dict(reversed(sizes.items()))))
+    split = S.split_modules(sizes)
+    assert split == S.split_modules(Counter(dict(reversed(sizes.items()))))
     assert split.keys() == sizes.keys() and split["large"] == "train"
     share = dict.fromkeys(split.values(), 0.0)
     for module, where in split.items():
@@ -500,7 +501,7 @@ def test_modules_are_split_by_share_and_large_ones_train():
     assert share["dev"] == pytest.approx(0.10, abs=0.01)
     # one module less moves only what lies at the two borders
     del sizes["m7"]
-    fewer = C._split_modules(sizes)
+    fewer = S.split_modules(sizes)
     assert sum(fewer[m] != split[m] for m in fewer) <= 4
 
 
@@ -519,4 +520,4 @@ def test_modules_are_split_by_share_and_large_ones_train():
     ],
 )
 def test_first_sentence(docstring, sentence):
-    assert C.first_sentence(docstring) == sentence
+    assert S.first_sentence(docstring) == sentence

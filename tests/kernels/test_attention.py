@@ -39,6 +39,18 @@ def test_equals_the_definition(causal: bool, window: int | None, heads: int, kv_
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Its own dtype out; the error is that of rounding the inputs and the result."""
+    tensors = [t.to(dtype) for t in qkv(LENGTHS, 4, 2)]
+    found = attention(*tensors, runs(LENGTHS), causal=True)
+    parts = zip(*(t.double().split(LENGTHS) for t in tensors), strict=True)
+    expected = torch.cat([reference.attention(*part, True, None) for part in parts])
+    assert found.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=2 * eps, atol=2 * eps)
+
+
 def test_definition_by_hand() -> None:
     """Two tokens, one head of size 1: scores q k, softmax by hand, in and out of the window."""
     q = torch.tensor([1.0, 2.0]).view(2, 1, 1)

@@ -165,12 +165,15 @@ def test_rounds_no_worse_than_the_plain_formula(
     if rows == 1:
         del truth["gates"]  # three numbers: their RMS error is luck
 
+    # bf16: what rounding the exact result once costs. fp32 also adds up in fp32, and there a GEMM's
+    # order of summation is a little worse than the pairwise sums that plain PyTorch may use.
+    units = 0.25 if dtype == torch.bfloat16 else 1.0
+
     def rms(t: Tensor) -> float:
         return t.double().square().mean().sqrt().item()
 
     for name, expected in truth.items():
-        # what rounding the exact result once would cost
-        floor = 0.25 * torch.finfo(dtype).eps * rms(expected)
+        floor = units * torch.finfo(dtype).eps * rms(expected)
         error, bound = rms(found[name] - expected), 1.5 * rms(plain[name] - expected) + floor
         assert 0 < error <= bound, f"{name}: RMS error {error:.2e}, bound {bound:.2e}"
 

@@ -278,8 +278,10 @@ def test_a_failed_conversion_leaves_nothing(cache, monkeypatch):
 
 
 def test_two_processes_at_once(tmp_path, tiny):
-    code = (
-        "import sys; from model import bases; bases.GGUF_SHA256 = sys.argv[2]; "
+    code = (  # slow enough that the second comes while the first is at it
+        "import sys, time; from model import bases; bases.GGUF_SHA256 = sys.argv[2]; "
+        "real = bases.convert_gguf; "
+        "bases.convert_gguf = lambda *given: (time.sleep(2), real(*given)); "
         "print(bases.prepare([sys.argv[1]]))"
     )
     command = [sys.executable, "-c", code, str(tiny), bases._sha256(tiny)]

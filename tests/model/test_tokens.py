@@ -1,0 +1,214 @@
+"""Text to ids: the document alone is cut, and every text ends with the end token, by id."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.processors import TemplateProcessing
+
+from model.tokens import Prompts, Tokenizer
+
+LONG = "the quick brown fox jumps over the lazy dog and runs into the forest " * 20
+WRAPPED = Prompts(
+    query="Instruct: find it\nQuery:{query}",
+    document="<doc>{document}</doc>",
+    pair="Judge.\nQuery: {query}\nDocument: {document}\nAnswer yes or no:",
+)
+
+
+def make(folder: Path, prompts: Prompts = WRAPPED, document_tokens: int = 8) -> Tokenizer:
+    return Tokenizer(folder, prompts, document_tokens)
+
+
+def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """What the ids say, without the end token, of which there must be one, at the end."""
+    assert ids[-1] == tokenizer.end_id and ids.count(tokenizer.end_id) == 1
+    return tokenizer.fast.decode(ids, skip_special_tokens=False).removesuffix(tokenizer.end_token)
+
+
+def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.fast.encode(text).ids
+
+
+def test_short_texts_are_whole(tiny_base: Path) -> None:
+    tokenizer = make(tiny_base, document_tokens=100)
+    (query,) = tokenizer.queries(["what is this"])
+    (document,) = tokenizer.documents(["this is a pen"])
+    (pair,) = tokenizer.pairs([("what is this", "this is a pen")])
+    assert text_of(tokenizer, query) == "Instruct: find it\nQuery:what is this"
+    assert text_of(tokenizer, document) == "<doc>this is a pen</doc>"
+    assert text_of(tokenizer, pair) == (
+        "Judge.\nQuery: what is this\nDocument: this is a pen\nAnswer yes or no:"
+    )
+
+
+def test_ids_are_those_of_the_filled_template(tiny_base: Path) -> None:
+    """Not of its parts one by one: " a" is one token after "Document:"."""
+    tokenizer = make(tiny_base, document_tokens=100)
+    (pair,) = tokenizer.pairs([("what", "a pen")])
+    filled = "Judge.\nQuery: what\nDocument: a pen\nAnswer yes or no:"
+    assert pair == [*plain_ids(tokenizer, filled), tokenizer.end_id]
+
+
+def test_only_the_document_is_cut(tiny_base: Path) -> None:
+    """Query, instruction and suffix stay whole even when the query is far longer than the limit."""
+    tokenizer = make(tiny_base, document_tokens=8)
+    (query,) = tokenizer.queries([LONG])
+    assert text_of(tokenizer, query) == f"Instruct: find it\nQuery:{LONG}"
+    (pair,) = tokenizer.pairs([(LONG, LONG)])
+    found = text_of(tokenizer, pair)
+    head, tail = f"Judge.\nQuery: {LONG}\nDocument: ", "\nAnswer yes or no:"
+    assert found.startswith(head) and found.endswith(tail)
+    kept = found.removeprefix(head).removesuffix(tail)
+    assert kept and LONG.startswith(kept)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 50])
+def test_the_limit_counts_the_document_alone(tiny_base: Path, limit: int) -> None:
+    tokenizer = make(tiny_base, Prompts(), limit)
+    (document,) = tokenizer.documents([LONG])
+    assert document == [*plain_ids(tokenizer, LONG)[:limit], tokenizer.end_id]
+    whole = Tokenizer(tiny_base, WRAPPED, 10_000)
+    cut = Tokenizer(tiny_base, WRAPPED, limit)
+    removed = len(whole.pairs([("q", LONG)])[0]) - len(cut.pairs([("q", LONG)])[0])
+    # in " the" the blank is the template's and the word the document's: one token of the document
+    assert removed == len(plain_ids(tokenizer, " " + LONG)) - limit
+
+
+def test_document_before_the_query(tiny_base: Path) -> None:
+    prompts = Prompts(pair="Document: {document}\nQuery: {query}\nAnswer:")
+    tokenizer = make(tiny_base, prompts, 3)
+    (pair,) = tokenizer.pairs([(LONG, LONG)])
+    found = text_of(tokenizer, pair)
+    assert found.endswith(f"\nQuery: {LONG}\nAnswer:")
+    kept = found.removeprefix("Document: ").removesuffix(f"\nQuery: {LONG}\nAnswer:")
+    assert len(plain_ids(tokenizer, " " + kept)) == 3
+
+
+@pytest.mark.parametrize("limit", [2, 8, 10_000])
+def test_a_token_shared_with_the_suffix_stays(tiny_base: Path, limit: int) -> None:
+    """ ".</" is one token: cutting it with the document would cut the template too."""
+    tokenizer = make(tiny_base, document_tokens=limit)
+    assert tokenizer.id(".</") is not None
+    (ids,) = tokenizer.documents([LONG.strip() + "."])
+    found = text_of(tokenizer, ids)
+    assert found.startswith("<doc>the") and found.endswith("</doc>")
+
+
+def test_braces_in_texts_are_just_text(tiny_base: Path) -> None:
+    """A query may spell the document's place, a document Python's format fields."""
+    tokenizer = make(tiny_base, document_tokens=100)
+    query, document = "what is {document}?", "f'{query} {x!r} {{}} {0}'"
+    (pair,) = tokenizer.pairs([(query, document)])
+    assert text_of(tokenizer, pair) == (
+        f"Judge.\nQuery: {query}\nDocument: {document}\nAnswer yes or no:"
+    )
+    tokenizer = make(tiny_base, document_tokens=4)
+    (pair,) = tokenizer.pairs([(query, LONG)])
+    assert f"Query: {query}\nDocument: the" in text_of(tokenizer, pair)
+
+
+def test_empty_texts(tiny_base: Path) -> None:
+    tokenizer = make(tiny_base, Prompts(), 4)
+    assert tokenizer.documents([""]) == [[tokenizer.end_id]]
+    (pair,) = tokenizer.pairs([("", "")])
+    assert text_of(tokenizer, pair) == "Query: \nDocument: "
+    assert tokenizer.queries([]) == tokenizer.documents([]) == tokenizer.pairs([]) == []
+
+
+def test_unicode_is_cut_between_tokens_of_bytes(tiny_base: Path) -> None:
+    """A character of four bytes is four tokens here, all at the same place in the text."""
+    tokenizer = make(tiny_base, WRAPPED, 6)
+    (document,) = tokenizer.documents(["🦊" * 10])
+    inside = document[len(plain_ids(tokenizer, "<doc>")) : -1 - len(plain_ids(tokenizer, "</doc>"))]
+    assert inside == plain_ids(tokenizer, "🦊" * 10)[:6]
+
+
+def test_a_text_does_not_depend_on_its_company(tiny_base: Path) -> None:
+    tokenizer = make(tiny_base, document_tokens=1000)
+    texts = ["a", LONG, "pen"]
+    assert tokenizer.documents(texts) == [tokenizer.documents([t])[0] for t in texts]
+    assert len({len(ids) for ids in tokenizer.documents(texts)}) == 3
+
+
+def rewrite(folder: Path, change: Callable[[FastTokenizer], None]) -> Path:
+    path = folder / "tokenizer.json"
+    fast = FastTokenizer.from_file(str(path))
+    change(fast)
+    fast.save(str(path))
+    return folder
+
+
+def test_truncation_and_padding_of_the_file_do_not_count(make_base: Callable[..., Path]) -> None:
+    def change(fast: FastTokenizer) -> None:
+        fast.enable_truncation(5)
+        fast.enable_padding(length=30)
+
+    tokenizer = make(rewrite(make_base(), change), document_tokens=100)
+    short, long = tokenizer.queries(["a", LONG])
+    assert text_of(tokenizer, short) == "Instruct: find it\nQuery:a"
+    assert text_of(tokenizer, long) == f"Instruct: find it\nQuery:{LONG}"
+
+
+def test_begin_token_of_the_file_stays(make_base: Callable[..., Path]) -> None:
+    """Mistral's tokenizer.json puts <s> first; it is no part of the document."""
+
+    def change(fast: FastTokenizer) -> None:
+        fast.add_special_tokens(["<s>"])
+        fast.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", fast.token_to_id("<s>"))]
+        )
+
+    tokenizer = make(rewrite(make_base(), change), Prompts(), 2)
+    (document,) = tokenizer.documents([LONG])
+    assert document[0] == tokenizer.id("<s>") and document[-1] == tokenizer.end_id
+    assert len(document) == 4
+    assert tokenizer.documents([""]) == [[tokenizer.id("<s>"), tokenizer.end_id]]
+
+
+def test_end_token_that_the_file_appends_is_not_doubled(make_base: Callable[..., Path]) -> None:
+    def change(fast: FastTokenizer) -> None:
+        fast.post_processor = TemplateProcessing(
+            single="$A <|endoftext|>",
+            special_tokens=[("<|endoftext|>", fast.token_to_id("<|endoftext|>"))],
+        )
+
+    tokenizer = make(rewrite(make_base(), change), document_tokens=3)
+    (document,) = tokenizer.documents([LONG])
+    assert text_of(tokenizer, document).endswith("</doc>")
+
+
+def test_end_token_by_name(make_base: Callable[..., Path]) -> None:
+    folder = rewrite(make_base(), lambda fast: fast.add_special_tokens(["<|im_end|>", "</s>"]))
+    assert make(folder).end_token == "<|endoftext|>", "the first of the known ones"
+    chosen = Tokenizer(folder, WRAPPED, 8, "<|im_end|>")
+    assert chosen.queries(["a"])[0][-1] == chosen.id("<|im_end|>") == chosen.end_id
+    with pytest.raises(ValueError, match=r"none of \['<eos>'\]"):
+        Tokenizer(folder, WRAPPED, 8, "<eos>")
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_limits_below_one(tiny_base: Path, limit: int) -> None:
+    with pytest.raises(ValueError, match=f"at least 1, got {limit}"):
+        make(tiny_base, document_tokens=limit)
+
+
+def test_missing_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tokenizer.json is missing"):
+        make(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("query", "Query:"),
+        ("query", "{query} {query}"),
+        ("document", "{query}"),
+        ("pair", "{query}"),
+        ("pair", "{document}"),
+    ],
+)
+def test_bad_templates(name: str, template: str) -> None:
+    with pytest.raises(ValueError, match=f"prompt '{name}' needs"):
+        Prompts(**{name: template})
