@@ -1,6 +1,9 @@
-"""The report's figures, for a two-column paper: PNG and SVG, the same bytes for the same trials."""
+"""What a report shows of a verdict: its tables as Markdown and its figures as PNG and SVG.
 
-from collections.abc import Iterable, Mapping
+The figures are sized for a two-column paper, and the same trials give the same bytes.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,16 @@ Arms = Mapping[str, Mapping[int, dict]]  # arm -> seed -> trial as stored
 
 NAMES = ("scores", "curves", "routing")
 WIDTH = 6.8  # inches: both columns
-TASKS = {"embedding": "Retrieval", "reranking": "Reranking"}
+TASKS = {"embedding": "retrieval", "reranking": "reranking"}  # a task -> its name in the text
+METRIC = "ndcg_cut_10"  # what decides
+METRICS = {METRIC: "nDCG@10", "map": "MAP", "recip_rank": "MRR", "recall_100": "Recall@100"}
+OTHER = [(t, m) for t in TASKS for m in METRICS if m != METRIC]
+OTHER.remove(("reranking", "recall_100"))  # the candidates set it, no arm changes it
+REFERENCE_ROWS = {
+    "bm25": "BM25",
+    "untrained": "untrained base (reranking: mean of 20 random heads)",
+    "ceiling": "ceiling of the BM25 candidates",
+}
 EXPERTS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # Okabe and Ito's palette. The specialists share a colour: no panel has both.
 COLOURS = {
@@ -28,23 +40,26 @@ SPARE = ("#CC79A7", "#E69F00", "#56B4E9", "#000000")  # for arms not named above
 DASHES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1.2)))  # tells lines apart in grey
 REFERENCES = {"bm25": "BM25", "untrained": "untrained", "ceiling": "ceiling"}
 GREY = "#666666"
-STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1.2,
-    "figure.dpi": 100,
-    "savefig.dpi": 300,
-    "svg.hashsalt": "unimoer",
+CAPTIONS = {
+    "scores": "nDCG@10 of each arm: mean over seeds (large dot) with its 95 % interval over seeds "
+    "and queries, single seeds (small dots); below, interference beside the limits of the rule.",
+    "curves": "Training loss: single seeds (faint), and their mean after smoothing over a tenth of "
+    "the steps, in a band from the lowest to the highest seed.",
+    "routing": "Joint-MoE's expert weights, averaged over layers and texts of a batch and smoothed "
+    "over a tenth of the steps; mean over seeds in a band from lowest to highest; grey: uniform.",
+}
+AGAINST = (
+    "The other arms against Joint-Single, in points of nDCG@10 with 95 % intervals; above 0 the "
+    "arm is the better one. p is not adjusted for the number of arms. Won back: what the arm is "
+    "above Joint-Single as a share of that loss, told only where the loss's interval excludes 0."
+)
+STYLE: dict[Any, Any] = {
+    **{f"{kind}size": 8 for kind in ("font.", "axes.title", "axes.label", "legend.font")},
+    **{f"{axis}tick.labelsize": 8 for axis in "xy"},
+    **{f"{axis}tick.major.width": 0.6 for axis in "xy"},
+    **{f"axes.spines.{side}": False for side in ("top", "right")},
+    **{"axes.linewidth": 0.6, "lines.linewidth": 1.2, "legend.frameon": False},
+    **{"figure.dpi": 100, "savefig.dpi": 300, "svg.hashsalt": "unimoer"},
 }
 
 
@@ -76,7 +91,7 @@ def scores(verdict: dict[str, Any]) -> Figure:
         task: [a for a, row in verdict["arms"].items() if task in (row["tasks"] or TASKS)]
         for task in TASKS
     }
-    count = max(map(len, rows.values()))
+    count = max(3, *map(len, rows.values()))
     effects = _effects(verdict)
     top, bottom = 0.19 * count + 0.95, 0.22 * len(effects) + 0.75
     figure = Figure(figsize=(WIDTH, top + (bottom if effects else 0)), layout="constrained")
@@ -93,32 +108,30 @@ def _score_panel(axes: Axes, verdict: dict[str, Any], task: str, arms: list[str]
     for at, arm in enumerate(arms):
         if (found := verdict["arms"][arm]["scores"].get(task)) is None:
             axes.text(0.02, at, "missing", transform=axes.get_yaxis_transform(), color=GREY,
-                      va="center", style="italic")  # fmt: skip
+                      va="center", style="italic",
+                      bbox={"fc": "white", "ec": "none", "pad": 1})  # fmt: skip
             continue
         colour = COLOURS.get(arm, GREY)
         if found["interval"]:
             low, high = (100 * v for v in found["interval"])
             axes.plot([low, high], [at, at], color=colour, linewidth=1.2, solid_capstyle="butt")
-        axes.plot(100 * found["ndcg_cut_10"], at, "o", color=colour, markersize=4.2)
+        axes.plot(100 * found[METRIC], at, "o", color=colour, markersize=4.2)
         seeds = [100 * v for v in found["by_seed"]]
         axes.plot(seeds, [at + 0.28] * len(seeds), "o", color=colour, markersize=2.2, alpha=0.6,
                   markeredgewidth=0)  # fmt: skip
-    lines = [(name, verdict["references"][name][task]) for name in REFERENCES
-             if task in verdict["references"][name]]  # fmt: skip
-    for _, row in lines:
-        axes.axvline(100 * row["ndcg_cut_10"], color=GREY, linewidth=0.8, linestyle=(0, (1, 1.5)),
-                     zorder=0)  # fmt: skip
-    axes.margins(x=0.06)
-    low, high = axes.get_xlim()
-    for level, (name, row) in enumerate(reversed(lines)):  # a row each: close lines cannot collide
-        x = 100 * row["ndcg_cut_10"]
-        side = "left" if x < (low + high) / 2 else "right"
+    lines = {name: 100 * row[task][METRIC] for name, row in verdict["references"].items()
+             if task in row}  # fmt: skip
+    for level, (name, x) in enumerate(sorted(lines.items(), key=lambda item: item[1])):
+        axes.axvline(x, color=GREY, linewidth=0.6, zorder=0)
+        # Each label to the left of its line, the next one higher: neither labels nor lines cross.
         axes.annotate(
-            f"{REFERENCES[name]} {x:.1f}", (x, 1), xycoords=axes.get_xaxis_transform(),
-            xytext=(0, 2 + 8.5 * level), textcoords="offset points", ha=side, color=GREY,
-            fontsize=7,
+            f"{REFERENCES[name]} {x:.1f} ", (x, 1), xycoords=axes.get_xaxis_transform(),
+            xytext=(0, 3 + 8.5 * level), textcoords="offset points", ha="right", fontsize=7,
+            color=GREY, arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": GREY,
+            "shrinkA": 0, "shrinkB": 0, "relpos": (1, 0.8)},
         )  # fmt: skip
-    axes.set_title(TASKS[task], fontweight="bold", pad=6 + 8.5 * len(lines))
+    axes.margins(x=0.06)
+    axes.set_title(TASKS[task].capitalize(), fontweight="bold", pad=8 + 8.5 * 3)
     axes.set_xlabel("nDCG@10 (× 100)")
     axes.set_yticks(range(len(arms)), [label(arm) for arm in arms])
     axes.set_ylim(len(arms) - 0.4, -0.6)
@@ -128,7 +141,7 @@ def _score_panel(axes: Axes, verdict: dict[str, Any], task: str, arms: list[str]
 def _effects(verdict: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     """(text, colour, statistics) of each row of the interference panel."""
     return [
-        (f"{TASKS[task]}{kind}", colour, found)
+        (f"{TASKS[task].capitalize()}{kind}", colour, found)
         for tasks, kind, colour in (
             (verdict["tasks"], "", COLOURS["joint-single"]),
             (verdict["aa"], " A/A", GREY),
@@ -156,44 +169,38 @@ def _effect_panel(axes: Axes, effects: list[tuple[str, str, dict[str, Any]]]) ->
     for x, side, text in ((1, "right", "under 1 %: pivot"), (2, "left", "2 % or more: proceed")):
         axes.annotate(text, (x, 1), xycoords=axes.get_xaxis_transform(), xytext=(0, 2),
                       textcoords="offset points", ha=side, fontsize=7, color=GREY)  # fmt: skip
-    axes.set_title("Interference", fontweight="bold", pad=14)
+    axes.set_title("Interference", fontweight="bold", pad=14, loc="left")
     axes.set_xlabel("nDCG@10 that Joint-Single loses, in % of the specialist's")
     axes.set_yticks(range(len(effects)), [text for text, _, _ in effects])
     axes.set_ylim(len(effects) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
-    handles = [Line2D([], [], marker="|", color=GREY, linestyle="", markersize=7,
-                      label="smallest effect detected with 80 % power")]  # fmt: skip
+    keys = {}
+    if any(found["smallest_detectable_effect"] is not None for _, _, found in effects):
+        keys["smallest effect detected with 80 % power"] = {"marker": "|", "markersize": 7}
     if not all(found["measurable"] for _, _, found in effects):
-        handles.append(Line2D([], [], marker="o", color=GREY, mfc="white", linestyle="",
-                              markersize=4.2, label="not measurable"))  # fmt: skip
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), handletextpad=0.2)
+        keys["not measurable"] = {"marker": "o", "mfc": "white", "markersize": 4.2}
+    handles = [Line2D([], [], color=GREY, linestyle="", label=k, **v) for k, v in keys.items()]
+    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.03, 1), ncols=2,
+                handletextpad=0, borderpad=0, borderaxespad=1.7)  # fmt: skip
 
 
 def curves(arms: Arms) -> Figure | None:
     """Training loss by step: each seed light, the mean over seeds smoothed; None without a curve.
 
-    Where the arms of the rule are there, the controls are left out: a dozen lines are not legible.
+    Where the arms of the rule are there, the others are left out: a dozen lines are not legible.
     """
     chosen = [arm for arm in arms if arm in COLOURS] or list(arms)[: len(SPARE)]
-    spare = iter(SPARE)
-    colours = {arm: COLOURS.get(arm) or next(spare) for arm in chosen}
-    panels = {
-        task: {arm: lines for arm in chosen if (lines := _lines(arms[arm], f"loss_{task}"))}
-        for task in TASKS
-    }
-    panels = {task: found for task, found in panels.items() if found}
-    if not panels:
-        return None
-    figure = Figure(figsize=(WIDTH if len(panels) == 2 else WIDTH / 2, 2.3), layout="constrained")
-    for axes, (task, found) in zip(_row(figure, len(panels)), panels.items(), strict=True):
-        smooth = []
-        for order, (arm, lines) in enumerate(found.items()):
-            colour, dash = colours[arm], DASHES[order % len(DASHES)]
-            smooth += _mean_and_spread(axes, lines, colour, dash, label(arm), raw=True)
-        axes.set_ylim(*_limits(smooth, axes.get_ylim()))
-        axes.set_title(TASKS[task], fontweight="bold")
-        axes.set_xlabel("Training step")
-        axes.set_ylabel("Loss (nats)")
+    colours = {**dict(zip(chosen, SPARE, strict=False)), **COLOURS}
+    lines = {t: {a: x for a in chosen if (x := _lines(arms[a], f"loss_{t}"))} for t in TASKS}
+    figure, panels = _panels([task for task in TASKS if lines[task]], "Loss (nats)")
+    for task, axes in panels.items():
+        smooth = np.concatenate([
+            _mean_and_spread(axes, found, colours[arm], DASHES[i % len(DASHES)], label(arm), True)
+            for i, (arm, found) in enumerate(lines[task].items())
+        ])  # fmt: skip
+        # By the smoothed lines: one wild step must not press the curves flat.
+        room = 0.35 * (smooth.max() - smooth.min()) + 1e-9
+        axes.set_ylim(smooth.min() - room, smooth.max() + room)
         axes.legend(handlelength=2.6)
     return figure
 
@@ -201,26 +208,30 @@ def curves(arms: Arms) -> Figure | None:
 def routing(arms: Arms, arm: str = "joint-moe") -> Figure | None:
     """Mean expert weight of each task by step; None where the arm was not run or has no router."""
     trials = arms.get(arm, {})
-    panels = {task: lines for task in TASKS if (lines := _lines(trials, f"weights_{task}"))}
-    if not panels:
-        return None
-    names = next(iter(trials.values()))["config"]["experts"]
-    figure = Figure(figsize=(WIDTH if len(panels) == 2 else WIDTH / 2, 2.3), layout="constrained")
-    for axes, (task, lines) in zip(_row(figure, len(panels)), panels.items(), strict=True):
+    lines = {task: _lines(trials, f"weights_{task}") for task in TASKS}
+    figure, panels = _panels([task for task in TASKS if lines[task]], "Mean expert weight")
+    for task, axes in panels.items():
+        names = next(iter(trials.values()))["config"]["experts"]
         for i, name in enumerate(names):
-            _mean_and_spread(axes, [line[:, i] for line in lines], EXPERTS[i % len(EXPERTS)],
-                             DASHES[i % len(DASHES)], f"{name} expert")  # fmt: skip
+            of = [line[:, i] for line in lines[task]]
+            colour, dash = EXPERTS[i % len(EXPERTS)], DASHES[i % len(DASHES)]
+            _mean_and_spread(axes, of, colour, dash, f"{name} expert")
         axes.axhline(1 / len(names), color=GREY, linewidth=0.6, zorder=0)
         axes.set_ylim(0, 1)
-        axes.set_title(f"{TASKS[task]} texts", fontweight="bold")
-        axes.set_xlabel("Training step")
-        axes.set_ylabel("Mean expert weight")
         axes.legend(handlelength=2.6)
     return figure
 
 
-def _row(figure: Figure, count: int) -> list[Axes]:
-    return list(figure.subplots(1, count, squeeze=False)[0])
+def _panels(tasks: list[str], what: str) -> tuple[Figure | None, dict[str, Axes]]:
+    """A figure over training steps with one panel a task; None without tasks."""
+    if not tasks:
+        return None, {}
+    figure = Figure(figsize=(WIDTH * len(tasks) / 2, 2.3), layout="constrained")
+    panels = dict(zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True))
+    for task, axes in panels.items():
+        axes.set(xlabel="Training step", ylabel=what)
+        axes.set_title(TASKS[task].capitalize(), fontweight="bold")
+    return figure, panels
 
 
 def _lines(trials: Mapping[int, dict], key: str) -> list[np.ndarray]:
@@ -238,28 +249,141 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _mean_and_spread(
-    axes: Axes,
-    lines: list[np.ndarray],
-    colour: str,
-    dash: Any,
-    text: str,
-    raw: bool = False,
-) -> Iterable[np.ndarray]:
-    """Smoothed mean over seeds in a band from the lowest to the highest smoothed seed."""
+    axes: Axes, lines: list[np.ndarray], colour: str, dash: Any, text: str, raw: bool = False
+) -> np.ndarray:
+    """Draw the smoothed mean in a band from lowest to highest seed; return what was smoothed."""
     steps = min(map(len, lines))
-    smooth = np.stack([_smooth(line[:steps]) for line in lines])
+    smooth = np.stack([_smooth(line[:steps]) for line in lines])  # (seeds, steps)
     at = np.arange(1, steps + 1)
-    if raw:
-        for line in lines:
-            axes.plot(at, line[:steps], color=colour, linewidth=0.4, alpha=0.22)
+    for line in lines if raw else ():
+        axes.plot(at, line[:steps], color=colour, linewidth=0.4, alpha=0.22)
     if len(lines) > 1:
         axes.fill_between(at, smooth.min(0), smooth.max(0), color=colour, alpha=0.15, linewidth=0)
     axes.plot(at, smooth.mean(0), color=colour, linestyle=dash, label=text)
-    return list(smooth)
+    return smooth.ravel()
 
 
-def _limits(smooth: list[np.ndarray], natural: tuple[float, float]) -> tuple[float, float]:
-    """Limits in which a single wild step does not press the curves flat."""
-    low, high = min(s.min() for s in smooth), max(s.max() for s in smooth)
-    room = 0.35 * (high - low)
-    return max(natural[0], low - room), min(natural[1], high + room)
+def picture(name: str, drawn: Sequence[str]) -> str:
+    """The figure in Markdown with its caption and an empty line, or nothing if not drawn."""
+    caption = CAPTIONS[name]
+    return f"![{name}]({name}.png)\n\n*{caption}*\n\n" if name in drawn else ""
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, the first column to the left and the others to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows)) + "\n"
+
+
+def percent(value: float | None, scale: float = 1) -> str:
+    return "-" if value is None else f"{scale * value:+.2f} %"
+
+
+def plain(value: Any) -> str:
+    """A stored value as text: `name stdlib, python 3.11.7`."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(plain(item) for item in value)
+    return "unknown" if value is None else str(value)
+
+
+def span(interval: list[float] | None, scale: float = 1, unit: str = "", digits: int = 2) -> str:
+    """`[0.52, 5.68] %`, or that there is no interval."""
+    if interval is None:
+        return "(no interval)"
+    low, high = (f"{scale * value:.{digits}f}" for value in interval)
+    return f"[{low}, {high}]{unit}"
+
+
+def p_value(p: float | None) -> str:
+    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def arms_tables(verdict: dict[str, Any]) -> str:
+    """nDCG@10 with intervals, seeds and cost; then the other metrics. Scores are x 100."""
+    main, other = [], []
+    for name, text in REFERENCE_ROWS.items():
+        found = verdict["references"][name]
+        cells = [f"{100 * found[t][METRIC]:.2f}" if t in found else "-" for t in TASKS]
+        main.append([text, *cells, "-", "-", "-"])
+        other.append([text, *_others(found)])
+    for arm, row in verdict["arms"].items():
+        absent = {t: "missing" if t in row["tasks"] else "-" for t in TASKS}
+        cells = [_score(row["scores"][t]) if t in row["scores"] else absent[t] for t in TASKS]
+        late = f" (missing: {', '.join(map(str, row['missing_seeds']))})"
+        cells.append(f"{len(row['seeds'])}{late if row['missing_seeds'] else ''}")
+        cost = [f"{row['trainable_parameters'] or 0:,}", f"{row['training_seconds'] or 0:,.0f}"]
+        main.append([label(arm), *cells, *(cost if row["seeds"] else "--")])
+        other.append([label(arm), *_others(row["scores"])])
+    head = ["", *(f"{name} nDCG@10" for name in TASKS.values())]
+    return table([*head, "seeds", "trainable parameters", "training, s"], main) + table(
+        ["", *(f"{TASKS[task]} {METRICS[m]}" for task, m in OTHER)], other
+    )
+
+
+def _score(found: dict[str, Any]) -> str:
+    spread = "" if found["seed_sd"] is None else f" ± {100 * found['seed_sd']:.2f}"
+    return f"{100 * found[METRIC]:.2f}{spread} {span(found['interval'], 100)}"
+
+
+def _others(found: dict[str, dict[str, float]]) -> list[str]:
+    return [f"{100 * found[task][m]:.2f}" if task in found else "-" for task, m in OTHER]
+
+
+def effects_table(tasks: dict[str, dict[str, Any]], joint: str) -> str:
+    """What `stats.verdict` gives for each task, a statistic a row."""
+    if not tasks:
+        return "Not run.\n\n"
+
+    def measurable(t: dict[str, Any]) -> str:
+        gain = f"specialist {100 * (t['specialist'] - t['base']):+.2f} over the base"
+        return f"{'yes' if t['measurable'] else '**no**'}: {gain}"
+
+    def gain(t: dict[str, Any]) -> str:
+        interval = t["gain_normalised_interval"]
+        return f"{percent(t['gain_normalised'], 100)} {span(interval, 100) if interval else ''}"
+
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "specialist, nDCG@10": lambda t: f"{100 * t['specialist']:.2f}",
+        f"{joint}, nDCG@10": lambda t: f"{100 * t['joint']:.2f}",
+        "**interference I**": lambda t: f"**{percent(t['interference'])}**",
+        "95 % interval of I": lambda t: span(t["interval"], 1, " %"),
+        "p of I = 0 (crossed t)": lambda t: p_value(t["p"]),
+        "p, Holm over the tasks": lambda t: p_value(t["p_holm"]),
+        "p, randomisation (these models, new queries)": lambda t: p_value(t["p_randomisation"]),
+        "p of \\|I\\| ≥ 2 % (equivalence)": lambda t: p_value(t["p_equivalence"]),
+        "gain-normalised I": gain,
+        "detectable I (power 80 %)": lambda t: percent(t["smallest_detectable_effect"]),
+        "measurable (+5.00 needed)": measurable,
+    }
+    cells = [[name, *(read(t) for t in tasks.values())] for name, read in rows.items()]
+    return table(["", *(TASKS[task] for task in tasks)], cells)
+
+
+def back(found: dict[str, Any]) -> str:
+    """What is won back of the joint arm's loss, or why that is not told."""
+    if found["won_back"] is None:
+        return f"not told: {found['won_back_reason']}" if "won_back_reason" in found else "-"
+    return f"{100 * found['won_back']:.0f} % {span(found['won_back_interval'], 100, ' %', 0)}"
+
+
+def won_back(verdict: dict[str, Any]) -> str:
+    """What Joint-MoE wins back, beside every other arm's difference to the joint arm."""
+    text = "".join(f"- {TASKS[task]}: {back(f)}\n" for task, f in verdict["tasks"].items())
+    rows = []
+    for arm, row in verdict["arms"].items():
+        cells = []
+        for task in TASKS:
+            found = row["against_joint"].get(task)
+            cells += ["-", "-", "-"] if found is None else [
+                f"{found['difference']:+.2f} {span(found['interval'])}",
+                p_value(found["p"]),
+                back(found),
+            ]  # fmt: skip
+        if row["against_joint"]:
+            rows.append([label(arm), *cells, f"{row['trainable_parameters']:,}"])
+    if not rows:
+        return text or "Not run.\n"
+    head = [f"{name}, {what}" for name in TASKS.values() for what in ("points", "p", "won back")]
+    return f"{text}\n{AGAINST}\n\n{table(['', *head, 'trainable parameters'], rows)}"

@@ -15,7 +15,7 @@ subtraction (two-way random effects, as in multi-reader studies: Hillis 2007, do
 df = V^2 / (V_query^2 / df_query + V_seed^2 / sum_a (S_a - 1)), V_seed before subtraction. Assumed:
 the arms of a task share one seed variance, as three seeds could not tell them apart (pass trained
 arms only: a row that never changes dilutes it), and are independent given the queries (a positive
-correlation through a shared seed number widens the interval); the untrained base has no seeds.
+correlation through a shared seed number leaves it too wide); the untrained base has no seeds.
 """
 
 import math
@@ -240,7 +240,7 @@ def holm(p: Sequence[float]) -> list[float]:
 def tost(value: float, se: float, df: float, margin: float) -> float:
     """p of two one-sided t tests (Schuirmann 1987): small means |true value| < margin.
 
-    max over both signs of P(t_df >= (margin +- value) / se); value, se and margin in one unit.
+    Larger P(t_df >= (margin +- value) / se). ValueError unless margin > 0, se >= 0 and df > 0.
     """
     if margin <= 0 or se < 0 or df <= 0:
         raise ValueError(f"need margin > 0, se >= 0, df > 0; found {margin}, {se}, {df}")
@@ -250,7 +250,10 @@ def tost(value: float, se: float, df: float, margin: float) -> float:
 
 
 def power(effect: float, se: float, df: float, alpha: float = ALPHA) -> float:
-    """P(|t'| > t_{1 - alpha/2, df}), t' noncentral with df and shift effect / se (in one unit)."""
+    """P(|t'| > t_{1 - alpha/2, df}), t' noncentral with df and shift effect / se (in one unit).
+
+    Raises ValueError unless se > 0, df > 0 and 0 < alpha < 1.
+    """
     if se <= 0 or df <= 0 or not 0 < alpha < 1:
         raise ValueError(f"need se > 0, df > 0, 0 < alpha < 1; found {se}, {df}, {alpha}")
     critical, shift = stats.t.isf(alpha / 2, df), abs(effect) / se
@@ -304,9 +307,7 @@ def decide(tasks: Mapping[str, TaskResult], seeds: int, alpha: float | None = No
     between = [k for k in size if PIVOT_BELOW <= size[k] < PROCEED_FROM]
     unmeasured = [k for k in tasks if k not in size]
     said = [f"Interference: {', '.join(f'{k} {v:+.2f} %' for k, v in size.items()) or 'unknown'}."]
-    said += [
-        f"{k} is not measurable: its specialist gains too little over the base." for k in unmeasured
-    ]
+    said += [f"{k} is not measurable: training gains it too little." for k in unmeasured]
     evidence: dict[str, float | None] = {}  # a task's p, None if there is none
     if large:
         decision, evidence = "proceed", {k: tasks[k]["p_holm"] for k in large}
@@ -392,8 +393,7 @@ def verdict(
             **{"won_back": back.value, "won_back_interval": back.interval, "won_back_reason": why},
         }
         tasks[task] = {k: None if v != v else v for k, v in found.items()}  # JSON knows no NaN
-    # A missing p is no evidence: it stands in the family as 1.
-    adjusted = holm([1.0 if t["p"] is None else t["p"] for t in tasks.values()])
+    adjusted = holm([1.0 if t["p"] is None else t["p"] for t in tasks.values()])  # no p: 1
     for t, p in zip(tasks.values(), adjusted, strict=True):
         t["p_holm"] = None if t["p"] is None else p
     return {**decide(tasks, seeds, alpha), "seeds": seeds, "alpha": alpha, "tasks": tasks}

@@ -131,8 +131,9 @@ def prefix_states(
             header = {"key": key.hexdigest(), "crc32": zlib.crc32(out.data), "shape": shape}
             note = folder / f"{name}.json"
             # The note goes first: a states file without its note is never believed.
-            note.with_suffix(".json.part").write_text(json.dumps(header))
-            os.replace(note.with_suffix(".json.part"), note)
+            part = Path(path).with_suffix(".json.part")  # another process may build the same
+            part.write_text(json.dumps(header))
+            os.replace(part, note)
             os.replace(path, folder / f"{name}.states")
     finally:
         if os.path.exists(path):
@@ -150,7 +151,7 @@ def _open(path: Path, shape: tuple[int, int], key: str) -> np.ndarray | None:
     except ValueError:
         header = {}
     expected = {"key": key, "shape": list(shape)}
-    if {k: header.get(k) for k in expected} == expected:
+    if isinstance(header, dict) and {k: header.get(k) for k in expected} == expected:
         if path.stat().st_size == 2 * shape[0] * shape[1]:
             states = np.memmap(path, dtype=np.int16, mode="r+", shape=shape)
             if zlib.crc32(states.data) == header.get("crc32"):

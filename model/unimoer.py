@@ -275,7 +275,7 @@ class UniMoER(nn.Module):
         self, query: str, documents: Sequence[str], top_k: int | None = None
     ) -> list[tuple[int, float]]:
         """(index of the document, relevance), best first, ties in the order given."""
-        scores = self.predict([(query, document) for document in documents])
+        scores = self.predict([(query, text) for text in _listed(documents, "documents")])
         order = scores.argsort(descending=True, stable=True)[:top_k]
         return [(int(i), float(scores[i])) for i in order]
 

@@ -365,5 +365,6 @@ def test_token_batches_hold_everything_once() -> None:
     assert all(sum(lengths[i] for i in batch) <= 100 for batch in batches)
     flat = [lengths[i] for batch in batches for i in batch]
     assert flat == sorted(flat), "neighbours are equally long, so attention runs in few calls"
-    full = [sum(lengths[i] for i in b) + lengths[n[0]] for b, n in zip(batches, batches[1:])]
+    following = zip(batches[:-1], batches[1:], strict=True)
+    full = [sum(lengths[i] for i in batch) + lengths[after[0]] for batch, after in following]
     assert min(full) > 100, "no batch could have taken the next text"

@@ -1,0 +1,126 @@
+"""experiments.py: every row makes a Config that a model can be built from, and says what it says."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+import experiments
+import run
+from experiments import EXPERIMENTS, SCALES, Config
+from model.router import ROUTES, Router
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = [
+    (name, arm, scale)
+    for name in EXPERIMENTS
+    for arm in experiments.arms(name, controls=True, aa=True)
+    for scale in SCALES
+]
+# What an arm may differ in; everything else is the same for all, so that they can be compared.
+ARM_FIELDS = {"tasks", "experts", "ranks", "router", "router_noise", "expert_dropout"}
+
+
+@pytest.mark.parametrize(("experiment", "arm", "scale"), ROWS)
+def test_every_row_builds(experiment, arm, scale):
+    config = experiments.config(experiment, arm, scale, 2, data="d", base="b")
+    assert (config.seed, config.data, config.base) == (2, "d", "b")
+    assert config.steps >= 1 and len(config.experts) == len(config.ranks)
+    assert config.layers is None or config.adapter_layers < config.layers
+    model = run.model_config(replace(config, dtype=run.resolve_dtype(config.dtype)))
+    assert (model.router is None) == (config.router == "")
+    if model.router is not None:
+        assert model.router.kind in ROUTES
+        Router(8, config.experts, model.router)  # refuses experts that it cannot route
+
+
+@pytest.mark.parametrize(("experiment", "arm", "scale"), ROWS)
+def test_json_there_and_back(experiment, arm, scale):
+    config = experiments.config(experiment, arm, scale, 1)
+    raw = json.loads(json.dumps(config.to_json()))
+    assert Config.from_json(raw) == config
+    assert raw.keys() == {f.name for f in fields(Config)}
+    hash(Config.from_json(raw))  # lists have become tuples again
+
+
+def test_from_json_takes_the_defaults_of_fields_it_does_not_know():
+    assert Config.from_json({"steps": 7, "a field of another version": 1}) == Config(steps=7)
+
+
+def test_the_arms_and_their_order():
+    four = ["emb-only", "rank-only", "joint-single", "joint-moe"]
+    controls, aa = list(EXPERIMENTS["kill_gate"].controls), list(EXPERIMENTS["kill_gate"].aa)
+    assert list(experiments.arms("kill_gate")) == four
+    assert list(experiments.arms("kill_gate", controls=True)) == four + controls
+    assert list(experiments.arms("kill_gate", aa=True)) == four + aa
+    assert list(experiments.arms("kill_gate", True, True)) == four + controls + aa
+    assert len({*four, *controls, *aa}) == len(four + controls + aa)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_four_arms_differ_only_in_what_makes_them_arms(scale):
+    """Data, steps, rates and measurement are one setting: arms are comparable by construction."""
+    made = [experiments.config("kill_gate", arm, scale, 0) for arm in experiments.arms("kill_gate")]
+    differ = {
+        f.name for f in fields(Config) if len({getattr(config, f.name) for config in made}) > 1
+    }
+    assert differ == ARM_FIELDS
+
+
+def test_the_aa_arms_are_their_twins_with_other_seeds():
+    for arm, twin in (("emb-only-aa", "emb-only"), ("rank-only-aa", "rank-only")):
+        made, other = (experiments.config("kill_gate", name, "small", 1) for name in (arm, twin))
+        assert made == replace(other, seed_offset=1000)
+
+
+def test_the_controls_are_matched():
+    def made(arm: str) -> Config:
+        return experiments.config("kill_gate", arm, "small", 0)
+
+    moe, joint = made("joint-moe"), made("joint-single")
+    assert made("joint-2r") == replace(joint, ranks=(2 * joint.ranks[0],))
+    assert made("joint-3r") == replace(joint, ranks=(sum(moe.ranks),))
+    assert sum(moe.ranks) == 3 * joint.ranks[0]
+    for arm, router in (("uniform-moe", "uniform"), ("oracle-moe", "task")):
+        plain = replace(moe, router=router, router_noise=0.0, expert_dropout=0.0)
+        assert made(arm) == plain
+    # As many updates with half the operations, or as many operations with half the tasks
+    assert made("joint-half") == replace(joint, steps=joint.steps // 2)
+    for arm in ("emb-only", "rank-only"):
+        assert made(f"{arm}-double") == replace(made(arm), steps=2 * joint.steps)
+
+
+def test_steps_factor_applies_to_the_steps_that_count():
+    assert experiments.config("kill_gate", "joint-half", "small", 0, steps=30).steps == 15
+    assert experiments.config("kill_gate", "emb-only-double", "small", 0, steps=30).steps == 60
+    assert experiments.config("kill_gate", "emb-only", "small", 0, steps=30).steps == 30
+    assert EXPERIMENTS["kill_gate"].controls["joint-half"] == {"steps_factor": 0.5}  # not consumed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ()}, "tasks must be some of embedding, reranking"),
+        ({"tasks": ("retrieval",)}, "got \\('retrieval',\\)"),
+        ({"reranking_loss": "hinge"}, "listwise or bce, got 'hinge'"),
+        ({"group_size": 1}, "a positive and a negative, got 1"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"embedding_batch": 0}, "embedding_batch must be"),
+        ({"reranking_batch": -1}, "reranking_batch must be"),
+        ({"candidates": 0}, "candidates must be"),
+    ],
+)
+def test_a_config_that_cannot_work(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+
+
+def test_it_needs_the_standard_library_alone():
+    code = "import experiments; print(len(experiments.EXPERIMENTS))"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == (str(len(EXPERIMENTS)), "")
