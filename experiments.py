@@ -125,8 +125,8 @@ ARMS = {
 SCALES = {
     # A look at the machinery in two minutes: too small to conclude anything.
     "smoke": {
-        "layers": 6,
-        "adapter_layers": 4,
+        "layers": 2,
+        "adapter_layers": 1,
         "embedding_pooling": "mean",
         "reranking_pooling": "mean",
         "document_tokens": 32,
@@ -157,7 +157,7 @@ SCALES = {
         "learning_rate": 1e-3,
         "checkpoint_every": 20,
         "candidates": 10,
-        "reranking_queries": 300,
+        "reranking_queries": 200,
     },
     # One GPU: every layer, longer texts, more steps.
     "full": {

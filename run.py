@@ -4,241 +4,25 @@ One trial is config -> train -> evaluate -> one JSON under runs/<experiment>/<se
 """
 
 import argparse
-import hashlib
 import json
 import os
-import platform
-import resource
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import replace
-from importlib.metadata import version
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_origin
 
 import torch
-from tqdm import tqdm
 
 import experiments
 from analysis import report
 from eval import metrics
-from eval.collections import Collection, load
-from eval.protocol import EvaluationSet
 from experiments import Config
 from model import bases
-from model.lora import LoRAConfig
-from model.prefix import TextSet, prefix_states
-from model.router import RouterConfig
-from model.tokens import Prompts
-from model.unimoer import ModelConfig, UniMoER
-from train.batches import TrainingData
-from train.loop import forget, train
+from train.loop import forget
+from train.trial import Workbench, device_name, resolve_dtype, run_baselines, run_trial, sources
 
 ROOT = Path(__file__).parent
-SCHEMA = 1
-
-
-def resolve_dtype(name: str) -> str:
-    """`auto`: bfloat16 where the hardware multiplies it, else float32."""
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if fast else "float32"
-
-
-def model_config(config: Config) -> ModelConfig:
-    """The model part of a trial's Config."""
-    lora = LoRAConfig(
-        experts=config.experts,
-        ranks=config.ranks,
-        alphas=tuple(config.alpha_over_rank * r for r in config.ranks),
-        targets=config.targets,
-        first_layer=config.adapter_layers,
-        dropout=config.lora_dropout,
-    )
-    router = None
-    if config.router:
-        router = RouterConfig(
-            kind=config.router,
-            hidden=config.router_hidden,
-            always_on=config.always_on,
-            noise=config.router_noise,
-            expert_dropout=config.expert_dropout,
-            task_prior=config.task_prior,
-        )
-    return ModelConfig(
-        base=config.base,
-        revision=config.revision,
-        layers=config.layers,
-        causal=config.causal,
-        dtype=config.dtype,
-        embedding_pooling=config.embedding_pooling,
-        reranking_pooling=config.reranking_pooling,
-        rerank_head=config.rerank_head,
-        document_tokens=config.document_tokens,
-        end_token=config.end_token,
-        prompts=Prompts(config.query_prompt, config.document_prompt, config.pair_prompt),
-        lora=lora,
-        router=router,
-        checkpointing=config.checkpointing,
-    )
-
-
-class Workbench:
-    """What the trials of one process share: the collection, token ids, frozen-prefix states."""
-
-    def __init__(self, data: str, device: str, cache: Path, keep_prefix: bool):
-        self.device, self.cache, self.keep_prefix = device, cache, keep_prefix
-        self.collection: Collection = load(data, cache / "data")
-        self._sets: dict[str, TextSet] = {}
-        self._evaluation: dict[str, EvaluationSet] = {}
-
-    def model(self, config: Config) -> UniMoER:
-        return UniMoER(model_config(config), self.device, config.seed + config.seed_offset)
-
-    def states(self, model: UniMoER, config: Config) -> Callable[[list[list[int]], str], TextSet]:
-        """Turns token ids into a TextSet, with prefix states where the config wants them."""
-
-        def make(ids: list[list[int]], title: str) -> TextSet:
-            if not config.prefix or config.adapter_layers == 0:
-                return TextSet(ids)
-            text = json.dumps([ids, config.adapter_layers, config.dtype, model.identity])
-            key = hashlib.sha256(text.encode()).hexdigest()
-            if key not in self._sets:
-                tokens = sum(len(row) for row in ids)
-                with tqdm(total=tokens, desc=title, unit="token", leave=False) as bar:
-                    states = prefix_states(
-                        model.decoder,
-                        ids,
-                        str(model.identity["fingerprint"]),
-                        self.cache / "prefix" if self.keep_prefix else None,
-                        advance=bar.update,
-                    )
-                self._sets[key] = TextSet(ids, states)
-            return self._sets[key]
-
-        return make
-
-    def evaluation(self, model: UniMoER, config: Config) -> EvaluationSet:
-        """The evaluation set; trials that differ only in arm and seed share one."""
-        names = (
-            "split", "retrieval_depth", "candidates", "reranking_queries", "document_tokens",
-            "query_prompt", "document_prompt", "pair_prompt", "reranking_pooling", "prefix",
-            "adapter_layers", "layers", "dtype",
-        )  # fmt: skip
-        key = json.dumps([getattr(config, name) for name in names] + [model.identity])
-        if key not in self._evaluation:
-            self._evaluation[key] = EvaluationSet(
-                self.collection, model.tokenizer, config, self.states(model, config)
-            )
-        return self._evaluation[key]
-
-
-def run_trial(config: Config, arm: str, place: Path, bench: Workbench) -> dict:
-    """Train and evaluate one arm with one seed; the result as it is stored."""
-    started = time.perf_counter()
-    model = bench.model(config)
-    data = TrainingData(bench.collection, model.tokenizer, config, bench.states(model, config))
-    prepared = time.perf_counter()
-    log = train(model, data, config, place, title=f"{arm} seed {config.seed}")
-    trained = time.perf_counter()
-    evaluation = bench.evaluation(model, config)
-    scores = {}
-    if "embedding" in config.tasks:
-        scores["embedding"] = evaluation.retrieval(model, progress=True)
-    if "reranking" in config.tasks:
-        scores["reranking"] = evaluation.reranking(model, progress=True)
-    ended = time.perf_counter()
-    seconds = {"prepare": prepared - started, "train": trained - prepared, "test": ended - trained}
-    parameters = sum(p.numel() for p in model.trained().values())
-    return {
-        **_record(config, arm, bench, model),
-        "scores": scores,
-        "curve": log,
-        "trainable_parameters": parameters,
-        "seconds": seconds,
-        "peak_bytes": _peak_bytes(bench.device),
-    }
-
-
-def run_baselines(config: Config, bench: Workbench) -> dict:
-    """BM25, the untrained base, and the ceiling of the candidates, as they are stored."""
-    model = bench.model(config)
-    evaluation = bench.evaluation(model, config)
-    bm25 = evaluation.bm25_scores()
-    show_row("bm25", None, bm25)
-    started = time.perf_counter()
-    untrained = evaluation.untrained(model, progress=True)
-    show_row("untrained base", None, untrained)
-    return {
-        **_record(config, "baselines", bench, model),
-        "bm25": bm25,
-        "untrained": untrained,
-        "ceiling": {"reranking": evaluation.ceiling()},
-        "clusters": evaluation.clusters,
-        "pool": len(evaluation.documents),
-        "seconds": {"test": time.perf_counter() - started},
-        "peak_bytes": _peak_bytes(bench.device),
-    }
-
-
-def _record(config: Config, arm: str, bench: Workbench, model: UniMoER) -> dict:
-    """What every result says about where it comes from."""
-    return {
-        "schema": SCHEMA,
-        "arm": arm,
-        "seed": config.seed,
-        "config": config.to_json(),
-        "base": model.identity,
-        "data": {
-            "name": bench.collection.name,
-            "fingerprint": bench.collection.fingerprint,
-            **bench.collection.provenance,
-        },
-        "git": _git(),
-        "sources": _sources(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "numpy", "tokenizers", "bm25s")},
-        },
-        "device": _device(bench.device),
-    }
-
-
-def _git() -> dict:
-    def ask(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changed = ask("status", "--porcelain", "--untracked-files=no")
-    return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(changed)}
-
-
-def _sources() -> str:
-    """One hash over the modules that produce numbers."""
-    digest = hashlib.sha256()
-    for folder in ("kernels", "model", "eval", "train"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _device(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _peak_bytes(device: str) -> int:
-    """Of the process so far: on the card where there is one, else resident."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -266,7 +50,7 @@ def stored(path: Path, config: Config) -> dict | None:
         differ = [k for k in new if old.get(k) != new[k]] + sorted(old.keys() - new.keys())
         shown = ", ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in differ)
         raise ValueError(f"{path} was made with another config ({shown}): move it away first")
-    if result["sources"] != _sources():
+    if result["sources"] != sources():
         print(f"warning: the source has changed since {path} was made", file=sys.stderr)
     return result
 
@@ -307,6 +91,8 @@ def command_run(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = setting_folder(args)
     seeds = args.seeds or experiments.EXPERIMENTS[args.experiment].seeds
+    if seeds < 1:
+        raise ValueError(f"--seeds {seeds}: expected at least 1")
     trials = []
     for seed in range(seeds):
         for arm in chosen:
@@ -314,11 +100,11 @@ def command_run(args: argparse.Namespace) -> None:
             trials.append((arm, replace(config, dtype=resolve_dtype(config.dtype))))
     first = trials[0][1]
     bench = Workbench(first.data, device, bases.cache_folder(), not args.no_prefix_cache)
-    print(f"{args.experiment} {folder.name}: {len(trials)} trials on {_device(device)}")
+    print(f"{args.experiment} {folder.name}: {len(trials)} trials on {device_name(device)}")
     plain = replace(first, **{**_arm_free(), "seed": 0})
     baselines = folder / "baselines.json"
     if (result := stored(baselines, plain)) is None:
-        write_json(baselines, run_baselines(plain, bench))
+        write_json(baselines, run_baselines(plain, bench, lambda arm, s: show_row(arm, None, s)))
     else:
         show_row("bm25", None, result["bm25"])
         show_row("untrained base", None, result["untrained"])
@@ -343,12 +129,16 @@ def _arm_free() -> dict:
 def _override(text: str) -> tuple[str, object]:
     """`name=value` for a field of Config, the value as JSON or a plain word."""
     name, equals, value = text.partition("=")
-    if not equals or name not in Config().to_json():
+    kinds = {f.name: f.type for f in fields(Config) if f.name != "seed"}
+    if not equals or name not in kinds:
         raise ValueError(f"--set {text!r}: expected FIELD=VALUE with a field of experiments.Config")
     try:
         parsed = json.loads(value)
     except ValueError:
         parsed = value
+    kind = kinds[name] if get_origin(kinds[name]) is not tuple else list
+    if not isinstance(parsed, (kind, int) if kind is float else kind):  # type: ignore[arg-type]
+        raise ValueError(f"--set {text!r}: expected {kinds[name]}, as {getattr(Config(), name)!r}")
     return name, tuple(parsed) if isinstance(parsed, list) else parsed
 
 

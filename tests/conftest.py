@@ -1,6 +1,7 @@
 """What several test files share: tiny random bases in Hugging Face's own format."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
+
+# Tiny tensors on a shared machine: threads would mostly wait for each other. Child processes
+# inherit it, so what they compute can be compared bit for bit.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 END = "<|endoftext|>"
 # "yes", "no" and ".</" come often enough to become single tokens; the others give some merges.

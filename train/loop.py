@@ -207,7 +207,7 @@ def _resume(
         log_path.unlink(missing_ok=True)
         return 0, []
     metadata = weights.read_metadata(path)
-    if Config.from_json(json.loads(metadata["config"])) != config:
+    if json.loads(metadata["config"]) != json.loads(json.dumps(config.to_json())):
         raise ValueError(
             f"{path} belongs to a run with another config: remove {folder} to start anew"
         )

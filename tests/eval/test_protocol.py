@@ -1,4 +1,4 @@
-"""eval/protocol.py, eval/rerank.py: what a trial is measured on, the same for every arm and seed."""
+"""eval/protocol.py, eval/rerank.py: what a trial is measured on, for every arm and seed."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import run
 from eval import metrics
 from eval.bm25 import BM25
 from eval.collections import Collection, load
@@ -18,6 +17,7 @@ from model.heads import pool
 from model.transformer import pack
 from model.unimoer import UniMoER
 from tests.train.tiny import NOISY_MOE, TEST, tiny_config, tokens_only, write_collection
+from train.trial import model_config
 
 LOST = "q37"  # the last test query, whose words are in no document
 Make = Callable[..., EvaluationSet]
@@ -36,7 +36,7 @@ def collection(config: Config) -> Collection:
 @pytest.fixture(scope="module")
 def model(config: Config) -> UniMoER:
     """As after training: the experts do something."""
-    model = UniMoER(run.model_config(replace(config, **NOISY_MOE)))
+    model = UniMoER(model_config(replace(config, **NOISY_MOE)))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.trained().items():
@@ -186,7 +186,7 @@ def test_the_bm25_row_ranks_as_bm25_does(make, collection):
 def test_the_untrained_rows_ignore_what_was_trained(make, model, config):
     """Retrieval of the bare base; twenty random heads on its pooled states."""
     evaluation = make()
-    fresh = UniMoER(run.model_config(config), seed=3)
+    fresh = UniMoER(model_config(config), seed=3)
     rows = evaluation.untrained(model)
     assert rows == evaluation.untrained(fresh)
     assert rows["embedding"] == evaluation.retrieval(fresh, base=True)

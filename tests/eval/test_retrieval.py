@@ -14,7 +14,7 @@ DOCUMENTS = [f"d{i}" for i in range(23)]
 @pytest.fixture
 def vectors() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    queries, documents = torch.randn(7, 8, generator=generator), torch.randn(23, 8)
+    queries, documents = torch.randn(30, 8, generator=generator).split((7, 23))
     return F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
 
 

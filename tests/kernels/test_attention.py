@@ -25,14 +25,19 @@ def runs(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(len(list(run)), length) for length, run in groupby(lengths)]
 
 
+def by_definition(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Tensor:
+    """The reference, sequence by sequence of LENGTHS."""
+    parts = zip(q.split(LENGTHS), k.split(LENGTHS), v.split(LENGTHS), strict=True)
+    return torch.cat([reference.attention(*part, causal, window) for part in parts])
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 def test_equals_the_definition(causal: bool, window: int | None, heads: int, kv_heads: int) -> None:
-    tensors = [t.requires_grad_() for t in qkv(LENGTHS, heads, kv_heads)]
-    found = attention(*tensors, runs(LENGTHS), causal=causal, window=window)
-    parts = zip(*(t.split(LENGTHS) for t in tensors), strict=True)
-    expected = torch.cat([reference.attention(*part, causal, window) for part in parts])
+    q, k, v = tensors = [t.requires_grad_() for t in qkv(LENGTHS, heads, kv_heads)]
+    found = attention(q, k, v, runs(LENGTHS), causal=causal, window=window)
+    expected = by_definition(q, k, v, causal, window)
     torch.testing.assert_close(found, expected)
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).double()
     gradients = [torch.autograd.grad((y * weight).sum(), tensors) for y in (found, expected)]
@@ -42,10 +47,9 @@ def test_equals_the_definition(causal: bool, window: int | None, heads: int, kv_
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     """Its own dtype out; the error is that of rounding the inputs and the result."""
-    tensors = [t.to(dtype) for t in qkv(LENGTHS, 4, 2)]
-    found = attention(*tensors, runs(LENGTHS), causal=True)
-    parts = zip(*(t.double().split(LENGTHS) for t in tensors), strict=True)
-    expected = torch.cat([reference.attention(*part, True, None) for part in parts])
+    q, k, v = (t.to(dtype) for t in qkv(LENGTHS, 4, 2))
+    found = attention(q, k, v, runs(LENGTHS), causal=True)
+    expected = by_definition(q.double(), k.double(), v.double(), True, None)
     assert found.dtype == dtype
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(found.double(), expected, rtol=2 * eps, atol=2 * eps)

@@ -168,16 +168,16 @@ def test_other_inputs_are_other_files(
     """Base, layer, dtype, budget, ids and their division into texts."""
     build(model, ids, tmp_path)
     joined = [ids[0] + ids[1], *ids[2:]]
-    for made, texts, options in (
-        (model, ids, {"identity": "another base"}),
-        (model, ids, {"budget": 1000}),
-        (model, ids[::-1], {}),
-        (model, joined, {}),
-        (make_model(tiny_base, first=1), ids, {}),
-        (make_model(tiny_base, "bfloat16"), ids, {}),
+    for made, texts, identity, budget in (
+        (model, ids, "another base", 4096),
+        (model, ids, "x", 1000),
+        (model, ids[::-1], "x", 4096),
+        (model, joined, "x", 4096),
+        (make_model(tiny_base, first=1), ids, "x", 4096),
+        (make_model(tiny_base, "bfloat16"), ids, "x", 4096),
     ):
         before = len(computed)
-        build(made, texts, tmp_path, **options)
+        build(made, texts, tmp_path, identity, budget=budget)
         assert len(computed) == before + 1
     assert len(list(tmp_path.glob("*.states"))) == 7
 

@@ -29,8 +29,12 @@ def pooled(texts: int = 6) -> tuple[Tensor, Tensor]:
     return torch.randn(texts, FEATURES, generator=generator), tasks
 
 
-@pytest.mark.parametrize("kind", sorted(ROUTES))
-@pytest.mark.parametrize("always_on", ["", "shared"])
+@pytest.mark.parametrize(
+    ("kind", "always_on"),
+    [(kind, name) for kind in sorted(ROUTES) for name in ("", "shared")]
+    # in the middle of the experts, which routing by task cannot do without
+    + [(kind, "reranking") for kind in sorted(set(ROUTES) - {"task"})],
+)
 def test_weights_lie_on_the_simplex(kind: str, always_on: str) -> None:
     router = make_router(RouterConfig(kind, always_on=always_on))
     weights = router(*pooled())

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from model import bases, weights
 from model.lora import LinearGroup, LoRAConfig
 from model.router import RouterConfig
 from model.tokens import Prompts, Tokenizer
-from model.transformer import Decoder, DecoderConfig, pack, segment_mean
+from model.transformer import Decoder, DecoderConfig, DecoderLayer, pack, segment_mean
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -73,11 +74,11 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def no_islands(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lift the two places where `transformers` computes in float32 whatever the model's dtype."""
 
-    def norm(self: torch.nn.Module, x: Tensor) -> Tensor:
+    def norm(self: Any, x: Tensor) -> Tensor:
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * x
 
-    def rotary(self: torch.nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         half = torch.arange(0, config.head_dim, 2, dtype=x.dtype) / config.head_dim
         angle = position_ids[..., None].to(x.dtype) / config.rope_parameters["rope_theta"] ** half
@@ -111,7 +112,7 @@ def load(folder: Path, *args, layers: int | None = None, causal: bool = True, **
     return decoder
 
 
-def theirs(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+def theirs(folder: Path, dtype: torch.dtype) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
 
@@ -160,6 +161,7 @@ def test_hidden_states_and_input_gradients(
         gradients.append(torch.autograd.grad((output * w).sum(), inputs)[0][0])
     assert hidden.std() > 0.5
     check(hidden, torch.cat(expected), TOLERANCE[dtype])
+    assert embedded.grad is not None
     check(embedded.grad, torch.cat(gradients), TOLERANCE[dtype])
 
 
@@ -173,12 +175,13 @@ def test_one_expert_is_peft_lora(
     decoder = load(checkpoint, ONE, dtype=dtype)
     fill_lora(decoder)
     config = PeftConfig(r=3, lora_alpha=6, target_modules=list(ONE.targets), lora_dropout=0.0)
-    peft = get_peft_model(theirs(checkpoint, dtype), config).to(dtype)
+    peft: Any = get_peft_model(theirs(checkpoint, dtype), config).to(dtype)
     layers = peft.get_base_model().model.layers
 
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+    def pairs() -> Iterator[tuple[Tensor, Any]]:
         """Our master and their parameter, for each A and B of the model."""
         for i, layer in enumerate(decoder.layers):
+            assert isinstance(layer, DecoderLayer)
             attn, mlp = layer.self_attn, layer.mlp
             for part, groups in (
                 ("self_attn", (attn.qkv, attn.o)),
@@ -209,6 +212,7 @@ def test_one_expert_is_peft_lora(
     (expected * weight).sum().backward()
     largest = max(parameter.grad.abs().max().item() for _, parameter in pairs())
     for master, parameter in pairs():
+        assert master.grad is not None
         torch.testing.assert_close(
             master.grad, parameter.grad, rtol=0, atol=TOLERANCE[dtype] * max(1.0, largest)
         )
@@ -470,7 +474,7 @@ def test_expert_weights_are_used_per_text(tiny_base: Path) -> None:
                 dtype=torch.float64,
             )
             for mine, single in zip(decoder.modules(), alone.modules(), strict=True):
-                if isinstance(mine, LinearGroup):
+                if isinstance(mine, LinearGroup) and isinstance(single, LinearGroup):
                     for name in mine.adapted_names:
                         single.lora_A[name].copy_(mine.lora_A[name][part])
                         single.lora_B[name].copy_(mine.lora_B[name][:, part])

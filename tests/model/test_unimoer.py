@@ -59,6 +59,7 @@ def test_saved_and_loaded_is_identical(tiny_base: Path, tmp_path: Path, changes:
     model.save_pretrained(tmp_path / "saved")
     loaded = UniMoER.from_pretrained(tmp_path / "saved")
     assert loaded.config == model.config
+    assert not loaded.training, "what is loaded is ready for use: no dropout, no noise"
     assert loaded.trained().keys() == model.trained().keys()
     for name, parameter in model.trained().items():
         assert torch.equal(loaded.trained()[name], parameter), name

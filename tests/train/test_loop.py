@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from eval.collections import Collection, load
@@ -19,7 +20,7 @@ from model import weights
 from model.prefix import TextSet, prefix_states
 from model.unimoer import UniMoER
 from tests.train.tiny import NOISY_MOE, TRAIN, build, tiny_config
-from train.batches import TrainingData
+from train.batches import RerankingBatch, TrainingData
 from train.loop import (
     TASK_LOSS,
     Callback,
@@ -198,6 +199,12 @@ def test_the_checkpoint_of_another_config_is_refused(run, noisy, tmp_path):
     with pytest.raises(ValueError, match=r"seed0\.checkpoint.*another config: remove"):
         run(replace(noisy, learning_rate=1e-4), place)
     assert (tmp_path / "seed0.checkpoint" / "state.safetensors").read_bytes() == before
+    # A field of another version is another config as well, not a TypeError.
+    path = tmp_path / "seed0.checkpoint" / "state.safetensors"
+    later = json.dumps(noisy.to_json() | {"a later field": 1})
+    weights.save(load_file(path), path, {**weights.read_metadata(path), "config": later})
+    with pytest.raises(ValueError, match="another config: remove"):
+        run(noisy, place)
     forget(place)
     assert list(tmp_path.iterdir()) == []
 
@@ -311,7 +318,7 @@ def test_before_training_the_loss_is_the_base_s(tiny, collection):
     bare, _ = build(replace(tiny, dtype="float64"), collection)
     bare.head.load_state_dict(model.head.state_dict())
     for layer in bare.decoder.layers:
-        layer.lora = None  # no expert at all
+        layer.lora = None  # type: ignore[assignment]  # no expert at all
     for task, loss in zip(("embedding", "reranking"), start, strict=True):
         bare_loss = TASK_LOSS[task](bare, data, 0)[0]
         torch.testing.assert_close(bare_loss, loss, rtol=1e-13, atol=0)
@@ -358,7 +365,8 @@ def test_the_gradient_is_clipped_and_its_norm_logged(tiny, collection, tmp_path)
 @pytest.mark.parametrize("task", ["embedding", "reranking"])
 def test_a_loss_does_not_depend_on_how_its_batch_is_packed(tiny, collection, task):
     """The loop sorts texts by length; the loss is that of the texts one at a time."""
-    model, data = build(replace(tiny, dtype="float64", hard_negatives=2), collection)
+    config = replace(tiny, dtype="float64", hard_negatives=2, document_tokens=99)
+    model, data = build(config, collection)
     with torch.no_grad():
         for name, p in model.trained().items():
             if "lora_B" in name:
@@ -383,6 +391,9 @@ def test_a_loss_does_not_depend_on_how_its_batch_is_packed(tiny, collection, tas
         terms = [group.logsumexp(0) - group[0] for group in groups]
         found = reranking_loss(model, data, 1)[0]
     torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-10, atol=1e-12)
+    used = rows.pairs if isinstance(rows, RerankingBatch) else rows.queries + rows.documents
+    lengths = [texts.lengths[i] for i in used]
+    assert lengths != sorted(lengths)  # the loop did have to sort
 
 
 def test_prefix_states_change_the_losses_by_their_rounding_alone(tiny, collection, tmp_path):

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import experiments
-import run
 from eval.collections import Collection, load
 from experiments import Config
 from model.prefix import TextSet
 from model.unimoer import UniMoER
 from train.batches import TrainingData
+from train.trial import model_config
 
 SYLLABLES = ("ba", "ko", "mi", "tu", "re", "sol")
 WORDS = [first + second for first in SYLLABLES for second in SYLLABLES]
@@ -93,6 +93,6 @@ def tokens_only(ids: list[list[int]], title: str) -> TextSet:
 
 def build(config: Config, collection: Collection | None = None) -> tuple[UniMoER, TrainingData]:
     """A new model and its training data."""
-    model = UniMoER(run.model_config(config), seed=config.seed + config.seed_offset)
+    model = UniMoER(model_config(config), seed=config.seed + config.seed_offset)
     collection = collection or load(config.data)
     return model, TrainingData(collection, model.tokenizer, config, tokens_only)

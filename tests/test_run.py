@@ -1,0 +1,505 @@
+"""run.py: a whole tiny experiment, then run again, damaged, killed and asked for nonsense.
+
+"The same" is bit for bit: scores per query and loss curves.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import experiments
+import model.prefix
+import run
+import train.trial
+from eval.collections import load
+from eval.metrics import METRICS
+from experiments import Config
+from model.unimoer import UniMoER
+from tests.train.tiny import TEST, write_collection
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = ["emb-only", "joint-moe"]
+STEPS = 40
+FIELDS = {
+    "layers": 4,
+    "adapter_layers": 2,
+    "dtype": "float32",
+    "lora_dropout": 0.1,
+    "router_noise": 0.3,
+    "steps": STEPS,
+    "checkpoint_every": 7,
+}
+RESULT = {
+    "schema", "arm", "seed", "config", "base", "data", "git", "sources", "versions", "device",
+    "seconds", "peak_bytes",
+}  # fmt: skip
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a run."""
+
+
+def stub_report(patch: pytest.MonkeyPatch) -> None:
+    """What is written from the trials has tests of its own."""
+    patch.setattr(run.report, "write", lambda folder: {})
+    patch.setattr(run.report, "summary", lambda verdict: "summary")
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_report(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_collection(tmp_path_factory.mktemp("run") / "Tiny")
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_base: Path) -> str:
+    return f"smoke-{tiny_base.name}-tiny"
+
+
+@pytest.fixture(scope="module")
+def words(tiny_base: Path, data: Path) -> Callable[..., list[str]]:
+    """The arguments of a run of two arms and one seed into `runs`; `more` follows and wins."""
+
+    def words(runs: Path, *more: str, command: str = "run") -> list[str]:
+        where = ["--scale", "smoke", "--base", str(tiny_base), "--data", str(data)]
+        line = [command, "kill_gate", *where, "--runs", str(runs), "--seeds", "1"]
+        if command == "run":
+            line += ["--arms", *ARMS, "--device", "cpu"]
+            line += [w for name, value in FIELDS.items() for w in ("--set", f"{name}={value}")]
+        return [*line, *more]
+
+    return words
+
+
+@pytest.fixture(scope="module")
+def done(words, setting, tmp_path_factory) -> Path:
+    """The folder of the setting after an undisturbed run; nobody writes into it."""
+    place = tmp_path_factory.mktemp("done")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIMOER_CACHE", str(place / "cache"))
+        stub_report(patch)
+        assert run.main(words(place / "runs")) == 0
+    return place / "runs" / "kill_gate" / setting
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache of the test's own."""
+    monkeypatch.setenv("UNIMOER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def copy(done: Path, tmp_path: Path, setting: str) -> Path:
+    """The finished setting once more, under tmp_path/runs, to do things to."""
+    return Path(shutil.copytree(done, tmp_path / "runs" / "kill_gate" / setting))
+
+
+def read(folder: Path, arm: str) -> dict:
+    return json.loads((folder / arm / "seed0.json").read_text())
+
+
+def assert_same_numbers(found: Path, expected: Path) -> None:
+    for arm in ARMS:
+        new, old = read(found, arm), read(expected, arm)
+        assert new["scores"] == old["scores"], arm
+        assert new["curve"] == old["curve"], arm
+    new, old = (json.loads((f / "baselines.json").read_text()) for f in (found, expected))
+    assert all(new[key] == old[key] for key in ("bm25", "untrained", "ceiling", "clusters"))
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def forbidden(*_: object, **__: object) -> None:
+    raise AssertionError("this was not to be called")
+
+
+# What a run leaves ------------------------------------------------------------------------------
+
+
+def test_files(done):
+    files = {str(path.relative_to(done)) for path in done.rglob("*") if path.is_file()}
+    assert files == {"baselines.json", *(f"{arm}/seed0.json" for arm in ARMS)}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_trial(done, arm, tiny_base, data):
+    trial = read(done, arm)
+    assert trial.keys() == RESULT | {"scores", "curve", "trainable_parameters"}
+    config = Config.from_json(trial["config"])
+    expected = experiments.config(
+        "kill_gate", arm, "smoke", 0, base=str(tiny_base), data=str(data), **FIELDS
+    )
+    assert config == expected
+    assert (trial["schema"], trial["arm"], trial["seed"]) == (1, arm, 0)
+    queries = load(str(data)).qrels["test"]
+    assert trial["scores"].keys() == set(config.tasks)
+    for scores in trial["scores"].values():
+        assert scores.keys() == queries.keys() and len(scores) == TEST
+        assert all(row.keys() == set(METRICS) for row in scores.values())
+        assert all(0 <= value <= 1 for row in scores.values() for value in row.values())
+    assert [line["step"] for line in trial["curve"]] == list(range(STEPS))
+    for task in config.tasks:
+        losses = [line[f"loss_{task}"] for line in trial["curve"]]
+        assert all(map(math.isfinite, losses)) and len(set(losses)) == STEPS
+    parameters = UniMoER(train.trial.model_config(config)).trained().values()
+    assert trial["trainable_parameters"] == sum(p.numel() for p in parameters)
+    assert trial["seconds"].keys() == {"prepare", "train", "test"}
+    assert min(trial["seconds"].values()) > 0 and trial["peak_bytes"] > 1 << 20
+
+
+def test_where_a_result_comes_from(done, data):
+    for path in sorted(done.rglob("*.json")):
+        result = json.loads(path.read_text())
+        assert result.keys() >= RESULT
+        assert set(result["base"]) == {"name", "revision", "fingerprint"}
+        assert result["data"]["name"] == "Tiny" and result["data"]["path"] == str(data)
+        assert result["data"]["fingerprint"] == load(str(data)).fingerprint
+        assert result["git"].keys() == {"commit", "dirty"}
+        assert result["versions"].keys() == {"python", "torch", "numpy", "tokenizers", "bm25s"}
+        assert result["versions"]["torch"] == torch.__version__
+        assert "threads" in result["device"] and len(result["sources"]) == 64
+
+
+def test_the_baselines(done):
+    result = json.loads((done / "baselines.json").read_text())
+    more = {"bm25", "untrained", "ceiling", "clusters", "pool"}
+    assert result.keys() == RESULT | more and result["arm"] == "baselines"
+    for row in ("bm25", "untrained"):
+        assert result[row].keys() == {"embedding", "reranking"}
+        assert all(len(scores) == TEST for scores in result[row].values())
+    assert result["clusters"].keys() == result["ceiling"]["reranking"].keys()
+    ceiling = result["ceiling"]["reranking"]
+    for query, row in read(done, "joint-moe")["scores"]["reranking"].items():
+        assert row["ndcg_cut_10"] <= ceiling[query]["ndcg_cut_10"]
+
+
+def test_status_and_list(copy, words, tmp_path, capsys):
+    (copy / "rank-only").mkdir()
+    (copy / "rank-only" / "seed0.log.jsonl").write_text("")
+    assert run.main(words(tmp_path / "runs", command="status")) == 0
+    lines = dict(line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines())
+    names = ["emb-only", "rank-only", "joint-single", "joint-moe"]
+    assert lines == dict(
+        zip(
+            [str(copy / name / "seed0.json") for name in names],
+            ["done", "begun", "missing", "done"],
+            strict=True,
+        )
+    )
+    assert run.main(["list"]) == 0
+    listed = capsys.readouterr().out
+    for name, row in experiments.EXPERIMENTS.items():
+        assert f"{name}: {row.question}" in listed
+        assert all(arm in listed for arm in experiments.arms(name, True, True))
+
+
+# Run again --------------------------------------------------------------------------------------
+
+
+def test_what_is_finished_is_skipped(copy, words, tmp_path, cache, monkeypatch, capsys):
+    monkeypatch.setattr(run, "train", forbidden)
+    monkeypatch.setattr(run, "run_baselines", forbidden)
+    before = snapshot(copy)
+    assert run.main(words(tmp_path / "runs")) == 0
+    assert snapshot(copy) == before
+    shown = capsys.readouterr()
+    assert "warning" not in shown.err
+    assert "bm25" in shown.out and "untrained base" in shown.out
+    assert [line.split()[0] for line in shown.out.splitlines() if " seed 0 " in line] == ARMS
+
+
+@pytest.mark.parametrize(
+    ("field", "file"), [("learning_rate=0.5", "baselines.json"), ("steps=41", "emb-only/seed0")]
+)
+def test_another_config_is_an_error_that_names_the_field(
+    copy, words, tmp_path, cache, monkeypatch, capsys, field, file
+):
+    monkeypatch.setattr(run, "train", forbidden)
+    before = snapshot(copy)
+    assert run.main(words(tmp_path / "runs", "--set", field)) == 2
+    name, value = field.split("=")
+    error = capsys.readouterr().err
+    assert file in error and "another config" in error
+    assert f"({name}: {read(copy, 'emb-only')['config'][name]} there, {value} here)" in error
+    assert snapshot(copy) == before
+
+
+def test_the_config_of_another_version_is_an_error_too(copy, words, tmp_path, cache, capsys):
+    path = copy / "emb-only" / "seed0.json"
+    trial = read(copy, "emb-only")
+    del trial["config"]["clip"]
+    trial["config"]["gone"] = 3
+    path.write_text(json.dumps(trial))
+    assert run.main(words(tmp_path / "runs")) == 2
+    assert "clip: None there, 1.0 here, gone: 3 there, None here" in capsys.readouterr().err
+
+
+def test_changed_sources_are_a_warning(copy, words, tmp_path, cache, monkeypatch, capsys):
+    monkeypatch.setattr(run, "_sources", lambda: "another")
+    assert run.main(words(tmp_path / "runs")) == 0
+    error = capsys.readouterr().err
+    for name in ("baselines.json", "emb-only/seed0.json", "joint-moe/seed0.json"):
+        assert f"warning: the source has changed since {copy / name} was made" in error
+
+
+def test_sources_are_the_modules_that_make_numbers(tmp_path, monkeypatch):
+    folders = ("kernels", "model", "eval", "train", "analysis", "tests")
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text("1")
+    monkeypatch.setattr(train.trial, "ROOT", tmp_path)
+    seen = [train.trial.sources()]
+    for folder in folders:
+        (tmp_path / folder / "a.py").write_text("2")
+        seen.append(train.trial.sources())
+    assert len(set(seen[:5])) == 5  # each of the first four counts
+    assert seen[4] == seen[5] == seen[6]  # what only reads results does not
+
+
+def test_a_new_arm_joins_what_is_there(copy, words, tmp_path, cache):
+    """The baselines do not depend on which arm came first."""
+    before = snapshot(copy)
+    more = ("--arms", "rank-only", "--set", "steps=1")
+    assert run.main(words(tmp_path / "runs", *more)) == 0
+    assert {*snapshot(copy)} - {*before} == {str(copy / "rank-only" / "seed0.json")}
+    assert read(copy, "rank-only")["scores"].keys() == {"reranking"}
+
+
+# The prefix cache -------------------------------------------------------------------------------
+
+
+def test_without_the_prefix_cache_the_numbers_are_the_same(done, words, setting, tmp_path, cache):
+    assert run.main(words(tmp_path / "runs", "--no-prefix-cache")) == 0
+    assert_same_numbers(tmp_path / "runs" / "kill_gate" / setting, done)
+    assert not (cache / "prefix").exists()
+
+
+def test_a_damaged_prefix_cache_is_made_again(done, words, setting, tmp_path, cache, capsys):
+    shutil.copytree(done.parents[2] / "cache", cache)
+    files = sorted((cache / "prefix").glob("*.states"))
+    whole = [path.read_bytes() for path in files]
+    assert len(files) == 4  # texts and pairs, of training and of the test
+    files[0].write_bytes(whole[0][:100] + bytes([whole[0][100] ^ 1]) + whole[0][101:])
+    files[1].write_bytes(whole[1][:-2])
+    note = files[2].with_suffix(".json")  # of other texts, and whole
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"key": "0" * 64}))
+    files[3].with_suffix(".json").unlink()
+    assert run.main(words(tmp_path / "runs")) == 0
+    said = capsys.readouterr().out
+    assert [f"{path}: damaged, made again" in said for path in files] == [True] * 3 + [False]
+    assert_same_numbers(tmp_path / "runs" / "kill_gate" / setting, done)
+    assert [path.read_bytes() for path in files] == whole
+
+
+def test_the_prefix_cache_is_used(done, words, setting, tmp_path, cache, monkeypatch):
+    shutil.copytree(done.parents[2] / "cache", cache)
+    monkeypatch.setattr(model.prefix, "_compute", forbidden)
+    assert run.main(words(tmp_path / "runs", "--set", "steps=2")) == 0
+    new = read(tmp_path / "runs" / "kill_gate" / setting, "joint-moe")["curve"]
+    old = read(done, "joint-moe")["curve"]
+    assert new[0]["loss_embedding"] == old[0]["loss_embedding"]  # before any step was taken
+
+
+# Stopped and killed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["write_json", "forget"])
+def test_stopped_around_the_storing_of_a_result(
+    done, words, setting, tmp_path, cache, monkeypatch, function
+):
+    """After the training, before the result is there; and after it, before the tidying."""
+    true = getattr(run, function)
+
+    def stop(path: Path, *rest: object) -> None:
+        if path.parent.name == "joint-moe":
+            raise Stopped
+        true(path, *rest)
+
+    monkeypatch.setattr(run, function, stop)
+    with pytest.raises(Stopped):
+        run.main(words(tmp_path / "runs"))
+    monkeypatch.setattr(run, function, true)
+    folder = tmp_path / "runs" / "kill_gate" / setting
+    assert (folder / "joint-moe" / "seed0.checkpoint").exists()
+    assert (folder / "joint-moe" / "seed0.json").exists() == (function == "forget")
+    assert run.main(words(tmp_path / "runs")) == 0
+    assert_same_numbers(folder, done)
+    assert len(snapshot(folder)) == len(snapshot(done))
+
+
+def test_killed_twice_it_ends_with_the_same_numbers(done, words, setting, tmp_path):
+    """SIGKILL in the first trial's training, then in the second's; each past a checkpoint."""
+    folder = tmp_path / "runs" / "kill_gate" / setting
+    environment = os.environ | {
+        "UNIMOER_CACHE": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    command = [sys.executable, "-m", "run", *words(tmp_path / "runs")]
+
+    def steps(arm: str) -> int:
+        log = folder / arm / "seed0.log.jsonl"
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    def start_and_kill(arm: str, after: int) -> None:
+        with open(tmp_path / "output", "wb") as output:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=output
+            )
+        while steps(arm) < after:
+            assert process.poll() is None, (tmp_path / "output").read_text()
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -9, "it ended before it was killed"
+
+    start_and_kill("emb-only", 10)
+    assert not (folder / "emb-only" / "seed0.json").exists()
+    assert (folder / "emb-only" / "seed0.checkpoint").exists()
+    start_and_kill("joint-moe", 10)
+    first = read(folder, "emb-only")
+    assert not (folder / "joint-moe" / "seed0.json").exists()
+    finished = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert_same_numbers(folder, done)
+    assert read(folder, "emb-only") == first
+    left = {path.name for arm in ARMS for path in (folder / arm).iterdir()}
+    assert left == {"seed0.json"}
+
+
+# Published --------------------------------------------------------------------------------------
+
+
+def test_publish_copies_what_is_quoted(copy, words, setting, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "ROOT", tmp_path / "repository")
+    (copy / "report.md").write_text("report")
+    (copy / "emb-only" / "seed1.checkpoint").mkdir()
+    (copy / "emb-only" / "seed1.checkpoint" / "state.safetensors").write_text("large")
+    (copy / "emb-only" / "seed1.log.jsonl").write_text("{}")
+    (copy / "emb-only" / ".seed1.json.part").write_text("{")
+    target = tmp_path / "repository" / "results" / "kill_gate" / setting
+    target.mkdir(parents=True)
+    (target / "old.json").write_text("{}")  # of an earlier time
+    assert run.main(words(tmp_path / "runs", command="publish")) == 0
+    files = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    assert files == {"baselines.json", "report.md", *(f"{arm}/seed0.json" for arm in ARMS)}
+    assert (target / "joint-moe" / "seed0.json").read_bytes() == (
+        copy / "joint-moe" / "seed0.json"
+    ).read_bytes()
+    assert [path.name for path in target.parent.iterdir()] == [setting]
+    assert str(target) in capsys.readouterr().out
+
+
+# What a user can get wrong ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--set", "steps"], "--set 'steps': expected FIELD=VALUE"),
+        (["--set", "stepz=3"], "a field of experiments.Config"),
+        (["--set", "=3"], "expected FIELD=VALUE"),
+        (["--set", "seed=3"], "a field of experiments.Config"),  # seeds have an option
+        (["--set", "steps=many"], "--set 'steps=many': expected <class 'int'>, as 1000"),
+        (["--set", "steps=1.5"], "expected <class 'int'>"),
+        (["--set", "layers=all"], "expected int | None"),
+        (["--set", "learning_rate=fast"], "expected <class 'float'>, as 0.0001"),
+        (["--set", "tasks=embedding"], "expected tuple[str, ...]"),
+        (["--set", "steps=0"], "steps must be at least 1, got 0"),
+        (["--set", 'tasks=["retrieval"]'], "tasks must be some of embedding, reranking"),
+        (["--arms", "emb-only", "emb"], "unknown arms ['emb']: kill_gate has ['emb-only', "),
+        (["--seeds", "-1"], "--seeds -1: expected at least 1"),
+        (["--data", "nowhere"], "nowhere: neither a collection nor a folder"),
+        (["--base", "nowhere"], "unknown base 'nowhere'"),
+        (["--split", "final"], "Tiny has no final split"),
+        (["--set", "layers=5"], "layers=5, but this base has 4"),
+        (["--set", "router=magic"], "magic"),
+        (["--set", "embedding_batch=99"], "24 training queries with a relevant document"),
+    ],
+)
+def test_a_user_s_mistake_is_one_line_and_code_2(words, tmp_path, cache, capsys, more, message):
+    assert run.main(words(tmp_path / "runs", *more)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_data_without_a_train_split(words, data, tmp_path, cache, capsys):
+    bare = Path(shutil.copytree(data, tmp_path / "bare"))
+    (bare / "qrels" / "train.tsv").unlink()
+    assert run.main(words(tmp_path / "runs", "--data", str(bare))) == 2
+    assert "bare has no train split (it has dev, test): add qrels/tr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("steps=3", ("steps", 3)),
+        ("layers=null", ("layers", None)),
+        ("learning_rate=1e-3", ("learning_rate", 1e-3)),
+        ("learning_rate=1", ("learning_rate", 1)),
+        ("prefix=false", ("prefix", False)),
+        ("router=sparsegen", ("router", "sparsegen")),
+        ('tasks=["embedding"]', ("tasks", ("embedding",))),
+        ("query_prompt=a=b {query}", ("query_prompt", "a=b {query}")),
+    ],
+)
+def test_what_set_takes(text, expected):
+    assert run._override(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (("small", "smollm2-135m", "stdlib"), "small"),
+        (("small", "smollm2-135m", "scifact"), "small-scifact"),
+        (("full", "Qwen/Qwen3-0.6B-Base", "msmarco"), "full-qwen3-0.6b-base-msmarco"),
+        (("smoke", "/models/Mine/", "../data/FiQA/"), "smoke-mine-fiqa"),
+        (("full", "Qwen/Qwen3-0.6B-Base", "stdlib"), "full-qwen3-0.6b-base"),
+    ],
+)
+def test_the_name_of_a_setting(given, name):
+    assert run.setting_name(*given) == name
+
+
+@pytest.mark.parametrize("words", [[], ["run"], ["run", "nothing"], ["fly"], ["list", "x"]])
+def test_argparse_refuses(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run.main(words)
+    assert caught.value.code == 2 and "usage: python -m run" in capsys.readouterr().err
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    run.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        run.write_json(path, {"a": math.nan})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_dtypes():
+    assert run.resolve_dtype("float16") == "float16"
+    assert run.resolve_dtype("auto") in ("bfloat16", "float16", "float32")
+
+
+def test_python_m_run():
+    done = subprocess.run(
+        [sys.executable, "-m", "run", "list"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout.startswith("kill_gate: "), done.stderr

@@ -1,0 +1,258 @@
+"""One trial: config -> model -> train -> evaluate -> the record that is stored."""
+
+import ctypes
+import hashlib
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from eval.collections import Collection, load
+from eval.protocol import EvaluationSet
+from experiments import Config
+from model.lora import LoRAConfig
+from model.prefix import TextSet, prefix_states
+from model.router import RouterConfig
+from model.tokens import Prompts
+from model.unimoer import ModelConfig, UniMoER
+from train.batches import TrainingData
+from train.loop import train
+
+ROOT = Path(__file__).parent.parent
+SCHEMA = 1
+TRIM_EVERY = 10  # steps
+
+
+def resolve_dtype(name: str) -> str:
+    """`auto`: bfloat16 where the hardware multiplies it, else float32."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
+
+
+def model_config(config: Config) -> ModelConfig:
+    """The model part of a trial's Config."""
+    lora = LoRAConfig(
+        experts=config.experts,
+        ranks=config.ranks,
+        alphas=tuple(config.alpha_over_rank * r for r in config.ranks),
+        targets=config.targets,
+        first_layer=config.adapter_layers,
+        dropout=config.lora_dropout,
+    )
+    router = None
+    if config.router:
+        router = RouterConfig(
+            kind=config.router,
+            hidden=config.router_hidden,
+            always_on=config.always_on,
+            noise=config.router_noise,
+            expert_dropout=config.expert_dropout,
+            task_prior=config.task_prior,
+        )
+    return ModelConfig(
+        base=config.base,
+        revision=config.revision,
+        layers=config.layers,
+        causal=config.causal,
+        dtype=config.dtype,
+        embedding_pooling=config.embedding_pooling,
+        reranking_pooling=config.reranking_pooling,
+        rerank_head=config.rerank_head,
+        document_tokens=config.document_tokens,
+        end_token=config.end_token,
+        prompts=Prompts(config.query_prompt, config.document_prompt, config.pair_prompt),
+        lora=lora,
+        router=router,
+        checkpointing=config.checkpointing,
+    )
+
+
+class Workbench:
+    """What the trials of one process share: the collection, token ids, frozen-prefix states."""
+
+    def __init__(self, data: str, device: str, cache: Path, keep_prefix: bool):
+        self.device, self.cache, self.keep_prefix = device, cache, keep_prefix
+        self.collection: Collection = load(data, cache / "data")
+        self._sets: dict[str, TextSet] = {}
+        self._evaluation: dict[str, EvaluationSet] = {}
+
+    def model(self, config: Config) -> UniMoER:
+        return UniMoER(model_config(config), self.device, config.seed + config.seed_offset)
+
+    def states(self, model: UniMoER, config: Config) -> Callable[[list[list[int]], str], TextSet]:
+        """Turns token ids into a TextSet, with prefix states where the config wants them."""
+
+        def make(ids: list[list[int]], title: str) -> TextSet:
+            if not config.prefix or config.adapter_layers == 0:
+                return TextSet(ids)
+            text = json.dumps([ids, config.adapter_layers, config.dtype, model.identity])
+            key = hashlib.sha256(text.encode()).hexdigest()
+            if key not in self._sets:
+                tokens = sum(len(row) for row in ids)
+                with tqdm(total=tokens, desc=title, unit="token", leave=False) as bar:
+
+                    def advance(tokens: int, bar: tqdm = bar) -> None:
+                        bar.update(tokens)
+                        _trim_heap()
+
+                    states = prefix_states(
+                        model.decoder,
+                        ids,
+                        str(model.identity["fingerprint"]),
+                        self.cache / "prefix" if self.keep_prefix else None,
+                        advance=advance,
+                    )
+                self._sets[key] = TextSet(ids, states)
+            return self._sets[key]
+
+        return make
+
+    def evaluation(self, model: UniMoER, config: Config) -> EvaluationSet:
+        """The evaluation set; trials that differ only in arm and seed share one."""
+        names = (
+            "split", "retrieval_depth", "candidates", "reranking_queries", "document_tokens",
+            "query_prompt", "document_prompt", "pair_prompt", "reranking_pooling", "prefix",
+            "adapter_layers", "layers", "dtype",
+        )  # fmt: skip
+        key = json.dumps([getattr(config, name) for name in names] + [model.identity])
+        if key not in self._evaluation:
+            self._evaluation[key] = EvaluationSet(
+                self.collection, model.tokenizer, config, self.states(model, config)
+            )
+        return self._evaluation[key]
+
+
+def run_trial(config: Config, arm: str, place: Path, bench: Workbench) -> dict:
+    """Train and evaluate one arm with one seed; the result as it is stored."""
+    started = time.perf_counter()
+    model = bench.model(config)
+    data = TrainingData(bench.collection, model.tokenizer, config, bench.states(model, config))
+    prepared = time.perf_counter()
+
+    def after_step(step: int, line: dict) -> None:
+        if step % TRIM_EVERY == 0:
+            _trim_heap()
+
+    log = train(model, data, config, place, callback=after_step, title=f"{arm} seed {config.seed}")
+    trained = time.perf_counter()
+    evaluation = bench.evaluation(model, config)
+    _trim_heap()
+    scores = {}
+    if "embedding" in config.tasks:
+        scores["embedding"] = evaluation.retrieval(model, progress=True)
+    if "reranking" in config.tasks:
+        scores["reranking"] = evaluation.reranking(model, progress=True)
+    ended = time.perf_counter()
+    seconds = {"prepare": prepared - started, "train": trained - prepared, "test": ended - trained}
+    parameters = sum(p.numel() for p in model.trained().values())
+    return {
+        **_record(config, arm, bench, model),
+        "scores": scores,
+        "curve": log,
+        "trainable_parameters": parameters,
+        "seconds": seconds,
+        "peak_bytes": _peak_bytes(bench.device),
+    }
+
+
+def run_baselines(config: Config, bench: Workbench, show: Callable[[str, dict], None]) -> dict:
+    """BM25, the untrained base, and the ceiling of the candidates, as they are stored."""
+    model = bench.model(config)
+    evaluation = bench.evaluation(model, config)
+    bm25 = evaluation.bm25_scores()
+    show("bm25", bm25)
+    started = time.perf_counter()
+    untrained = evaluation.untrained(model, progress=True)
+    show("untrained base", untrained)
+    return {
+        **_record(config, "baselines", bench, model),
+        "bm25": bm25,
+        "untrained": untrained,
+        "ceiling": {"reranking": evaluation.ceiling()},
+        "clusters": evaluation.clusters,
+        "pool": len(evaluation.documents),
+        "seconds": {"test": time.perf_counter() - started},
+        "peak_bytes": _peak_bytes(bench.device),
+    }
+
+
+def _record(config: Config, arm: str, bench: Workbench, model: UniMoER) -> dict:
+    """What every result says about where it comes from."""
+    return {
+        "schema": SCHEMA,
+        "arm": arm,
+        "seed": config.seed,
+        "config": config.to_json(),
+        "base": model.identity,
+        "data": {
+            "name": bench.collection.name,
+            "fingerprint": bench.collection.fingerprint,
+            **bench.collection.provenance,
+        },
+        "git": _git(),
+        "sources": sources(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numpy", "tokenizers", "bm25s")},
+        },
+        "device": device_name(bench.device),
+    }
+
+
+def _git() -> dict:
+    def ask(*words: str) -> str | None:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changed = ask("status", "--porcelain", "--untracked-files=no")
+    return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(changed)}
+
+
+def sources() -> str:
+    """One hash over the modules that produce numbers."""
+    digest = hashlib.sha256()
+    for folder in ("kernels", "model", "eval", "train"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def device_name(device: str) -> str:
+    """The card, or the processor and how many threads torch uses."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = (models or [platform.processor() or platform.machine()])[0]
+    return f"{processor}, {torch.get_num_threads()} threads"
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system (glibc).
+
+    Every step has another number of tokens, so every block another size, and blocks that small
+    survivors keep apart are never joined: without this a run grows by 7 MB a step.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _peak_bytes(device: str) -> int:
+    """Of the process so far: on the card where there is one, else resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
