@@ -1,14 +1,14 @@
 # Every command a user types. Each target first sets up what it needs and is fast once that is done.
 #
 #   SCALE=smoke|small|full  BASE=hub id or folder  DATA=name or folder  SEEDS=  ARMS=  CONTROLS=1  AA=1
-#   ARGS=          more arguments for pytest (test, test-gpu) or the benchmarks (bench)
+#   ARGS=          more arguments for pytest (test, test-gpu)
 #   EXPERIMENT=    for report; kill_gate if not given
 #   PYTHON=path    use this environment and install nothing (container, cluster, no network)
 #   TORCH=cpu      install PyTorch's CPU build instead of PyPI's CUDA build
 #   VENV_PYTHON=   the Python that makes .venv; python3 if not given
 
 .DEFAULT_GOAL := help
-.PHONY: help setup base kill-gate report bench test test-gpu lint format clean
+.PHONY: help setup base kill-gate report test test-gpu lint format clean
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -42,9 +42,6 @@ kill-gate: base  ## Train the four arms over the seeds, apply the decision rule,
 
 report: $(MAIN)  ## Write an experiment's tables, figures and verdict again from its trials
 	$(PY) -m run report $(EXPERIMENT) $(strip $(SETTING))
-
-bench: $(DEV) base  ## Print the benchmark rows: training, encoding, memory (CPU or GPU)
-	$(PY) -m bench $(ARGS)
 
 test: $(DEV) base  ## Run the tests (CPU)
 	$(PY) -m pytest $(ARGS)

@@ -141,7 +141,7 @@ SCALES = {
         "candidates": 5,
         "reranking_queries": 40,
     },
-    # Two CPU cores, half an hour: settled by the pilot that docs/pilot.md describes.
+    # Two CPU cores, half an hour: docs/pilot.md tells what was tried.
     "small": {
         "layers": 16,
         "adapter_layers": 12,

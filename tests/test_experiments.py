@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import experiments
-import run
 from experiments import EXPERIMENTS, SCALES, Config
 from model.router import ROUTES, Router
+from train.trial import model_config, resolve_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
@@ -30,7 +30,7 @@ def test_every_row_builds(experiment, arm, scale):
     assert (config.seed, config.data, config.base) == (2, "d", "b")
     assert config.steps >= 1 and len(config.experts) == len(config.ranks)
     assert config.layers is None or config.adapter_layers < config.layers
-    model = run.model_config(replace(config, dtype=run.resolve_dtype(config.dtype)))
+    model = model_config(replace(config, dtype=resolve_dtype(config.dtype)))
     assert (model.router is None) == (config.router == "")
     if model.router is not None:
         assert model.router.kind in ROUTES

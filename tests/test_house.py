@@ -114,7 +114,7 @@ def test_product_file(name: str) -> None:
         ("model/a.py", "def f():\n    import eval.metrics"),
         ("model/a.py", "from . import b\nfrom ..train import c"),
         ("model/a.py", "import importlib\nimportlib.import_module('run')"),
-        ("eval/a.py", "import experiments"),
+        ("model/a.py", "import experiments"),
         ("train/a.py", "import analysis.report"),
         ("analysis/a.py", "import run"),
         ("analysis/deep/a.py", "from bench.timing import median"),

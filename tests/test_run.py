@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from eval.collections import load
 from eval.metrics import METRICS
 from experiments import Config
 from model.unimoer import UniMoER
-from tests.train.tiny import TEST, write_collection
+from tests.train.tiny import TEST, tiny_config, write_collection
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ["emb-only", "joint-moe"]
@@ -214,7 +215,7 @@ def test_status_and_list(copy, words, tmp_path, capsys):
 
 
 def test_what_is_finished_is_skipped(copy, words, tmp_path, cache, monkeypatch, capsys):
-    monkeypatch.setattr(run, "train", forbidden)
+    monkeypatch.setattr(run, "run_trial", forbidden)
     monkeypatch.setattr(run, "run_baselines", forbidden)
     before = snapshot(copy)
     assert run.main(words(tmp_path / "runs")) == 0
@@ -231,7 +232,7 @@ def test_what_is_finished_is_skipped(copy, words, tmp_path, cache, monkeypatch, 
 def test_another_config_is_an_error_that_names_the_field(
     copy, words, tmp_path, cache, monkeypatch, capsys, field, file
 ):
-    monkeypatch.setattr(run, "train", forbidden)
+    monkeypatch.setattr(run, "run_trial", forbidden)
     before = snapshot(copy)
     assert run.main(words(tmp_path / "runs", "--set", field)) == 2
     name, value = field.split("=")
@@ -252,7 +253,7 @@ def test_the_config_of_another_version_is_an_error_too(copy, words, tmp_path, ca
 
 
 def test_changed_sources_are_a_warning(copy, words, tmp_path, cache, monkeypatch, capsys):
-    monkeypatch.setattr(run, "_sources", lambda: "another")
+    monkeypatch.setattr(run, "sources", lambda: "another")
     assert run.main(words(tmp_path / "runs")) == 0
     error = capsys.readouterr().err
     for name in ("baselines.json", "emb-only/seed0.json", "joint-moe/seed0.json"):
@@ -280,6 +281,18 @@ def test_a_new_arm_joins_what_is_there(copy, words, tmp_path, cache):
     assert run.main(words(tmp_path / "runs", *more)) == 0
     assert {*snapshot(copy)} - {*before} == {str(copy / "rank-only" / "seed0.json")}
     assert read(copy, "rank-only")["scores"].keys() == {"reranking"}
+
+
+def test_seed_and_offset_decide_how_a_model_starts(tiny_base, data, tmp_path):
+    bench = train.trial.Workbench(str(data), "cpu", tmp_path, keep_prefix=False)
+    config = tiny_config(tiny_base, data)
+
+    def head(**changes: int) -> list[float]:
+        trained = bench.model(replace(config, **changes)).trained()
+        return trained["head.linear.weight"].flatten().tolist()
+
+    assert head() == head() != head(seed=1)
+    assert head(seed_offset=1000) == head(seed=1000) != head()
 
 
 # The prefix cache -------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ def test_it_is_brute_force(vectors, k):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
 def test_the_chunk_does_not_matter(vectors, chunk):
-    whole = search(*vectors, QUERIES, DOCUMENTS, 5)
-    found = search(*vectors, QUERIES, DOCUMENTS, 5, chunk=chunk)
+    whole = search(vectors[0], vectors[1], QUERIES, DOCUMENTS, 5)
+    found = search(vectors[0], vectors[1], QUERIES, DOCUMENTS, 5, chunk=chunk)
     assert list(found) == list(whole)
     for query in QUERIES:
         assert list(found[query]) == list(whole[query])
