@@ -123,7 +123,7 @@ ARMS = {
 }
 
 SCALES = {
-    # A look at the machinery in two minutes: too small to conclude anything.
+    # A look at the machinery: too small to conclude anything.
     "smoke": {
         "layers": 2,
         "adapter_layers": 1,
