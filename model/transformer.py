@@ -155,6 +155,21 @@ def segment_mean(x: Tensor, batch: Packed) -> Tensor:
     )
 
 
+def per_token(rows: Tensor, batch: Packed) -> Tensor:
+    """(B, R) -> (N, R): each text's row once for each of its tokens.
+
+    Not `rows[batch.sequence]`: its gradient is added up by threads in whatever order they come,
+    so the same seed would not give the same losses. The gradient of `expand` is a plain sum.
+    """
+    runs = rows.split([count for count, _ in batch.groups])
+    return torch.cat(
+        [
+            run[:, None].expand(-1, length, -1).flatten(0, 1)
+            for run, (_, length) in zip(runs, batch.groups, strict=True)
+        ]
+    )
+
+
 class RMSNorm(nn.Module):
     def __init__(self, features: int, eps: float, dtype: torch.dtype):
         super().__init__()
@@ -221,12 +236,9 @@ class DecoderLayer(nn.Module):
                 for alpha, rank in zip(lora.alphas, lora.ranks, strict=True)
                 for _ in range(rank)
             ]
-            owner = [i for i, rank in enumerate(lora.ranks) for _ in range(rank)]
             master = torch.float64 if dtype == torch.float64 else torch.float32
             self.scale: Tensor  # (R,) alpha_i / r_i repeated over the ranks
-            self.owner: Tensor  # (R,) which expert each rank belongs to
             self.register_buffer("scale", torch.tensor(scale, dtype=master), persistent=False)
-            self.register_buffer("owner", torch.tensor(owner), persistent=False)
 
     def forward(
         self, x: Tensor, batch: Packed, cos: Tensor, sin: Tensor, tasks: Tensor, weights, base: bool
@@ -240,8 +252,9 @@ class DecoderLayer(nn.Module):
             if weights is None:  # no router: every expert counts in full
                 gates = self.scale[None]
             else:
-                gates = weights[:, self.owner] * self.scale  # (B, R)
-                gates = gates[batch.sequence]  # (N, R)
+                columns = zip(weights.split(1, 1), self.lora.ranks, strict=True)
+                gates = torch.cat([w.expand(-1, rank) for w, rank in columns], 1) * self.scale
+                gates = per_token(gates, batch)  # (B, R) -> (N, R)
         x = x + self.self_attn(normed, batch, cos, sin, gates)
         x = x + self.mlp(self.post_attention_layernorm(x), gates)
         return x, weights

@@ -324,6 +324,24 @@ def test_before_training_the_loss_is_the_base_s(tiny, collection):
         torch.testing.assert_close(bare_loss, loss, rtol=1e-13, atol=0)
 
 
+def test_no_gradient_is_added_up_in_random_order(tiny, collection):
+    """With several threads the backward of indexing with repeats adds atomically, in any order:
+    a few runs in a hundred would then differ from the others with their seed."""
+    model, data = build(replace(tiny, **NOISY_MOE), collection)
+    batch, _ = data.embedding_texts.batch([0, 1, 2, 30, 31], model.device, model.dtype)
+    hidden, weights = model.train().hidden(batch, "embedding")
+    todo, seen = [t.grad_fn for t in (hidden, *weights)], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [before for before, _ in node.next_functions]
+    names = {node.name() for node in seen}
+    assert {name for name in names if "BorderedLinear" in name} and len(seen) > 50
+    unordered = ("Index", "Gather", "Scatter", "Embedding", "Put", "Take")
+    assert {name for name in names if name.startswith(unordered)} == set()
+
+
 def gradients(config: Config, collection: Collection, place: Path) -> Parameters:
     model, data = build(config, collection)
     train(model, data, config, place)
