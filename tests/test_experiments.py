@@ -63,13 +63,47 @@ def test_the_four_arms_differ_only_in_what_makes_them_arms(scale):
     differ = {
         f.name for f in fields(Config) if len({getattr(config, f.name) for config in made}) > 1
     }
-    assert differ == ARM_FIELDS
+    assert differ - {"learning_rate", "clip"} == ARM_FIELDS  # those two the sweep settles per arm
 
 
 def test_the_aa_arms_are_their_twins_with_other_seeds():
     for arm, twin in (("emb-only-aa", "emb-only"), ("rank-only-aa", "rank-only")):
         made, other = (experiments.config("kill_gate", name, "small", 1) for name in (arm, twin))
         assert made == replace(other, seed_offset=1000)
+
+
+def test_the_sweep_decides_for_an_arm_and_its_controls(monkeypatch):
+    monkeypatch.setitem(experiments.TUNED, "full", {"joint-moe": {"learning_rate": 0.25}})
+
+    def rate(arm: str, **overrides: float) -> float:
+        return experiments.config("kill_gate", arm, "full", 0, **overrides).learning_rate
+
+    assert rate("joint-moe") == rate("uniform-moe") == rate("oracle-moe") == 0.25
+    untouched = experiments.SCALES["full"]["learning_rate"]
+    assert rate("joint-single") == rate("joint-3r") == rate("emb-only-aa") == untouched
+    assert rate("joint-moe", learning_rate=0.5) == 0.5
+    every = {
+        name: row for e in EXPERIMENTS.values() for name, row in {**e.controls, **e.aa}.items()
+    }
+    assert all(row["tuned_as"] in EXPERIMENTS["kill_gate"].arms for row in every.values())
+
+
+def test_the_sweep_tries_every_arm_on_dev():
+    tried = {}
+    for name in experiments.arms("sweep"):
+        config = experiments.config("sweep", name, "small", 0)
+        arm = name.split("-lr")[0]
+        tried.setdefault(arm, set()).add((config.learning_rate, config.clip))
+        twin = experiments.config("kill_gate", arm, "small", 0)
+        same = replace(twin, split="dev", learning_rate=config.learning_rate, clip=config.clip)
+        assert config == same
+    assert tried == dict.fromkeys(EXPERIMENTS["kill_gate"].arms, set(experiments.SWEPT))
+
+
+def test_the_baselines_do_not_depend_on_what_arms_decide():
+    made = experiments.plain("kill_gate", "small")
+    other = experiments.plain("kill_gate", "small", steps=3, learning_rate=0.5, clip=2.0)
+    assert made == other != experiments.plain("kill_gate", "small", document_tokens=3)
 
 
 def test_the_controls_are_matched():
@@ -98,7 +132,8 @@ def test_steps_factor_applies_to_the_steps_that_count():
     assert experiments.config("kill_gate", "joint-half", "small", 0, steps=30).steps == 15
     assert experiments.config("kill_gate", "emb-only-double", "small", 0, steps=30).steps == 60
     assert experiments.config("kill_gate", "emb-only", "small", 0, steps=30).steps == 30
-    assert EXPERIMENTS["kill_gate"].controls["joint-half"] == {"steps_factor": 0.5}  # not consumed
+    row = EXPERIMENTS["kill_gate"].controls["joint-half"]
+    assert row == {"steps_factor": 0.5, "tuned_as": "joint-single"}  # not consumed
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_what_is_finished_is_skipped(copy, words, tmp_path, cache, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("field", "file"), [("learning_rate=0.5", "baselines.json"), ("steps=41", "emb-only/seed0")]
+    ("field", "file"), [("temperature=0.5", "baselines.json"), ("steps=41", "emb-only/seed0")]
 )
 def test_another_config_is_an_error_that_names_the_field(
     copy, words, tmp_path, cache, monkeypatch, capsys, field, file

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -28,7 +29,11 @@ from train.loop import train
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = 1
-TRIM_EVERY = 10  # steps
+TRIM_EVERY = 4  # steps
+# oneDNN keeps a compiled primitive for each of the last 1024 shapes it saw. Every step has another
+# number of tokens, so that is 0.6 GB which nothing asks for again; one step has about 40 shapes.
+# Read when the first primitive is made.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def resolve_dtype(name: str) -> str:

@@ -1,0 +1,144 @@
+"""What a sweep chose: for each arm the learning rate and clipping that score best on dev.
+
+The rule, fixed before the run: an arm takes the setting with the highest nDCG@10, averaged over
+its tasks and seeds; of equal ones the lowest learning rate, then the tightest clipping.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import experiments
+from analysis import report
+from analysis.figures import METRIC, TASKS, label, table
+
+SWEPT = ("learning_rate", "clip")
+PAGE = """# {title}
+
+{question}
+
+Scores are nDCG@10 × 100 on the {split} split, {queries}, at {steps} steps; gradient norms are the
+median before clipping. The rule, fixed before the run: an arm takes the setting with the highest
+mean over its tasks (bold); of equal ones the lowest learning rate, then the tightest clipping.
+{seeds} a setting: differences of a point are within what seeds do, so the choice settles a
+sensible setting for each arm and claims nothing about which is best.
+
+{tables}
+Chosen, as it stands in `experiments.TUNED`:
+
+```python
+{chosen}
+```
+
+Made at commit {commits} on {devices}; {seconds:,.0f} s of training and evaluation.
+"""
+
+
+def write(folder: Path) -> dict[str, Any]:
+    """Write choice.json and report.md into `folder` (runs/sweep/<setting>); return the choice.
+
+    Raises ValueError as `report.load`, and if there is no trial.
+    """
+    baselines, arms = report.load(folder)
+    if not arms:
+        raise ValueError(f"{folder} has no trial yet: `make sweep` makes them")
+    rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in experiments.ARMS}
+    for name, trials in arms.items():
+        arm = next(a for a in experiments.ARMS if name.startswith(f"{a}-lr"))
+        rows[arm].append(_row(trials))
+    chosen = {arm: {k: _best(found)[k] for k in SWEPT} for arm, found in rows.items() if found}
+    files = [baselines, *(trial for trials in arms.values() for trial in trials.values())]
+    choice = {
+        "setting": folder.resolve().name,
+        "chosen": chosen,
+        "rows": rows,
+        "missing": [a for a in experiments.EXPERIMENTS["sweep"].arms if a not in arms],
+        "commits": sorted({str(file["git"]["commit"]) for file in files}),
+        "devices": sorted({file["device"] for file in files}),
+        "seconds": sum(sum(file["seconds"].values()) for file in files),
+    }
+    for name, text in (
+        ("choice.json", json.dumps(choice, indent=1) + "\n"),
+        ("report.md", _markdown(choice, baselines, files[-1]["config"])),
+    ):
+        part = folder / f".{name}.part"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, folder / name)
+    return choice
+
+
+def _row(trials: dict[int, dict]) -> dict[str, Any]:
+    """One setting: what was swept, the scores by task and their mean, over its seeds."""
+    first = next(iter(trials.values()))
+    scores = {
+        task: float(
+            np.mean([q[METRIC] for t in trials.values() for q in t["scores"][task].values()])
+        )
+        for task in first["scores"]
+    }
+    norms = [line["gradient_norm"] for trial in trials.values() for line in trial["curve"]]
+    return {
+        **{key: first["config"][key] for key in SWEPT},
+        "seeds": len(trials),
+        "scores": scores,
+        "mean": float(np.mean(list(scores.values()))),
+        "gradient_norm": float(np.median(norms)),
+    }
+
+
+def _best(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return min(rows, key=lambda row: (-row["mean"], *(row[key] for key in SWEPT)))
+
+
+def _markdown(choice: dict[str, Any], baselines: dict, config: dict) -> str:
+    tables = ""
+    for arm, rows in choice["rows"].items():
+        if not rows:
+            continue
+        tasks, best = list(rows[0]["scores"]), _best(rows)
+        cells = [
+            [
+                f"{row['learning_rate']:g}",
+                f"{row['clip']:g}",
+                *(f"{100 * row['scores'][task]:.2f}" for task in tasks),
+                f"**{100 * row['mean']:.2f}**" if row is best else f"{100 * row['mean']:.2f}",
+                f"{row['gradient_norm']:.2f}",
+            ]
+            for row in sorted(rows, key=lambda row: [row[key] for key in SWEPT])
+        ]
+        head = ["learning rate", "clip", *(TASKS[task] for task in tasks), "mean", "gradient norm"]
+        tables += f"**{label(arm)}**\n\n{table(head, cells)}"
+    if choice["missing"]:
+        tables += f"Missing: {', '.join(choice['missing'])}.\n\n"
+    queries = {task: len(baselines["untrained"][task]) for task in TASKS}
+    seeds = sorted({row["seeds"] for rows in choice["rows"].values() for row in rows})
+    return PAGE.format(
+        title=f"Sweep: {choice['setting']}",
+        question=experiments.EXPERIMENTS["sweep"].question,
+        split=config["split"],
+        queries=", ".join(f"{queries[task]:,} queries for {name}" for task, name in TASKS.items()),
+        steps=config["steps"],
+        seeds="One seed" if seeds == [1] else f"{' or '.join(map(str, seeds))} seeds",
+        tables=tables,
+        chosen=_literal(choice),
+        commits=", ".join(choice["commits"]),
+        devices=", ".join(choice["devices"]),
+        seconds=choice["seconds"],
+    )
+
+
+def _literal(choice: dict[str, Any]) -> str:
+    """The row of `experiments.TUNED` as Python."""
+    rows = [f'    "{arm}": {json.dumps(values)},' for arm, values in choice["chosen"].items()]
+    return "\n".join([f'"{choice["setting"]}": {{', *rows, "},"])
+
+
+def summary(choice: dict[str, Any]) -> str:
+    """The choice for a terminal."""
+    lines = [f"sweep {choice['setting']}: chosen for experiments.TUNED", _literal(choice)]
+    if choice["missing"]:
+        lines.append(f"missing: {', '.join(choice['missing'])}")
+    return "\n".join(lines)

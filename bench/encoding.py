@@ -1,0 +1,119 @@
+"""Encoding texts of natural, mixed length: ours, packed, against sentence-transformers, padded.
+
+Both run the same weights on the same tokens, which is checked on the vectors before anything is
+timed. The rival is timed at each batch size and stands at its best one.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+from bench import timing
+from eval.collections import Collection
+from model import bases
+from model.tokens import Prompts
+from model.unimoer import DTYPES, ModelConfig, UniMoER
+from train.trial import Workbench
+
+BATCHES = (4, 8, 16, 32, 64, 128)
+
+
+def cut_base(folder: Path, layers: int, place: Path) -> Path:
+    """A folder with the base's first layers, as transformers reads it; the weights are linked."""
+    for file in folder.iterdir():
+        os.symlink(file, place / file.name)
+    config = json.loads((folder / "config.json").read_text())
+    (place / "config.json").unlink()
+    (place / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    return place
+
+
+def mixed_texts(collection: Collection, model: UniMoER, count: int, tokens: int) -> list[str]:
+    """`count` documents and half as many queries, each cut at `tokens` tokens."""
+    texts = list(collection.corpus.values())[:: max(1, len(collection.corpus) // count)][:count]
+    texts += list(collection.queries.values())[:: max(1, 2 * len(collection.queries) // count)]
+    found = []
+    for text in texts[: count + count // 2]:
+        offsets = model.tokenizer.fast.encode(text).offsets
+        found.append(text if len(offsets) <= tokens else text[: offsets[tokens - 1][1]])
+    return found
+
+
+def run(
+    bench: Workbench,
+    base: str,
+    layers: int = 8,
+    count: int = 300,
+    tokens: int = 256,
+    rounds: int = 5,
+    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+) -> list[dict]:
+    """One row for each dtype: tokens/s of both, the rival at its best batch size, and the ratio.
+
+    Raises:
+        ValueError: the vectors of the two differ, so they would not do the same work.
+    """
+    folder, rows = bases.resolve(base), []
+    for dtype in dtypes:
+        config = ModelConfig(
+            base=base,
+            layers=layers,
+            dtype=dtype,
+            embedding_pooling="mean",
+            document_tokens=4 * tokens,
+            prompts=Prompts(query="{query}"),
+        )
+        model = UniMoER(config, bench.device)
+        texts = mixed_texts(bench.collection, model, count, tokens)
+        # The rival gets the end token as text, so that both run the same ids.
+        ended = [text + model.tokenizer.end_token for text in texts]
+        work = sum(map(len, model.tokenizer.documents(texts)))
+        with tempfile.TemporaryDirectory() as place:
+            options = {"dtype": DTYPES[dtype], "attn_implementation": "sdpa"}
+            layer = Transformer(
+                str(cut_base(folder, layers, Path(place))),
+                model_kwargs=options,
+                max_seq_length=8 * tokens,
+            )
+        pooling = Pooling(model.decoder.config.hidden_size, "mean")
+        rival = SentenceTransformer(modules=[layer, pooling, Normalize()], device=bench.device)
+
+        def theirs(batch: int, rival=rival, ended=ended) -> torch.Tensor:
+            return torch.as_tensor(rival.encode(ended, batch_size=batch, show_progress_bar=False))
+
+        _check(model.encode_document(texts), theirs(16), dtype)
+        times = timing.seconds(
+            {
+                "ours": lambda turn, model=model, texts=texts: model.encode_document(texts),
+                **{str(batch): lambda turn, b=batch, f=theirs: f(b) for batch in BATCHES},
+            },
+            rounds,
+        )
+        best = min(map(str, BATCHES), key=lambda batch: timing.spread(times[batch])["median"])
+        found = timing.compare(times, [work] * rounds, "ours", best)
+        rows.append(
+            {
+                "what": f"encode {len(texts)} mixed texts, {layers} layers",
+                "dtype": dtype,
+                "against": f"sentence-transformers, batch {best}",
+                "unit": "tokens/s",
+                "tokens": work,
+                "ours": found["ours"],
+                "theirs": found[best],
+                "ratio": found["ratio"],
+                "by_batch": {str(batch): found[str(batch)] for batch in BATCHES},
+            }
+        )
+    return rows
+
+
+def _check(ours: torch.Tensor, theirs: torch.Tensor, dtype: str) -> None:
+    """The same vectors, to the precision of the dtype."""
+    cosine = (ours.float() * theirs.float().cpu()).sum(1).min().item()
+    if cosine < (1 - 1e-5 if dtype == "float32" else 1 - 2e-2):
+        raise ValueError(f"the two encoders disagree: smallest cosine {cosine:.6f} in {dtype}")

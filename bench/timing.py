@@ -1,0 +1,77 @@
+"""Times of rivals in one run, and what a benchmark's record says about the machine."""
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("torch", "transformers", "peft", "sentence-transformers", "tokenizers")
+
+
+def seconds(rivals: dict[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each rival in each round; they take turns, so a slow minute hits all of them.
+
+    Args:
+        rivals: name -> what is timed, called with the round's number. One round before the first
+            (number 0 again) warms up and is not counted. The order turns around in every round.
+    Returns:
+        name -> `rounds` times in seconds, by round, device work included.
+    """
+    found: dict[str, list[float]] = {name: [] for name in rivals}
+    for turn in tqdm([0, *range(rounds)], desc=" | ".join(rivals), unit="round", leave=False):
+        order = list(rivals.items())
+        for name, run in order if turn % 2 else reversed(order):
+            started = time.perf_counter()
+            run(turn)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            found[name].append(time.perf_counter() - started)
+    return {name: times[1:] for name, times in found.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles (linear between the neighbours)."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "q1": low, "q3": high}
+
+
+def compare(
+    times: dict[str, list[float]], work: Sequence[float], ours: str, against: str
+) -> dict[str, dict[str, float]]:
+    """Throughput of each rival, and ours over one of them, round by round.
+
+    Args:
+        times: of `seconds`. work: what was done in each round (tokens).
+    Returns:
+        name -> median and quartiles of work per second; `ratio` -> those of ours / against.
+    """
+    rates = {name: [w / t for w, t in zip(work, row, strict=True)] for name, row in times.items()}
+    ratios = [a / b for a, b in zip(rates[ours], rates[against], strict=True)]
+    return {**{name: spread(row) for name, row in rates.items()}, "ratio": spread(ratios)}
+
+
+def machine() -> dict:
+    """Device, threads, versions and commit, as a record tells them."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip() or None,
+        "dirty": bool(changed.stdout.strip()),
+    }

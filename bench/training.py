@@ -1,0 +1,152 @@
+"""A training step of Joint-Single: ours against transformers + peft with one LoRA, same texts.
+
+Both take the study's own micro-batches (one embedding, one reranking), the same losses, clipping
+and AdamW. The rival pads queries, documents and pairs each to their longest.
+"""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModel
+
+import experiments
+from bench import timing
+from bench.encoding import cut_base
+from experiments import Config
+from model import bases
+from model.heads import LinearScore
+from model.prefix import TextSet
+from model.unimoer import UniMoER
+from train import losses
+from train.batches import TrainingData
+from train.loop import TASK_LOSS
+from train.optim import adamw
+from train.trial import Workbench
+
+SETTINGS = {
+    "8 layers, all adapted": {"layers": 8, "adapter_layers": 0, "prefix": False},
+    "16 layers, last 4 adapted": {},
+}
+
+
+class Ours:
+    """One step as `train.loop` makes it."""
+
+    def __init__(self, model: UniMoER, data: TrainingData, config: Config):
+        self.model, self.data, self.config = model.train(), data, config
+        self.parameters = model.trained()
+        rates = (config.learning_rate, config.head_learning_rate, config.weight_decay)
+        self.optimizer = adamw(self.parameters, *rates)
+
+    def loss(self, step: int) -> Tensor:
+        return torch.stack([f(self.model, self.data, step)[0] for f in TASK_LOSS.values()]).sum()
+
+    def step(self, step: int) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
+        self.optimizer.step()
+        return loss.item()
+
+
+class Theirs(Ours):
+    """The same step with transformers and peft: padded batches, one LoRA of the same rank."""
+
+    def __init__(self, folder: Path, ours: Ours):
+        self.data, self.config = ours.data, ours.config
+        c, self.device = ours.config, ours.model.device
+        with tempfile.TemporaryDirectory() as place:
+            cut = cut_base(folder, len(ours.model.decoder.layers), Path(place))
+            base = AutoModel.from_pretrained(cut, dtype=ours.model.dtype).to(self.device)
+        adapters = LoraConfig(
+            r=c.ranks[0],
+            lora_alpha=round(c.alpha_over_rank * c.ranks[0]),
+            target_modules=list(c.targets),
+            layers_to_transform=list(range(c.adapter_layers, base.config.num_hidden_layers)),
+        )
+        self.lora = get_peft_model(base, adapters).train()
+        assert isinstance(ours.model.head, LinearScore)
+        self.head = copy.deepcopy(ours.model.head)  # both start from the same one
+        named = {n: p for n, p in self.lora.named_parameters() if p.requires_grad}
+        self.parameters = named | {f"head.{n}": p for n, p in self.head.named_parameters()}
+        self.optimizer = adamw(
+            self.parameters, c.learning_rate, c.head_learning_rate, c.weight_decay
+        )
+
+    def pooled(self, texts: TextSet, indices: list[int]) -> Tensor:
+        """(B, D) fp32: the mean over each text's own tokens, padded to the longest."""
+        rows = [torch.tensor(texts.ids[i]) for i in indices]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        mask = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
+        hidden = self.lora(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0].float()
+        return (hidden * mask[..., None]).sum(1) / lengths[:, None]
+
+    def loss(self, step: int) -> Tensor:
+        c, rows, groups = self.config, self.data.embedding(step), self.data.reranking(step)
+        texts = self.data.embedding_texts
+        queries, documents = (
+            F.normalize(self.pooled(texts, indices), dim=-1)
+            for indices in (rows.queries, rows.documents)
+        )
+        places = (rows.positive.to(self.device), rows.relevant.to(self.device))
+        margins = (c.temperature, c.false_negative_margin)
+        scores = self.head(self.pooled(self.data.reranking_texts, groups.pairs))
+        ranked = losses.RERANKING[c.reranking_loss](scores.view(-1, groups.size))
+        return losses.info_nce(queries, documents, *places, *margins) + ranked
+
+
+def run(
+    bench: Workbench,
+    base: str,
+    rounds: int = 5,
+    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+    settings: dict[str, dict] = SETTINGS,
+) -> list[dict]:
+    """One row for each setting and dtype: tokens/s of a step, ours and theirs, and the ratio.
+
+    Raises:
+        ValueError: the losses of the first step differ, so the two would not do the same work.
+    """
+    rows = []
+    for name, changes in settings.items():
+        for dtype in dtypes:
+            fields = {"base": base, "dtype": dtype, "train_queries": 64, **changes}
+            config = experiments.config("kill_gate", "joint-single", "small", 0, **fields)
+            rows.append(_row(bench, name, config, rounds))
+    return rows
+
+
+def _row(bench: Workbench, name: str, config: Config, rounds: int) -> dict:
+    model = bench.model(config)
+    data = TrainingData(bench.collection, model.tokenizer, config, bench.states(model, config))
+    ours = Ours(model, data, config)
+    theirs = Theirs(bases.resolve(config.base, config.revision), ours)
+    with torch.no_grad():
+        pair = [float(side.loss(0)) for side in (ours, theirs)]
+    if abs(pair[0] - pair[1]) > (1e-3 if config.dtype == "float32" else 0.15):
+        raise ValueError(f"{name} {config.dtype}: first losses {pair} differ")
+    work = [_tokens(data, step) for step in range(rounds)]
+    times = timing.seconds({"ours": ours.step, "theirs": theirs.step}, rounds)
+    found = timing.compare(times, work, "ours", "theirs")
+    return {
+        "what": f"train Joint-Single, {name}",
+        "dtype": config.dtype,
+        "against": "transformers + peft, one LoRA",
+        "unit": "tokens/s",
+        "tokens": sum(work),
+        **found,
+    }
+
+
+def _tokens(data: TrainingData, step: int) -> int:
+    """Real tokens of a step's texts, padding not counted."""
+    rows = data.embedding(step)
+    embedded = [data.embedding_texts.lengths[i] for i in rows.queries + rows.documents]
+    return sum(embedded + [data.reranking_texts.lengths[i] for i in data.reranking(step).pairs])
