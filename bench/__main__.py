@@ -14,6 +14,7 @@ from model import bases
 from train.trial import Workbench, device_name
 
 RESULTS = Path(__file__).parent / "results"
+PARTS = {"encoding": (encoding.run, {}), "training": (training.run, {})}
 
 
 def table(rows: list[dict]) -> str:
@@ -29,12 +30,12 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--base", default=bases.DEFAULT, help="a known name, hub id or folder")
     parser.add_argument("--data", default="stdlib", help="where the texts come from")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each row")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if given.rounds < 2:
         parser.error(f"--rounds {given.rounds}: quartiles need at least 2")
     transformers.logging.set_verbosity_error()
@@ -43,8 +44,8 @@ def main() -> None:
     name = device_name(device)
     bench = Workbench(given.data, device, bases.cache_folder(), keep_prefix=False)
     rows = []
-    for part in (encoding, training):
-        rows += part.run(bench, given.base, rounds=given.rounds)
+    for part, options in PARTS.values():
+        rows += part(bench, given.base, rounds=given.rounds, **options)
         print(table(rows), flush=True)
     record = {"device": name, "base": given.base, "data": given.data, "rounds": given.rounds}
     record |= {**timing.machine(), "rows": rows}
@@ -54,10 +55,10 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     stem = re.sub(r"[^a-z0-9]+", "-", f"{name} {given.base.split('/')[-1]}".lower()).strip("-")
     for suffix, content in ((".json", json.dumps(record, indent=1) + "\n"), (".md", text)):
-        part = RESULTS / f".{stem}{suffix}.part"
-        part.write_text(content)
-        os.replace(part, RESULTS / f"{stem}{suffix}")
-    print(f"written to {(RESULTS / stem).relative_to(Path.cwd())}.md and .json")
+        whole = RESULTS / f".{stem}{suffix}.part"
+        whole.write_text(content)
+        os.replace(whole, RESULTS / f"{stem}{suffix}")
+    print(f"written to {RESULTS / stem}.md and .json")
 
 
 if __name__ == "__main__":

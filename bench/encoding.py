@@ -16,7 +16,6 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from bench import timing
 from eval.collections import Collection
 from model import bases
-from model.tokens import Prompts
 from model.unimoer import DTYPES, ModelConfig, UniMoER
 from train.trial import Workbench
 
@@ -31,6 +30,17 @@ def cut_base(folder: Path, layers: int, place: Path) -> Path:
     (place / "config.json").unlink()
     (place / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
     return place
+
+
+def config(base: str, layers: int, dtype: str, tokens: int) -> ModelConfig:
+    """The bare base with mean pooling; texts that were cut before are not cut again."""
+    return ModelConfig(
+        base=base,
+        layers=layers,
+        dtype=dtype,
+        embedding_pooling="mean",
+        document_tokens=4 * tokens,
+    )
 
 
 def mixed_texts(collection: Collection, model: UniMoER, count: int, tokens: int) -> list[str]:
@@ -60,15 +70,7 @@ def run(
     """
     folder, rows = bases.resolve(base), []
     for dtype in dtypes:
-        config = ModelConfig(
-            base=base,
-            layers=layers,
-            dtype=dtype,
-            embedding_pooling="mean",
-            document_tokens=4 * tokens,
-            prompts=Prompts(query="{query}"),
-        )
-        model = UniMoER(config, bench.device)
+        model = UniMoER(config(base, layers, dtype, tokens), bench.device)
         texts = mixed_texts(bench.collection, model, count, tokens)
         # The rival gets the end token as text, so that both run the same ids.
         ended = [text + model.tokenizer.end_token for text in texts]
@@ -94,8 +96,8 @@ def run(
             },
             rounds,
         )
-        best = min(map(str, BATCHES), key=lambda batch: timing.spread(times[batch])["median"])
-        found = timing.compare(times, [work] * rounds, "ours", best)
+        rates = timing.rates(times, [work] * rounds)
+        best = max(map(str, BATCHES), key=lambda batch: rates[batch]["median"])
         rows.append(
             {
                 "what": f"encode {len(texts)} mixed texts, {layers} layers",
@@ -103,10 +105,10 @@ def run(
                 "against": f"sentence-transformers, batch {best}",
                 "unit": "tokens/s",
                 "tokens": work,
-                "ours": found["ours"],
-                "theirs": found[best],
-                "ratio": found["ratio"],
-                "by_batch": {str(batch): found[str(batch)] for batch in BATCHES},
+                "ours": rates["ours"],
+                "theirs": rates[best],
+                "ratio": timing.ratio(times, "ours", best),
+                "by_batch": {str(batch): rates[str(batch)] for batch in BATCHES},
             }
         )
     return rows

@@ -43,19 +43,17 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high}
 
 
-def compare(
-    times: dict[str, list[float]], work: Sequence[float], ours: str, against: str
-) -> dict[str, dict[str, float]]:
-    """Throughput of each rival, and ours over one of them, round by round.
+def rates(times: dict[str, list[float]], work: Sequence[float]) -> dict[str, dict[str, float]]:
+    """name -> median and quartiles of work per second; `work` is what was done in each round."""
+    return {
+        name: spread([w / t for w, t in zip(work, row, strict=True)]) for name, row in times.items()
+    }
 
-    Args:
-        times: of `seconds`. work: what was done in each round (tokens).
-    Returns:
-        name -> median and quartiles of work per second; `ratio` -> those of ours / against.
-    """
-    rates = {name: [w / t for w, t in zip(work, row, strict=True)] for name, row in times.items()}
-    ratios = [a / b for a, b in zip(rates[ours], rates[against], strict=True)]
-    return {**{name: spread(row) for name, row in rates.items()}, "ratio": spread(ratios)}
+
+def ratio(times: dict[str, list[float]], ours: str, against: str) -> dict[str, float]:
+    """Median and quartiles of how many times as fast ours is, taken round by round."""
+    pairs = zip(times[ours], times[against], strict=True)
+    return spread([theirs / mine for mine, theirs in pairs])
 
 
 def machine() -> dict:

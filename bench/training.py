@@ -64,11 +64,11 @@ class Theirs(Ours):
         with tempfile.TemporaryDirectory() as place:
             cut = cut_base(folder, len(ours.model.decoder.layers), Path(place))
             base = AutoModel.from_pretrained(cut, dtype=ours.model.dtype).to(self.device)
+        adapted = "|".join(map(str, range(c.adapter_layers, base.config.num_hidden_layers)))
         adapters = LoraConfig(
             r=c.ranks[0],
             lora_alpha=round(c.alpha_over_rank * c.ranks[0]),
-            target_modules=list(c.targets),
-            layers_to_transform=list(range(c.adapter_layers, base.config.num_hidden_layers)),
+            target_modules=rf"layers\.({adapted})\..*\.({'|'.join(c.targets)})",
         )
         self.lora = get_peft_model(base, adapters).train()
         assert isinstance(ours.model.head, LinearScore)
@@ -134,14 +134,14 @@ def _row(bench: Workbench, name: str, config: Config, rounds: int) -> dict:
         raise ValueError(f"{name} {config.dtype}: first losses {pair} differ")
     work = [_tokens(data, step) for step in range(rounds)]
     times = timing.seconds({"ours": ours.step, "theirs": theirs.step}, rounds)
-    found = timing.compare(times, work, "ours", "theirs")
     return {
         "what": f"train Joint-Single, {name}",
         "dtype": config.dtype,
         "against": "transformers + peft, one LoRA",
         "unit": "tokens/s",
         "tokens": sum(work),
-        **found,
+        **timing.rates(times, work),
+        "ratio": timing.ratio(times, "ours", "theirs"),
     }
 
 

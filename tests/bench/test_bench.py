@@ -1,0 +1,118 @@
+"""The benchmarks run, compare like with like and say what they measured; no speed is asserted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import encoding, timing, training
+from model.unimoer import UniMoER
+from tests.train.tiny import write_collection
+from train.trial import Workbench
+
+
+@pytest.fixture(scope="module")
+def base(make_base) -> Path:
+    """A tiny base that transformers can pad with."""
+    folder = make_base()
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Workbench:
+    data = write_collection(tmp_path_factory.mktemp("bench") / "tiny")
+    return Workbench(str(data), "cpu", data / "cache", keep_prefix=False)
+
+
+SMALL = {"rounds": 2, "dtypes": ("float32",)}
+SETTINGS = {
+    "all": {"layers": 4, "adapter_layers": 0, "prefix": False, "train_queries": 24},
+    "upper": {"layers": 4, "adapter_layers": 2, "train_queries": 24},
+}
+
+
+def test_rivals_take_turns():
+    seen = []
+    rivals = {name: lambda turn, name=name: seen.append((name, turn)) for name in "ab"}
+    times = timing.seconds(rivals, 3)
+    assert {name: len(row) for name, row in times.items()} == {"a": 3, "b": 3}
+    order = [("b", 0), ("a", 0)] * 2 + [("a", 1), ("b", 1)] + [("b", 2), ("a", 2)]
+    assert seen == order  # the first pair warms up
+
+
+def test_throughput_and_ratio_by_hand():
+    times = {"ours": [1.0, 2.0, 4.0], "theirs": [2.0, 2.0, 2.0]}
+    rates = timing.rates(times, [100, 100, 100])
+    assert rates["ours"] == {"median": 50, "q1": 37.5, "q3": 75}
+    assert timing.ratio(times, "ours", "theirs") == {"median": 1, "q1": 0.75, "q3": 1.5}
+
+
+def test_encoding(base, bench):
+    [row] = encoding.run(bench, str(base), layers=2, count=12, tokens=16, **SMALL)
+    model = UniMoER(encoding.config(str(base), 2, "float32", 16))
+    texts = encoding.mixed_texts(bench.collection, model, 12, 16)
+    assert len(texts) == 18 and row["what"] == "encode 18 mixed texts, 2 layers"
+    assert row["tokens"] == sum(map(len, model.tokenizer.documents(texts)))
+    assert row["by_batch"].keys() == {str(batch) for batch in encoding.BATCHES}
+    assert row["theirs"]["median"] == max(r["median"] for r in row["by_batch"].values())
+
+
+def test_an_encoder_that_does_something_else_is_refused(base, bench, monkeypatch):
+    right = UniMoER.encode_document
+    monkeypatch.setattr(UniMoER, "encode_document", lambda self, texts: right(self, texts).flip(1))
+    with pytest.raises(ValueError, match="the two encoders disagree: smallest cosine"):
+        encoding.run(bench, str(base), layers=2, count=12, tokens=16, **SMALL)
+
+
+def test_training(base, bench):
+    rows = training.run(bench, str(base), settings=SETTINGS, **SMALL)
+    assert [row["what"] for row in rows] == [f"train Joint-Single, {name}" for name in SETTINGS]
+    assert len({row["tokens"] for row in rows}) == 1 and rows[0]["tokens"] > 0
+    assert all(row["ratio"]["median"] > 0 for row in rows)
+
+
+def test_the_rival_trains_the_same_model(base, bench):
+    """Same loss, and the same gradient of the head, which both have."""
+    config = training.experiments.config(
+        "kill_gate", "joint-single", "small", 0, base=str(base), dtype="float32", **SETTINGS["all"]
+    )
+    model = bench.model(config)
+    data = training.TrainingData(
+        bench.collection, model.tokenizer, config, bench.states(model, config)
+    )
+    ours = training.Ours(model, data, config)
+    theirs = training.Theirs(base, ours)
+    heads = []
+    for side in (ours, theirs):
+        loss = side.loss(1)
+        loss.backward()
+        heads.append((loss.detach(), side.parameters["head.linear.weight"].grad))
+    torch.testing.assert_close(heads[0], heads[1], rtol=1e-4, atol=1e-5)
+    size = sum(p.numel() for p in ours.parameters.values())
+    assert size == sum(p.numel() for p in theirs.parameters.values())
+
+
+def test_a_rival_with_another_loss_is_refused(base, bench, monkeypatch):
+    monkeypatch.setattr(training.Theirs, "loss", lambda self, step: torch.tensor(99.0))
+    with pytest.raises(ValueError, match="first losses .*99.* differ"):
+        training.run(bench, str(base), settings=SETTINGS, **SMALL)
+
+
+def test_the_record(base, bench, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    options = {"settings": SETTINGS, "dtypes": ("float32",)}
+    monkeypatch.setattr(command, "PARTS", {"training": (training.run, options)})
+    data = str(bench.collection.provenance["path"])
+    command.main(["--base", str(base), "--data", data, "--rounds", "2"])
+    [record, text] = sorted((tmp_path / "results").iterdir())
+    found = json.loads(record.read_text())
+    assert found["rounds"] == 2 and found["versions"]["torch"] == torch.__version__
+    assert len(found["rows"]) == 2 and found["threads"] == torch.get_num_threads()
+    assert text.read_text().count("| train Joint-Single, ") == 2
+    assert command.table(found["rows"]) in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main(["--rounds", "1"])
