@@ -8,7 +8,10 @@ import pytest
 import experiments
 from analysis import sweep
 
-RATES = {(0.0003, 1.0): 0.30, (0.001, 1.0): 0.50, (0.003, 1.0): 0.40, (0.001, 0.1): 0.50}
+RATES = {
+    **{(0.0003, 1.0): 0.30, (0.001, 1.0): 0.50, (0.003, 1.0): 0.40, (0.01, 1.0): 0.10},
+    (0.001, 0.1): 0.50,
+}
 
 
 def trial(name: str, scores: dict[str, float]) -> dict:
@@ -52,7 +55,9 @@ def test_the_rule(folder):
         "joint-single": {"learning_rate": 0.003, "clip": 1.0},
         "joint-moe": {"learning_rate": 0.003, "clip": 1.0},
     }
-    assert len(choice["missing"]) == 4 and all("rank-only" in name for name in choice["missing"])
+    assert len(choice["missing"]) == len(RATES) and all(
+        "rank-only" in name for name in choice["missing"]
+    )
     assert json.loads((folder / "choice.json").read_text()) == choice
     row = choice["rows"]["joint-moe"][2]
     assert row["scores"] == {"embedding": 0.4, "reranking": 0.7}
