@@ -192,7 +192,14 @@ BY_ARM = ("steps", "learning_rate", "clip")
 
 # scale -> arm -> what the sweep chose for it. Where a scale or an arm is absent, the value of
 # SCALES stands, which no sweep has settled.
-TUNED: dict[str, dict[str, dict]] = {}
+TUNED: dict[str, dict[str, dict]] = {
+    "small": {
+        "emb-only": {"learning_rate": 0.003, "clip": 1.0},
+        "rank-only": {"learning_rate": 0.003, "clip": 1.0},
+        "joint-single": {"learning_rate": 0.003, "clip": 1.0},
+        "joint-moe": {"learning_rate": 0.003, "clip": 1.0},
+    },
+}
 
 EXPERIMENTS = {
     "kill_gate": Experiment(
