@@ -20,14 +20,13 @@ PAGE = """# {title}
 
 {question}
 
-Scores are nDCG@10 × 100 on the {split} split, {queries}, at {steps} steps; gradient norms are the
-median before clipping. The rule, fixed before the run: an arm takes the setting with the highest
-mean over its tasks (bold); of equal ones the lowest learning rate, then the tightest clipping.
-{seeds} a setting: differences of a point are within what seeds do, so the choice settles a
-sensible setting for each arm and claims nothing about which is best.
+Scores are nDCG@10 × 100 on the {split} split ({queries}), after {steps} steps.
+Gradient norms are the median before clipping. The rule, fixed before the run: an arm takes the
+setting with the highest mean over its tasks (bold); of equal ones the lowest learning rate, then
+the tightest clipping. {seeds} a setting: differences of a point are within what seeds do, so the
+choice settles a sensible setting for each arm and claims nothing about which is best.
 
-{tables}
-Chosen, as it stands in `experiments.TUNED`:
+{tables}Chosen, as it stands in `experiments.TUNED`:
 
 ```python
 {chosen}

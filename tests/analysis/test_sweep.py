@@ -69,7 +69,7 @@ def test_the_report(folder):
     text = (folder / "report.md").read_text()
     assert "| 0.001 | 0.1 | 50.00 | **50.00** | 2.00 |" in text  # emb-only: one task and the mean
     assert "| 0.003 | 1 | 40.00 | 70.00 | **55.00** | 2.00 |" in text
-    assert "dev split, 2 queries for retrieval, 2 queries for reranking" in text
+    assert "dev split (2 queries for retrieval, 2 queries for reranking)" in text
     assert "Missing: rank-only-lr0.0003-clip1" in text and "**Rank-Only**" not in text
     literal = text.split("```python\n")[1].split("```")[0]
     assert eval("{" + literal + "}") == {"small": choice["chosen"]}
