@@ -7,6 +7,7 @@ stored dtype, so a run ends with the same numbers whether the file was there or 
 
 import hashlib
 import json
+import mmap
 import os
 import tempfile
 import time
@@ -36,20 +37,46 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return [batch for batch in batches if batch]
 
 
+class Mapped:
+    """A file of int16 (tokens, D), memory-mapped; `release` gives its pages back.
+
+    The pages stay in the system's cache, so reading them again costs no disk, but they no longer
+    count as this process's memory.
+    """
+
+    def __init__(self, path: Path | str, shape: tuple[int, int], new: bool = False):
+        with open(path, "r+b" if new else "rb") as file:
+            if new:
+                file.truncate(2 * shape[0] * shape[1])
+            access = mmap.ACCESS_WRITE if new else mmap.ACCESS_READ
+            self.pages = mmap.mmap(file.fileno(), 0, access=access)
+        self.array = np.frombuffer(self.pages, np.int16).reshape(shape)
+
+    def release(self) -> None:
+        self.pages.madvise(mmap.MADV_DONTNEED)  # shared pages: what was written is kept
+
+    def checksum(self) -> int:
+        found = zlib.crc32(self.pages)
+        self.release()
+        return found
+
+
 class PrefixStates:
     """States (sum of lengths, D) of a list of texts before layer `first_layer`, memory-mapped.
 
     16-bit models store their own dtype, so nothing is rounded; wider ones store fp16.
     """
 
-    def __init__(self, states: np.ndarray, lengths: Sequence[int], dtype: torch.dtype):
+    def __init__(self, states: Mapped, lengths: Sequence[int], dtype: torch.dtype):
         self.states, self.dtype = states, dtype
         self.starts = np.concatenate(([0], np.cumsum(lengths)))
 
     def rows(self, texts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """(N, D) of the given texts, one after the other."""
-        parts = [self.states[self.starts[i] : self.starts[i + 1]] for i in texts]
-        return torch.from_numpy(np.concatenate(parts)).view(self.dtype).to(dtype)
+        parts = [self.states.array[self.starts[i] : self.starts[i + 1]] for i in texts]
+        copied = np.concatenate(parts)
+        self.states.release()
+        return torch.from_numpy(copied).view(self.dtype).to(dtype)
 
 
 def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,7 +88,7 @@ def _compute(
     decoder: Decoder,
     ids: TokenIds,
     first_layer: int,
-    out: np.ndarray,
+    out: Mapped,
     starts: np.ndarray,
     budget: int,
     advance: Callable[[int], object],
@@ -79,7 +106,8 @@ def _compute(
                 f"{hidden.abs().max().item():.0f}): run with dtype bfloat16 or prefix off"
             )
         rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
-        out[rows] = bits.view(torch.int16).numpy()
+        out.array[rows] = bits.view(torch.int16).numpy()
+        out.release()
         advance(len(rows))
 
 
@@ -124,11 +152,11 @@ def prefix_states(
     handle, path = tempfile.mkstemp(prefix=f"{name}.", suffix=".part", dir=folder)
     os.close(handle)
     try:
-        out = np.memmap(path, dtype=np.int16, mode="w+", shape=shape)
+        out = Mapped(path, shape, new=True)
         _compute(decoder, ids, first_layer, out, starts, budget, advance)
-        out.flush()
         if folder is not None:
-            header = {"key": key.hexdigest(), "crc32": zlib.crc32(out.data), "shape": shape}
+            out.pages.flush()
+            header = {"key": key.hexdigest(), "crc32": out.checksum(), "shape": shape}
             note = folder / f"{name}.json"
             # The note goes first: a states file without its note is never believed.
             part = Path(path).with_suffix(".json.part")  # another process may build the same
@@ -141,7 +169,7 @@ def prefix_states(
     return PrefixStates(out, lengths, stored)
 
 
-def _open(path: Path, shape: tuple[int, int], key: str) -> np.ndarray | None:
+def _open(path: Path, shape: tuple[int, int], key: str) -> Mapped | None:
     """The cached states, or None where they are absent, damaged or another list's."""
     note = path.with_suffix(".json")
     if not (path.exists() and note.exists()):
@@ -153,8 +181,8 @@ def _open(path: Path, shape: tuple[int, int], key: str) -> np.ndarray | None:
     expected = {"key": key, "shape": list(shape)}
     if isinstance(header, dict) and {k: header.get(k) for k in expected} == expected:
         if path.stat().st_size == 2 * shape[0] * shape[1]:
-            states = np.memmap(path, dtype=np.int16, mode="r+", shape=shape)
-            if zlib.crc32(states.data) == header.get("crc32"):
+            states = Mapped(path, shape)
+            if states.checksum() == header.get("crc32"):
                 os.utime(path)
                 return states
     print(f"{path}: damaged, made again")
