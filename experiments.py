@@ -5,6 +5,7 @@ SCALES. A trial is one (experiment, arm, seed); its `Config` says everything abo
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 
@@ -165,7 +166,7 @@ SCALES = {
         "reranking_batch": 8,
         "group_size": 4,
         "negatives_depth": 20,
-        "learning_rate": 1e-3,
+        "learning_rate": 3e-3,
         "checkpoint_every": 20,
         "candidates": 10,
         "reranking_queries": 200,
@@ -190,8 +191,8 @@ SCALES = {
 # Fields of a scale that an arm may change, by its row of TUNED or its `steps_factor`.
 BY_ARM = ("steps", "learning_rate", "clip")
 
-# scale -> arm -> what the sweep chose for it. Where a scale or an arm is absent, the value of
-# SCALES stands, which no sweep has settled.
+# setting -> arm -> what its sweep chose. For a setting that is absent the values of SCALES stand,
+# which no sweep has settled there: `make sweep` with the same SCALE, BASE and DATA prints its row.
 TUNED: dict[str, dict[str, dict]] = {
     "small": {
         "emb-only": {"learning_rate": 0.003, "clip": 1.0},
@@ -253,6 +254,15 @@ def plain(experiment: str, scale: str, **overrides) -> Config:
     return replace(made, **{name: getattr(Config(), name) for name in BY_ARM})
 
 
+def setting_name(scale: str, base: str, data: str) -> str:
+    """`small`, `small-scifact`, `full-qwen3-0.6b-base-msmarco`: what is not the default."""
+    parts = [scale]
+    for value, default in ((base, Config().base), (data, Config().data)):
+        if value != default:
+            parts.append(Path(value).name.lower())
+    return "-".join(parts)
+
+
 def _scaled(experiment: str, scale: str, **overrides) -> Config:
     return replace(Config(), **{**SCALES[scale], **EXPERIMENTS[experiment].common, **overrides})
 
@@ -261,6 +271,7 @@ def config(experiment: str, arm: str, scale: str, seed: int, **overrides) -> Con
     """The Config of one trial. `overrides` win over the arm, the arm over TUNED and the scale."""
     row = dict(arms(experiment, True, True)[arm])
     factor, like = row.pop("steps_factor", 1.0), row.pop("tuned_as", arm)
-    tuned = TUNED.get(scale, {}).get(like, {})
+    base, data = (overrides.get(name, getattr(Config(), name)) for name in ("base", "data"))
+    tuned = TUNED.get(setting_name(scale, base, data), {}).get(like, {})
     made = _scaled(experiment, scale, **{**tuned, **row, **overrides, "seed": seed})
     return replace(made, steps=round(made.steps * factor))

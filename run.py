@@ -19,8 +19,17 @@ from analysis import report, sweep
 from eval import metrics
 from experiments import Config
 from model import bases
-from train.loop import forget
-from train.trial import Workbench, device_name, resolve_dtype, run_baselines, run_trial, sources
+from train.batches import check_training
+from train.loop import NonFiniteLoss, forget
+from train.trial import (
+    Workbench,
+    device_name,
+    model_config,
+    resolve_dtype,
+    run_baselines,
+    run_trial,
+    sources,
+)
 
 ROOT = Path(__file__).parent
 REPORTS = {"verdict": report, "sweep": sweep}  # each has write(folder) and summary(what it wrote)
@@ -66,15 +75,6 @@ def show_row(arm: str, seed: int | None, scores: dict) -> None:
     print(f"{name:<24} retrieval {cells[0]:>7}   reranking {cells[1]:>7}", flush=True)
 
 
-def setting_name(scale: str, base: str, data: str) -> str:
-    """`small`, `small-scifact`, `full-qwen3-0.6b-base-msmarco`: what is not the default."""
-    parts = [scale]
-    for value, default in ((base, Config().base), (data, Config().data)):
-        if value != default:
-            parts.append(Path(value).name.lower())
-    return "-".join(parts)
-
-
 def command_run(args: argparse.Namespace) -> None:
     overrides = {
         key: value
@@ -101,6 +101,9 @@ def command_run(args: argparse.Namespace) -> None:
             trials.append((arm, replace(config, dtype=resolve_dtype(config.dtype))))
     first = trials[0][1]
     bench = Workbench(first.data, device, bases.cache_folder(), not args.no_prefix_cache)
+    for _, config in trials:  # what cannot work is said before anything is computed
+        model_config(config)
+    check_training(bench.collection, first)
     print(f"{args.experiment} {folder.name}: {len(trials)} trials on {device_name(device)}")
     plain = experiments.plain(args.experiment, args.scale, **overrides)
     plain = replace(plain, dtype=resolve_dtype(plain.dtype))
@@ -139,7 +142,7 @@ def _override(text: str) -> tuple[str, object]:
 
 def setting_folder(args: argparse.Namespace) -> Path:
     base, data = args.base or Config().base, args.data or Config().data
-    return Path(args.runs) / args.experiment / setting_name(args.scale, base, data)
+    return Path(args.runs) / args.experiment / experiments.setting_name(args.scale, base, data)
 
 
 def command_list(args: argparse.Namespace) -> None:
@@ -222,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         COMMANDS[args.command](args)
-    except ValueError as problem:
+    except (ValueError, NonFiniteLoss) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     return 0

@@ -32,14 +32,14 @@ def route_sparsegen(router: "Router", logits: Tensor, tasks: Tensor) -> Tensor:
     return sparsegen(logits, router.c)
 
 
-# A new router is one function here and one row in experiments.py.
+# A new router is one function and one line here, and one arm in experiments.py.
 ROUTES = {
     "task": route_task,
     "uniform": route_uniform,
     "softmax": route_softmax,
     "sparsegen": route_sparsegen,
 }
-LEARNED = ("softmax", "sparsegen")
+NOT_LEARNED = ("task", "uniform")  # these look at no logits; every other router has an MLP
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ class Router(nn.Module):
                     f"routing by task needs experts named {TASKS}, {missing} not in {self.routed}"
                 )
         self.anneal = 1.0  # the training loop takes it from 1 to 0
-        if config.kind in LEARNED:
+        if config.kind not in NOT_LEARNED:
             self.up = nn.Linear(features, config.hidden)
             self.down = nn.Linear(config.hidden, len(self.routed))
         if config.kind == "sparsegen":
             self.v = nn.Parameter(torch.empty(()))
-        if config.kind in LEARNED:
+        if config.kind not in NOT_LEARNED:
             self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -115,7 +115,7 @@ class Router(nn.Module):
 
     def logits(self, pooled: Tensor) -> Tensor:
         """(B, D) -> (B, routed experts); zeros where nothing is learned."""
-        if self.config.kind not in LEARNED:
+        if self.config.kind in NOT_LEARNED:
             return pooled.new_zeros(len(pooled), len(self.routed))
         return self.down(F.silu(self.up(F.rms_norm(pooled, pooled.shape[-1:]))))
 

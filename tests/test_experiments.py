@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,13 +76,16 @@ def test_the_aa_arms_are_their_twins_with_other_seeds():
 def test_the_sweep_decides_for_an_arm_and_its_controls(monkeypatch):
     monkeypatch.setitem(experiments.TUNED, "full", {"joint-moe": {"learning_rate": 0.25}})
 
-    def rate(arm: str, **overrides: float) -> float:
+    def rate(arm: str, **overrides: Any) -> float:
         return experiments.config("kill_gate", arm, "full", 0, **overrides).learning_rate
 
     assert rate("joint-moe") == rate("uniform-moe") == rate("oracle-moe") == 0.25
     untouched = experiments.SCALES["full"]["learning_rate"]
     assert rate("joint-single") == rate("joint-3r") == rate("emb-only-aa") == untouched
     assert rate("joint-moe", learning_rate=0.5) == 0.5
+    assert rate("joint-moe", data="scifact") == untouched  # the sweep was of another setting
+    monkeypatch.setitem(experiments.TUNED, "full-scifact", {"joint-moe": {"learning_rate": 0.125}})
+    assert rate("joint-moe", data="scifact") == 0.125
     every = {
         name: row for e in EXPERIMENTS.values() for name, row in {**e.controls, **e.aa}.items()
     }

@@ -324,7 +324,7 @@ def test_a_damaged_prefix_cache_is_made_again(done, words, setting, tmp_path, ca
 def test_the_prefix_cache_is_used(done, words, setting, tmp_path, cache, monkeypatch):
     shutil.copytree(done.parents[2] / "cache", cache)
     monkeypatch.setattr(model.prefix, "_compute", forbidden)
-    assert run.main(words(tmp_path / "runs", "--set", "steps=2")) == 0
+    assert run.main(words(tmp_path / "runs", "--set", "learning_rate=0.5")) == 0
     new = read(tmp_path / "runs" / "kill_gate" / setting, "joint-moe")["curve"]
     old = read(done, "joint-moe")["curve"]
     assert new[0]["loss_embedding"] == old[0]["loss_embedding"]  # before any step was taken
@@ -453,7 +453,8 @@ def test_a_user_s_mistake_is_one_line_and_code_2(words, tmp_path, cache, capsys,
     assert error.startswith("error: ") and message in error
 
 
-def test_data_without_a_train_split(words, data, tmp_path, cache, capsys):
+def test_data_without_a_train_split(words, data, tmp_path, cache, monkeypatch, capsys):
+    monkeypatch.setattr(run, "run_baselines", forbidden)  # the dear part comes after
     bare = Path(shutil.copytree(data, tmp_path / "bare"))
     (bare / "qrels" / "train.tsv").unlink()
     assert run.main(words(tmp_path / "runs", "--data", str(bare))) == 2
@@ -488,7 +489,7 @@ def test_what_set_takes(text, expected):
     ],
 )
 def test_the_name_of_a_setting(given, name):
-    assert run.setting_name(*given) == name
+    assert experiments.setting_name(*given) == name
 
 
 @pytest.mark.parametrize("words", [[], ["run"], ["run", "nothing"], ["fly"], ["list", "x"]])

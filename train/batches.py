@@ -38,34 +38,53 @@ class RerankingBatch:
     ids: list[str]
 
 
+def check_training(collection: Collection, config: Config) -> list[str]:
+    """The training queries, in their fixed order.
+
+    Raises:
+        ValueError: there is no train split, or it has too few queries for a batch.
+    """
+    judged = require_split(collection, "train")
+    usable = sorted(q for q, row in judged.items() if any(grade > 0 for grade in row.values()))
+    order = sorted(usable, key=lambda query: random.Random(query).random())
+    order = order[: config.train_queries or None]
+    needed = max(batch_sizes(config).values())
+    if len(order) < needed:
+        raise ValueError(
+            f"{collection.name}: {len(order)} training queries with a relevant "
+            f"document, but a batch takes {needed}: lower the batch or give more data"
+        )
+    return order
+
+
+def batch_sizes(config: Config) -> dict[str, int]:
+    """Queries of a micro-batch, by task of the config."""
+    sizes = {"embedding": config.embedding_batch, "reranking": config.reranking_batch}
+    return {task: sizes[task] for task in config.tasks}
+
+
 class TrainingData:
     """Chosen queries, positives and negatives of both tasks, tokenized.
 
     `train_queries` of the training split, chosen by the query id's own generator, serve both
-    tasks. Which pairs they make never depends on the arm or the seed; the seed orders them.
+    tasks; each task takes as many of them, in that fixed order, as its steps use up. So the pairs
+    that are trained on never depend on the arm or the seed; the seed orders them. (Where the steps
+    end amid an epoch after the first, the seed also decides which of them come once more.)
     """
 
     def __init__(
         self, collection: Collection, tokenizer: Tokenizer, config: Config, states: WithStates
     ):
         self.config, self.corpus = config, collection.corpus
-        judged = require_split(collection, "train")
-        self.relevant = {
-            query: {d: grade for d, grade in row.items() if grade > 0}
-            for query, row in judged.items()
+        order = check_training(collection, config)
+        judged = collection.qrels["train"]
+        self.relevant = {q: {d: g for d, g in judged[q].items() if g > 0} for q in order}
+        # Of each task: whole batches, no more than the steps use.
+        self.used = {
+            task: order[: min(config.steps, len(order) // size) * size]
+            for task, size in batch_sizes(config).items()
         }
-        usable = sorted(query for query, row in self.relevant.items() if row)
-        order = sorted(usable, key=lambda query: random.Random(query).random())
-        self.queries = order[: config.train_queries or None]
-        needed = max(
-            config.embedding_batch if "embedding" in config.tasks else 0,
-            config.reranking_batch if "reranking" in config.tasks else 0,
-        )
-        if len(self.queries) < needed:
-            raise ValueError(
-                f"{collection.name}: {len(self.queries)} training queries with a relevant "
-                f"document, but a batch takes {needed}: lower the batch or give more data"
-            )
+        self.queries = max(self.used.values(), key=len)
         # The best grade, then the smallest id: one positive per query.
         self.positive = {
             q: min(self.relevant[q], key=lambda d: (-self.relevant[q][d], d)) for q in self.queries
@@ -85,10 +104,11 @@ class TrainingData:
 
     def _embedding_texts(self, collection: Collection, tokenizer: Tokenizer, states: WithStates):
         hard = self.config.hard_negatives
-        wanted = [d for q in self.queries for d in [self.positive[q], *self.negatives[q][:hard]]]
+        queries = self.used["embedding"]
+        wanted = [d for q in queries for d in [self.positive[q], *self.negatives[q][:hard]]]
         documents = list(dict.fromkeys(wanted))
-        ids = tokenizer.queries([collection.queries[q] for q in self.queries])
-        self.query_at = {q: i for i, q in enumerate(self.queries)}
+        ids = tokenizer.queries([collection.queries[q] for q in queries])
+        self.query_at = {q: i for i, q in enumerate(queries)}
         self.document_at = {d: len(ids) + i for i, d in enumerate(documents)}
         ids += tokenizer.documents([collection.corpus[d] for d in documents])
         self.embedding_texts = states(ids, "training texts")
@@ -97,18 +117,18 @@ class TrainingData:
         negatives = self.config.group_size - 1
         pairs = []
         self.group_at: dict[str, int] = {}
-        for query in self.queries:
+        for query in self.used["reranking"]:
             self.group_at[query] = len(pairs)
             for document in [self.positive[query], *self.negatives[query][:negatives]]:
                 pairs.append((collection.queries[query], collection.corpus[document]))
         self.reranking_texts = states(tokenizer.pairs(pairs), "training pairs")
 
     def _batch_queries(self, task: str, step: int, size: int) -> list[str]:
-        """The step's queries: each epoch is a permutation of its own, its remainder left out."""
-        per_epoch = len(self.queries) // size
+        """The step's queries: each epoch is a permutation of its own."""
+        order = list(self.used[task])
+        per_epoch = len(order) // size
         epoch, at = divmod(step, per_epoch)
         seed = self.config.seed + self.config.seed_offset
-        order = list(self.queries)
         random.Random(f"{seed} {task} {epoch}").shuffle(order)
         return order[at * size : (at + 1) * size]
 

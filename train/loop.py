@@ -70,7 +70,9 @@ def reranking_loss(
 TASK_LOSS = {"embedding": embedding_loss, "reranking": reranking_loss}
 
 
-def routing_line(routing: dict[str, list[Tensor]], experts: tuple[str, ...]) -> dict:
+def routing_line(
+    routing: dict[str, list[Tensor]], experts: tuple[str, ...], alarm: bool = True
+) -> dict:
     """Mean weights by task, their entropy in nats, and an alarm when an expert is dead.
 
     The alarm names each expert whose mean weight over the whole mixed batch is below 0.01 in more
@@ -87,9 +89,9 @@ def routing_line(routing: dict[str, list[Tensor]], experts: tuple[str, ...]) -> 
     layers = zip(*routing.values(), strict=True)
     mixed = torch.stack([torch.cat(layer).detach().float().mean(0) for layer in layers])
     dead = (mixed < 0.01).float().mean(0) > 0.5
-    alarm = [name for name, is_dead in zip(experts, dead.tolist(), strict=True) if is_dead]
-    if alarm:
-        line["alarm"] = f"collapse: {', '.join(alarm)} carry no weight"
+    idle = [name for name, is_dead in zip(experts, dead.tolist(), strict=True) if is_dead]
+    if alarm and idle:
+        line["alarm"] = f"collapse: {', '.join(idle)} carry no weight"
     return line
 
 
@@ -142,20 +144,24 @@ def train(
                 total = total + task_weight[task] * loss
                 line[f"loss_{task}"] = loss.item()
             if model.routers():
-                mixed = [torch.cat(layer) for layer in zip(*routing.values(), strict=True)]
+                routed = [name != config.always_on for name in config.experts]
+                layers = zip(*routing.values(), strict=True)
+                mixed = [torch.cat(layer)[:, routed] for layer in layers]  # (B, routed experts)
                 aux = losses.balance(mixed, config.balance)
                 total = total + config.balance_weight * aux
                 line["loss_balance"] = aux.item()
-                line |= routing_line(routing, config.experts)
+                # Routed by task, the shared expert is idle by design.
+                line |= routing_line(routing, config.experts, alarm=config.router != "task")
             optimizer.zero_grad(set_to_none=True)
             total.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip).item()
             line["gradient_norm"] = norm
             if not (math.isfinite(total.item()) and math.isfinite(norm)):
+                kept = f"the last good checkpoint is in {folder}"
+                kept = kept if folder.exists() else "no checkpoint was due yet"
                 raise NonFiniteLoss(
-                    f"step {step}: loss {total.item()}, gradient norm {norm}; batch {ids}. "
-                    f"The last good checkpoint is in {folder}: lower learning_rate or clip, or "
-                    "look at these texts"
+                    f"step {step}: loss {total.item()}, gradient norm {norm}; batch {ids}; {kept}. "
+                    "Lower learning_rate or clip, or look at these texts"
                 )
             optimizer.step()
             log.append(line)
@@ -164,6 +170,7 @@ def train(
             if callback is not None:
                 callback(step, line)
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+                os.fsync(log_file.fileno())  # the log is never behind its checkpoint
                 _save(optimizer, parameters, config, folder, step + 1)
             bar.update()
             bar.set_postfix({k[5:]: f"{v:.3f}" for k, v in line.items() if k.startswith("loss_")})

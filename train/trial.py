@@ -102,7 +102,8 @@ class Workbench:
         def make(ids: list[list[int]], title: str) -> TextSet:
             if not config.prefix or config.adapter_layers == 0:
                 return TextSet(ids)
-            text = json.dumps([ids, config.adapter_layers, config.dtype, model.identity])
+            fields = (config.adapter_layers, config.dtype, config.causal)
+            text = json.dumps([ids, *fields, model.identity])
             key = hashlib.sha256(text.encode()).hexdigest()
             if key not in self._sets:
                 tokens = sum(len(row) for row in ids)
@@ -129,7 +130,7 @@ class Workbench:
         names = (
             "split", "retrieval_depth", "candidates", "reranking_queries", "document_tokens",
             "query_prompt", "document_prompt", "pair_prompt", "reranking_pooling", "prefix",
-            "adapter_layers", "layers", "dtype",
+            "adapter_layers", "layers", "dtype", "causal", "end_token",
         )  # fmt: skip
         key = json.dumps([getattr(config, name) for name in names] + [model.identity])
         if key not in self._evaluation:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.sparsegen import sparsegen
-from model.router import LEARNED, ROUTES, TASKS, Router, RouterConfig
+from model.router import NOT_LEARNED, ROUTES, TASKS, Router, RouterConfig
 
 EXPERTS = ("embedding", "reranking", "shared")
 FEATURES = 12
@@ -17,7 +17,7 @@ def make_router(config: RouterConfig, experts: tuple[str, ...] = EXPERTS) -> Rou
     """In evaluation, and with logits large enough that texts differ."""
     torch.manual_seed(0)
     router = Router(FEATURES, experts, config).eval()
-    if config.kind in LEARNED:
+    if config.kind not in NOT_LEARNED:
         with torch.no_grad():
             router.down.weight.mul_(200)
     return router

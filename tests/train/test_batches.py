@@ -55,6 +55,19 @@ def test_the_pairs_depend_on_neither_seed_nor_arm(make):
         assert other.negatives == data.negatives
 
 
+@pytest.mark.parametrize("steps", [3, 8])  # less than an epoch of either task, and two of one
+@pytest.mark.parametrize("task", ["embedding", "reranking"])
+def test_what_is_trained_on_does_not_depend_on_the_seed(make, task, steps):
+    seen = []
+    for seed in range(4):
+        data = make(seed=seed, steps=steps)
+        assert {task: len(rows) for task, rows in data.used.items()} == {
+            "embedding": min(6 * steps, TRAIN), "reranking": min(3 * steps, TRAIN),
+        }  # fmt: skip
+        seen.append({query for batch in ids(data, range(steps), task) for query in batch})
+    assert seen[0] == seen[1] == seen[2] == seen[3] == set(data.used[task])
+
+
 @pytest.mark.parametrize("task", ["embedding", "reranking"])
 def test_every_arm_sees_the_same_micro_batches(make, task):
     joint, only = make(seed=3), make(seed=3, tasks=(task,))
@@ -166,7 +179,8 @@ def test_without_hard_negatives_only_positives_compete(make):
 def test_train_queries_is_a_prefix_of_a_fixed_order(make):
     everything = make().queries
     assert sorted(everything) != everything and len(everything) == TRAIN
-    assert make(train_queries=10).queries == everything[:10]
+    few = make(train_queries=10)  # batches of 6 and of 3: whole batches alone
+    assert few.used == {"embedding": everything[:6], "reranking": everything[:9]}
     assert make(train_queries=999).queries == everything
 
 

@@ -276,7 +276,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(
     parameters = model.trained()
     parameters["head.linear.bias"].register_hook(lambda grad: grad * math.inf)
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    with pytest.raises(NonFiniteLoss, match=r"^step 0: loss \d.*gradient norm (nan|inf)"):
+    with pytest.raises(NonFiniteLoss, match=r"^step 0: loss \d.*norm (nan|inf).*no checkpoint"):
         train(model, data, tiny, tmp_path / "a")
     assert all(torch.equal(p, before[name]) for name, p in parameters.items())
 
@@ -434,6 +434,22 @@ def test_prefix_states_change_the_losses_by_their_rounding_alone(tiny, collectio
 # The alarm --------------------------------------------------------------------------------------
 
 EXPERTS = ("embedding", "reranking", "shared")
+
+
+def test_routed_by_task_an_idle_expert_is_no_alarm():
+    only_first, only_second = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]])
+    routing = {"embedding": [only_first], "reranking": [only_second]}
+    assert "alarm" in routing_line(routing, NOISY_MOE["experts"])
+    assert "alarm" not in routing_line(routing, NOISY_MOE["experts"], alarm=False)
+
+
+def test_balance_leaves_the_always_on_expert_out(tiny, tmp_path, collection):
+    """Two routed experts in balance give 1; counted in, the third would give 4.5."""
+    fields = {**NOISY_MOE, "router": "uniform", "always_on": "shared", "router_noise": 0.0}
+    config = replace(tiny, **{**fields, "expert_dropout": 0.0}, steps=1)
+    model, data = build(config, collection)
+    [line] = train(model, data, config, tmp_path / "a")
+    assert line["loss_balance"] == pytest.approx(1)
 
 
 def test_the_alarm_counts_layers_over_the_mixed_batch():
