@@ -1,8 +1,6 @@
 """A setting's trials -> verdict.json, report.md and figures, written beside them.
 
-`judge` turns the trials into one dict, with every number from eval.stats; what is printed comes
-from that dict alone. In it scores lie in [0, 1], interference is in % of the specialist's score,
-gain-normalised interference and won_back are fractions, differences are in points (0.01 nDCG).
+What is printed comes from the dict of `judge.judge` alone.
 """
 
 import json
@@ -12,19 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import experiments
 from analysis import figures
-from analysis.figures import METRIC, METRICS, REFERENCE_ROWS, TASKS, label, span
+from analysis.figures import TASKS, label, span
+from analysis.judge import JOINT, MOE, SPECIALIST, judge, load
 from eval import stats
 
-SPECIALIST = stats.SPECIALIST
-JOINT, MOE = "joint-single", "joint-moe"
-NEEDED = (*SPECIALIST.values(), JOINT)  # without all of these there is no verdict
-RIVALS = (MOE, "joint-2r", "joint-3r", "uniform-moe", "oracle-moe")  # may win back the loss
 SAME_SIZE = ("joint-3r", "uniform-moe")  # controls with Joint-MoE's parameters but no routing
-ORIGIN = ("commit", "sources", "device", "versions")  # one of each, or the report warns
 DECISIONS = ("proceed", "pivot", "more_seeds", "inconclusive")
 PAGE = """# {title}
 
@@ -122,167 +114,6 @@ def write(folder: Path) -> dict[str, Any]:
     return verdict
 
 
-def load(folder: Path) -> tuple[dict, dict[str, dict[int, dict]]]:
-    """(baselines, arm -> seed -> trial), arms in the study's order; raises as `write`."""
-    baselines = _read(folder / "baselines.json")
-    found: dict[str, dict[int, dict]] = {}
-    for path in sorted(folder.glob("*/seed[0-9]*.json")):
-        trial = _read(path)
-        same = {name: trial[name] == baselines[name] for name in ("base", "data")}
-        for task, rows in trial["scores"].items():
-            same[f"{task} queries"] = rows.keys() == baselines["untrained"][task].keys()
-        if other := [name for name, agrees in same.items() if not agrees]:
-            what = f"has other {' and '.join(other)} than baselines.json"
-            raise ValueError(f"{path} {what}: they cannot be compared, so run one of them again")
-        found.setdefault(path.parent.name, {})[int(path.stem.removeprefix("seed"))] = trial
-    order = dict.fromkeys([*_planned(folder.parent.name), *found])
-    return baselines, {arm: dict(sorted(found[arm].items())) for arm in order if arm in found}
-
-
-def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}: `python -m run run ...` makes it") from None
-    except ValueError as problem:
-        raise ValueError(f"{path} is damaged ({problem}): remove it, then run it again") from None
-
-
-def _planned(experiment: str, extras: bool = True) -> dict[str, dict]:
-    """The arms of an experiment, with controls and A/A or without; none if it is not known."""
-    known = experiment in experiments.EXPERIMENTS
-    return experiments.arms(experiment, extras, extras) if known else {}
-
-
-def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> dict[str, Any]:
-    """What verdict.json holds; the numbers of `tasks` are those of `stats.verdict`.
-
-    Compared are the seeds that all needed arms have; another arm enters with those of them that it
-    has. Seed variance is pooled over the rule's own arms, plus the arm in question where a row is
-    about another: so the verdict is the same whichever controls were run.
-    """
-    experiment = folder.parent.name
-    study = experiments.EXPERIMENTS.get(experiment)
-    present = [set(arms[arm]) for arm in NEEDED if arm in arms]
-    common = sorted(set.intersection(*present)) if present else []
-    used = {a: {s: t for s, t in arms[a].items() if not common or s in common} for a in arms}
-    base, labels, y, rule = {}, {}, {}, {}
-    for task in TASKS:
-        rows = baselines["untrained"][task]
-        base[task] = np.array([row[METRIC] for row in rows.values()])
-        labels[task] = [baselines["clusters"][query] for query in rows]
-        y[task] = {
-            arm: np.array([[t["scores"][task][q][METRIC] for q in rows] for t in trials.values()])
-            for arm, trials in used.items()
-            if trials and all(task in trial["scores"] for trial in trials.values())
-        }
-        rule[task] = {a: y[task][a] for a in (SPECIALIST[task], JOINT, MOE) if a in y[task]}
-    wide = [t for t in TASKS if len(set(labels[t])) > 1]  # one cluster gives no interval
-    ready = [t for t in wide if common and {SPECIALIST[t], JOINT} <= rule[t].keys()]
-    found: dict[str, Any] = {"seeds": len(common), "alpha": None, "tasks": {}}
-    if ready:
-        found = stats.verdict({t: rule[t] for t in ready}, base, labels)
-    if len(ready) < len(TASKS):
-        why = "the needed arms have no seed in common, or all queries are of one cluster"
-        if absent := [arm for arm in NEEDED if arm not in arms]:
-            why = f"no trial of {', '.join(absent)}"
-        found |= {"decision": None, "supported": False, "reason": f"{why}."}
-    # The A/A arm takes the joint arm's place, under a name that both tasks share.
-    twin = {task: y[task].get(f"{SPECIALIST[task]}-aa") for task in ready}
-    twins = {task: {**rule[task], "aa": aa} for task, aa in twin.items() if aa is not None}
-    aa = stats.verdict(twins, base, labels, joint="aa", moe="")["tasks"] if twins else {}
-
-    def row(arm: str) -> dict[str, Any]:
-        """One arm in the tables."""
-        trials, scores, against = used.get(arm, {}), {}, {}
-        for task in (task for task in TASKS if arm in y[task]):
-            of, means = {**rule[task], arm: y[task][arm]}, y[task][arm].mean(axis=1)
-            interval = stats.arm_mean(of, labels[task], arm).interval if task in wide else None
-            scores[task] = {
-                **_means([r for t in trials.values() for r in t["scores"][task].values()]),
-                "by_seed": means.tolist(),
-                "seed_sd": float(means.std(ddof=1)) if len(means) > 1 else None,
-                "interval": interval,
-            }
-            if task in ready and arm not in NEEDED and not arm.endswith("-aa"):
-                against[task] = _against(of, labels[task], arm, task, found["tasks"][task])
-        first = next(iter(trials.values()), {})
-        train = [t["seconds"]["train"] for t in trials.values()]
-        return {
-            "tasks": first["config"]["tasks"] if trials else planned[arm].get("tasks", list(TASKS)),
-            "seeds": list(trials),
-            "missing_seeds": [s for s in every if s not in arms.get(arm, {})],
-            "scores": scores,
-            "against_joint": against,
-            "trainable_parameters": first.get("trainable_parameters"),
-            "training_seconds": float(np.mean(train)) if train else None,
-        }
-
-    planned, every = _planned(experiment), sorted({s for a in arms.values() for s in a})
-    files = {"baselines.json": baselines} | {
-        f"{arm}/seed{seed}.json": trial for arm in used for seed, trial in used[arm].items()
-    }
-    return {
-        "experiment": experiment,
-        "setting": folder.name,
-        "question": study.question if study else "",
-        **{key: found[key] for key in ("decision", "supported", "reason", "seeds", "alpha")},
-        "seeds_compared": common,
-        "seeds_planned": study.seeds if study else None,
-        **{"tasks": found["tasks"], "aa": aa},
-        "arms": {arm: row(arm) for arm in dict.fromkeys([*_planned(experiment, False), *arms])},
-        "references": {
-            name: {task: _means(list(rows.values())) for task, rows in baselines[name].items()}
-            for name in REFERENCE_ROWS
-        },
-        "queries": {task: len(base[task]) for task in TASKS},
-        "clusters": {task: len(set(labels[task])) for task in TASKS},
-        "documents": baselines["pool"],
-        **{"base": baselines["base"], "data": baselines["data"]},
-        "config": next(iter(used.get(JOINT, {}).values()), baselines)["config"],
-        "seconds": sum(sum(file["seconds"].values()) for file in files.values()),
-        "peak_bytes": max(file["peak_bytes"] for file in files.values()),
-        **_origin(files),
-        "trials": list(files),
-    }
-
-
-def _means(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {m: float(np.mean([row[m] for row in rows])) for m in METRICS}
-
-
-def _against(
-    y: stats.Arms, labels: list[str], arm: str, task: str, found: dict[str, Any]
-) -> dict[str, Any]:
-    """An arm's difference to the joint arm, and what it wins back where that can be told."""
-    difference, back = stats.arm_difference(y, labels, arm, JOINT), None
-    if arm in RIVALS and found["interval"] and found["interval"][0] > 0:
-        back = stats.won_back(y, labels, SPECIALIST[task], JOINT, arm)
-    return {
-        **{"difference": difference.value, "interval": difference.interval},
-        "p": difference.p if difference.interval else None,
-        "won_back": back and back.value,
-        "won_back_interval": back and back.interval,
-    }
-
-
-def _origin(files: dict[str, dict]) -> dict[str, Any]:
-    """Where the results come from, and a warning where that is not one place."""
-    facts = [{**file, "commit": file["git"]["commit"]} for file in files.values()]
-    seen = {name: sorted({json.dumps(fact[name]) for fact in facts}) for name in ORIGIN}
-    warnings = [
-        f"the files were made with {len(values)} different values of {name} (see Provenance)."
-        for name, values in seen.items()
-        if len(values) > 1
-    ]
-    if dirty := sum(fact["git"]["dirty"] for fact in facts):
-        warnings.append(f"{dirty} of the {len(files)} files were made with uncommitted changes.")
-    return {
-        "origin": {k: [json.loads(x) for x in v] for k, v in seen.items()},
-        "warnings": warnings,
-    }
-
-
 def headline(verdict: dict[str, Any]) -> str:
     """The verdict in one plain sentence."""
     size = {t: round(f["interference"], 9) for t, f in verdict["tasks"].items() if f["measurable"]}
@@ -340,6 +171,11 @@ def limits(verdict: dict[str, Any]) -> list[str]:
     if arms.get(MOE, {}).get("seeds") and not all(arms.get(a, {}).get("seeds") for a in SAME_SIZE):
         size = "Joint-3r and Uniform-MoE were not both run (`CONTROLS=1`)"
         said.append(f"Whether Joint-MoE gains by routing or by its threefold size: {size}.")
+    if verdict["setting"] not in experiments.TUNED:
+        said.append(
+            "Whether each arm has the learning rate that suits it: none was swept for this setting "
+            "(`make sweep`)."
+        )
     base = f"{config['base']} ({config['layers'] or 'all'} layers)"
     return [*said, f"Other collections than {verdict['data']['name']}, other bases than {base}."]
 
@@ -359,8 +195,21 @@ def markdown(verdict: dict[str, Any], drawn: list[str]) -> str:
     v, c = verdict, verdict["config"]
     facts = {
         **{"base": v["base"], "data": v["data"]},
-        "training": f"{c['steps']} steps, learning rate {c['learning_rate']:g}, "
-        f"{c['document_tokens']} tokens a text, adapters from layer {c['adapter_layers']}",
+        "model": f"{c['layers'] or 'all'} layers, experts from layer {c['adapter_layers']} up, "
+        f"{c['dtype']}; pooling {c['embedding_pooling']} (embedding) and {c['reranking_pooling']} "
+        f"(reranking); documents cut at {c['document_tokens']} tokens",
+        "embedding steps": f"{c['steps']} of {c['embedding_batch']} queries, in-batch negatives, "
+        f"{c['hard_negatives']} from BM25's top {c['negatives_depth']} each; InfoNCE, temperature "
+        f"{c['temperature']:g}",
+        "reranking steps": f"{c['steps']} of {c['reranking_batch']} groups of {c['group_size']}, "
+        f"one positive and BM25 negatives; {c['reranking_loss']} loss, {c['rerank_head']} head",
+        "candidates": f"BM25's own top {c['candidates']}, nothing forced in",
+        "learning rate and clipping": [
+            f"{label(arm)} {row['rates']['learning_rate']:g} and {row['rates']['clip']:g}"
+            for arm, row in v["arms"].items()
+            if row["rates"]
+        ],
+        "learning rate of the head": f"{c['head_learning_rate']:g}",
         **v["origin"],
         "files": [f"`{name}`" for name in v["trials"]],
     }

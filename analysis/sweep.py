@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import experiments
-from analysis import report
+from analysis import judge
 from analysis.figures import METRIC, TASKS, label, table
 
 SWEPT = ("learning_rate", "clip")
@@ -39,9 +39,9 @@ Made at commit {commits} on {devices}; {seconds:,.0f} s of training and evaluati
 def write(folder: Path) -> dict[str, Any]:
     """Write choice.json and report.md into `folder` (runs/sweep/<setting>); return the choice.
 
-    Raises ValueError as `report.load`, and if there is no trial.
+    Raises ValueError as `judge.load`, and if there is no trial.
     """
-    baselines, arms = report.load(folder)
+    baselines, arms = judge.load(folder)
     if not arms:
         raise ValueError(f"{folder} has no trial yet: `make sweep` makes them")
     rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in experiments.ARMS}

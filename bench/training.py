@@ -30,7 +30,9 @@ from train.trial import Workbench
 
 SETTINGS = {
     "8 layers, all adapted": {"layers": 8, "adapter_layers": 0, "prefix": False},
-    "16 layers, last 4 adapted": {},
+    "16 layers, last 4 adapted": {"prefix": False},
+    # What the study does from the second trial on: the states below layer 12 were kept before.
+    "16 layers, last 4 adapted, prefix states at hand": {},
 }
 
 

@@ -4,17 +4,17 @@ For one task every arm a has scores Y_a of shape (S_a, Q): S_a seeds on the same
 carry cluster labels (domain or module; C clusters). What is reported is a smooth function of the
 arms' means with gradient g_a; with u_q = sum_a g_a mean_s Y_a[s, q] the delta method gives
 
-    V = V_query + max(sigma^2 - omega^2, 0) * sum_a g_a^2 / S_a
+    V = V_query + sum_a V_a,   V_a = max(sigma_a^2 - omega_a^2, 0) * g_a^2 / S_a
 
-    V_query  variance of mean_q u_q over clusters (`cluster_variance`)
-    sigma^2  variance over seeds of an arm's mean, pooled over all arms passed in
-    omega^2  the part of sigma^2 that is seed x query interaction, estimated over clusters
+    V_query    variance of mean_q u_q over clusters (`cluster_variance`)
+    sigma_a^2  variance over seeds of the arm's mean
+    omega_a^2  the part of sigma_a^2 that is seed x query interaction, estimated over clusters
 
 Seeds and queries are crossed: V_query holds their interaction once and sigma^2 again, hence the
 subtraction (two-way random effects, as in multi-reader studies: Hillis 2007, doi:10.1002/sim.2532).
-df = V^2 / (V_query^2 / df_query + V_seed^2 / sum_a (S_a - 1)), V_seed before subtraction. Assumed:
-the arms of a task share one seed variance, as three seeds could not tell them apart (pass trained
-arms only: a row that never changes dilutes it), and are independent given the queries (a positive
+df = V^2 / (V_query^2 / df_query + sum_a V_a^2 / (S_a - 1)), the V_a before subtraction. Each arm
+has its own seed variance, as in Welch's test: pooled, intervals cover 89 % where one arm spreads
+three times as much as the other. Assumed: the arms are independent given the queries (a positive
 correlation through a shared seed number leaves it too wide); the untrained base has no seeds.
 """
 
@@ -42,7 +42,7 @@ SPECIALIST = {"embedding": "emb-only", "reranking": "rank-only"}
 class Estimate:
     """A value, its standard error, degrees of freedom, 95 % interval and two-sided p of value = 0.
 
-    All but `value` are NaN when no arm has two seeds: the seed variance is then unknown.
+    All but `value` are NaN when an arm has one seed: its seed variance is then unknown.
     """
 
     value: float
@@ -90,20 +90,16 @@ def satterthwaite(variances: Sequence[float], dfs: Sequence[float]) -> float:
     return sum(variances) ** 2 / spread if spread else float(min(dfs))
 
 
-def seed_variance(arms: Arms, ids: np.ndarray) -> tuple[float, float, int]:
-    """(sigma^2, omega^2, df = sum_a (S_a - 1)) of the module docstring, in squared score units.
+def seed_variance(y: np.ndarray, ids: np.ndarray) -> tuple[float, float]:
+    """(sigma^2, omega^2) of one arm (S, Q), S > 1, as in the module docstring; score units squared.
 
-    sigma^2 = sum_{a,s} (mean_q Y_a[s] - mean Y_a)^2 / df; omega^2 = sum_{a,s} cluster_variance of
-    Y_a[s] - row mean - column means + mean Y_a, / df. All are 0 if no arm has two seeds.
+    sigma^2 = sum_s (mean_q y[s] - mean y)^2 / (S - 1); omega^2 = sum_s cluster_variance of
+    y[s] - row mean - column means + mean y, / (S - 1).
     """
-    df = sum(len(y) - 1 for y in arms.values())
-    between = interaction = 0.0
-    for y in arms.values():
-        row = y.mean(axis=1, keepdims=True)  # (S, 1)
-        between += float(np.sum((row - y.mean()) ** 2))
-        residual = y - row - y.mean(axis=0) + y.mean()  # (S, Q)
-        interaction += sum(cluster_variance(r, ids)[0] for r in residual)
-    return between / max(df, 1), interaction / max(df, 1), df
+    row = y.mean(axis=1, keepdims=True)  # (S, 1)
+    residual = y - row - y.mean(axis=0) + y.mean()  # (S, Q)
+    interaction = sum(cluster_variance(r, ids)[0] for r in residual)
+    return float(row.var(ddof=1)), interaction / (len(y) - 1)
 
 
 def _checked(arms: Arms, needed: Sequence[str]) -> dict[str, np.ndarray]:
@@ -126,15 +122,19 @@ def _estimate(
     """Interval of f(means) from its gradient (module docstring); `fixed` (Q,) is added to u."""
     u = np.asarray(fixed + sum(g * arms[name].mean(axis=0) for name, g in gradient.items()))
     ids = cluster_ids(clusters, len(u))
-    sigma2, omega2, seed_df = seed_variance(arms, ids)
-    if seed_df == 0:
+    if min(len(arms[name]) for name in gradient) < 2:
         return Estimate(value)
     query, query_df = cluster_variance(u, ids)
-    weight = sum(g**2 / len(arms[name]) for name, g in gradient.items())
-    variance = query + weight * max(sigma2 - omega2, 0.0)
-    df = satterthwaite([query, weight * sigma2], [query_df, seed_df])
+    before, after, dfs = [query], [query], [query_df]  # of the interaction's subtraction
+    for name, g in gradient.items():
+        sigma2, omega2 = seed_variance(arms[name], ids)
+        weight = g**2 / len(arms[name])
+        before.append(weight * sigma2)
+        after.append(weight * max(sigma2 - omega2, 0.0))
+        dfs.append(len(arms[name]) - 1.0)
+    variance, df = sum(after), satterthwaite(before, dfs)
     if variance > 0:  # its numerator is the sum before subtraction
-        df = max(df * (variance / (query + weight * sigma2)) ** 2, 1.0)
+        df = max(df * (variance / sum(before)) ** 2, 1.0)
     se = math.sqrt(variance)
     half = float(stats.t.isf(0.025, df)) * se
     p = float(2 * stats.t.sf(abs(value) / se, df)) if se else float(value == 0)
@@ -144,8 +144,8 @@ def _estimate(
 def arm_mean(arms: Arms, clusters: Clusters, arm: str) -> Estimate:
     """Mean score of one arm, in score units (nDCG 0 to 1).
 
-    arms: arm -> (S_a, Q), all of which lend their seeds to the pooled variance. ValueError for a
-    missing arm, misfit shapes, non-finite scores, one cluster: also in the four functions below.
+    arms: arm -> (S_a, Q). ValueError for a missing arm, misfit shapes, non-finite scores, one
+    cluster: also in the four functions below.
     """
     y = _checked(arms, [arm])
     return _estimate(float(y[arm].mean()), {arm: 1.0}, y, clusters)
@@ -367,7 +367,8 @@ def verdict(
         pair, labels, b = (specialist[task], joint), clusters[task], y.pop(BASE)[0]
         level = alpha / len(arms)
         p, base_mean = float(y[pair[0]].mean()), float(b.mean())
-        sigma2, _, seed_df = seed_variance(y, cluster_ids(labels, len(b)))
+        ids, several = cluster_ids(labels, len(b)), min(len(y[arm]) for arm in pair) > 1
+        spread = [seed_variance(y[arm], ids)[0] for arm in pair] if several else [math.nan]
         # To nine digits, so that rounding alone does not put 0.45 - 0.40 below 0.05.
         measurable = round(p - base_mean, 9) >= MEASURABLE_GAIN
         loss = interference(y, labels, *pair) if p > 0 else Estimate(math.nan)
@@ -382,7 +383,7 @@ def verdict(
         found = {
             **{"measurable": measurable, "specialist": p, "base": base_mean},
             **{"joint": float(y[joint].mean()), "moe": float(y[moe].mean()) if moe in y else None},
-            "seed_sd": math.sqrt(sigma2) if seed_df else None,
+            "seed_sd": math.sqrt(sum(spread) / len(spread)),
             **{"interference": loss.value, "interval": loss.interval},
             **{"se": loss.se, "df": loss.df, "p": loss.p},
             "p_randomisation": paired_randomisation(difference, labels, draws),

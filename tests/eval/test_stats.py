@@ -1,6 +1,7 @@
 """eval/stats.py against hand-worked and published cases, and its calibration by simulation."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -19,10 +20,10 @@ AB = ["a", "a", "b", "b"]
 def test_interference_by_hand():
     # I = 100 * 0.1 / 0.5; gradient 100 * 0.4 / 0.25 = 160 and -100 / 0.5 = -200.
     # u = 160 * (.6, .6, .4, .4) - 200 * (.5, .5, .3, .3) = (-4, -4, 4, 4): the mean's variance over
-    # two clusters is 32 / 2 = 16 (1 df). sigma^2 = 0.02 in both arms (2 df):
-    # seed part 0.02 * (160^2 + 200^2) / 2 = 656. df = 672^2 / (16^2 / 1 + 656^2 / 2).
+    # two clusters is 32 / 2 = 16 (1 df). sigma^2 = 0.02 in both arms (1 df each): seed parts
+    # 0.02 * 160^2 / 2 = 256 and 0.02 * 200^2 / 2 = 400. df = 672^2 / (16^2 + 256^2 + 400^2).
     e = stats.interference({"p": P, "j": J}, AB, "p", "j")
-    df = 672**2 / (256 + 656**2 / 2)
+    df = 672**2 / (16**2 + 256**2 + 400**2)
     assert e.value == pytest.approx(20)
     assert e.se == pytest.approx(672**0.5)
     assert e.df == pytest.approx(df)
@@ -40,12 +41,18 @@ def test_mean_and_difference_by_hand():
     assert (e.value, e.se, e.df) == pytest.approx((10, 200**0.5, 2))
 
 
-def test_pooled_seed_variance_uses_every_arm():
-    # A third arm with variance 0.08 over two seeds: (0.02 + 0.02 + 0.08) / 3, 3 df.
+def test_each_arm_has_its_own_seed_variance():
     ids = stats.cluster_ids(AB, 4)
     third = np.array([[0.1] * 4, [0.5] * 4])
-    got = stats.seed_variance({"p": P, "j": J, "m": third}, ids)
-    assert got == pytest.approx((0.04, 0, 3))
+    assert stats.seed_variance(P, ids) == pytest.approx((0.02, 0))
+    assert stats.seed_variance(third, ids) == pytest.approx((0.08, 0))
+    # Points: 100^2 (.02 + .08) / 2 = 500 from seeds; u = -+ 10 a cluster, (10^2 + 10^2) / 2 = 100.
+    e = stats.arm_difference({"p": P, "m": third, "j": J}, AB, "p", "m")
+    assert (e.value, e.se) == pytest.approx((20, 600**0.5))
+    assert e.df == pytest.approx(600**2 / (100**2 + 100**2 + 400**2))
+    # An arm that is not compared changes nothing; one seed more of it neither.
+    assert e == stats.arm_difference({"p": P, "m": third}, AB, "p", "m")
+    assert math.isnan(stats.arm_difference({"p": P, "m": third[:1]}, AB, "p", "m").se)
 
 
 def test_crossed_variance_is_the_two_way_anova():
@@ -68,7 +75,7 @@ def test_crossed_variance_is_the_two_way_anova():
 def test_pure_interaction_is_not_seed_variance():
     # Both seed means are 0.5; what differs is which query each seed gets right.
     ids = stats.cluster_ids(None, 2)
-    assert stats.seed_variance({"a": np.eye(2)}, ids) == pytest.approx((0, 0.5, 1))
+    assert stats.seed_variance(np.eye(2), ids) == pytest.approx((0, 0.5))
 
 
 def test_cluster_variance_is_the_delete_one_jackknife():
@@ -292,14 +299,16 @@ def experiment(
     """Scores of one task: arm -> (seeds, Q), every arm with the same distribution.
 
     Clipped to [0, 1], so mostly 0s and 1s, sd 0.38; difference of two arms sd 0.2 a query; seed sd
-    of an arm's mean 0.004. Arms named in `lose` lose `by` % exactly, being scaled.
+    of an arm's mean 0.004. Arms named in `lose` lose `by` % exactly, being scaled. `seed` may be
+    a dict, arm -> spread, for arms that do not spread alike.
     """
     clusters = ids.max() + 1
     common = mean + rng.normal(0, 0.6, len(ids)) + rng.normal(0, 0.1, clusters)[ids]
     out = {}
     for name in arms:
         y = common + rng.normal(0, arm, len(ids)) + rng.normal(0, module, clusters)[ids]
-        y = y + rng.normal(0, seed, (seeds, 1)) + rng.normal(0, both, (seeds, len(ids)))
+        spread = seed[name] if isinstance(seed, dict) else seed
+        y = y + rng.normal(0, spread, (seeds, 1)) + rng.normal(0, both, (seeds, len(ids)))
         y = y + rng.normal(0, both / 6, (seeds, clusters))[:, ids]
         out[name] = y.clip(0, 1) * (1 - by / 100 * (name in lose))
     return out
@@ -311,12 +320,19 @@ ARMS = {
 }
 
 
-def study(rng, seeds=3, lose=(), by=0.0):
+def study(rng, seeds=3, lose=(), by=0.0, **spread):
     """(scores, base, clusters) as `verdict` takes them; the loss is planted in the tasks `lose`."""
     ids = {"embedding": modules(rng, 1000, 50), "reranking": modules(rng, 150, 30)}
     scores = {
         t: experiment(
-            rng, ids[t], ARMS[t], seeds, ("joint-single",) if t in lose else (), by, module=m
+            rng,
+            ids[t],
+            ARMS[t],
+            seeds,
+            ("joint-single",) if t in lose else (),
+            by,
+            module=m,
+            **spread,
         )
         for t, m in (("embedding", 0.03), ("reranking", 0.05))
     }
@@ -469,6 +485,18 @@ def test_false_support_in_at_most_five_percent(null_studies):
     assert 0.010 <= (p.min(axis=1) <= stats.alpha_at_look(3)).mean() <= 0.036
 
 
+@pytest.mark.parametrize("factor", [2, 3])
+def test_false_support_where_the_joint_arm_spreads_more(factor):
+    # Seed spreads so large that they dominate, and the joint arm's `factor` times the others'.
+    wide = {"emb-only": 0.02, "rank-only": 0.02, "joint-moe": 0.02, "joint-single": 0.02 * factor}
+    rng = np.random.default_rng(15)
+    found = [stats.verdict(*study(rng, seed=wide), draws=1) for _ in range(REPLICATES)]
+    assert np.mean([v["supported"] for v in found]) <= stats.alpha_at_look(3)
+    for name in ("embedding", "reranking"):
+        intervals = [v["tasks"][name]["interval"] for v in found]
+        assert 0.93 <= np.mean([low <= 0 <= high for low, high in intervals]) <= 0.98
+
+
 @pytest.mark.parametrize("name", ["embedding", "reranking"])
 def test_intervals_cover_with_three_seeds(null_studies, name):
     covered = [
@@ -495,12 +523,15 @@ def test_detectable_effect_is_found_in_eighty_percent(null_studies, name):
 @pytest.mark.parametrize(
     "spread",
     [
-        dict(seed=0.04, arm=0.05, module=0.0, both=0.03),  # seeds dominate: 6 degrees of freedom
+        dict(
+            seed=0.04, arm=0.05, module=0.0, both=0.03
+        ),  # seeds dominate: 2 to 4 degrees of freedom
+        dict(seed={"p": 0.01, "j": 0.04, "m": 0.01}, arm=0.05, module=0.0, both=0.03),  # unequal
         dict(seed=0.0, arm=0.1, module=0.15, both=0.03),  # modules dominate
         dict(seed=0.002, arm=0.03, module=0.0, both=0.3),  # seed x query interaction dominates
         dict(seed=0.01, arm=0.2, module=0.0, both=0.1),  # queries dominate, modules mean nothing
     ],
-    ids=["seeds", "modules", "interaction", "queries"],
+    ids=["seeds", "unequal seeds", "modules", "interaction", "queries"],
 )
 def test_coverage_whatever_dominates(spread):
     # With a true loss of 5 %, so that the ratio's own linearisation is on trial too.

@@ -1,0 +1,202 @@
+"""A setting's trials -> one dict that holds every number of its verdict.
+
+Scores lie in [0, 1], interference is in % of the specialist's score, gain-normalised interference
+and won_back are fractions, differences are in points (0.01 nDCG). Every number is eval.stats's.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import experiments
+from analysis.figures import METRIC, METRICS, REFERENCE_ROWS, TASKS
+from eval import stats
+
+SPECIALIST = stats.SPECIALIST
+JOINT, MOE = "joint-single", "joint-moe"
+NEEDED = (*SPECIALIST.values(), JOINT)  # without all of these there is no verdict
+RIVALS = (MOE, "joint-2r", "joint-3r", "uniform-moe", "oracle-moe")  # may win back the loss
+# What the arms of the rule may differ in; in all else they have to agree to be compared.
+BY_ARM = ("tasks", "experts", "ranks", "router", "router_noise", "expert_dropout", "task_prior",
+          "always_on", "learning_rate", "clip", "seed")  # fmt: skip
+ORIGIN = ("commit", "sources", "device", "versions")  # one of each, or the report warns
+
+
+def load(folder: Path) -> tuple[dict, dict[str, dict[int, dict]]]:
+    """(baselines, arm -> seed -> trial), arms in the study's order; raises as `write`."""
+    baselines = _read(folder / "baselines.json")
+    found: dict[str, dict[int, dict]] = {}
+    for path in sorted(folder.glob("*/seed[0-9]*.json")):
+        trial = _read(path)
+        same = {name: trial[name] == baselines[name] for name in ("base", "data")}
+        for task, rows in trial["scores"].items():
+            same[f"{task} queries"] = rows.keys() == baselines["untrained"][task].keys()
+        if other := [name for name, agrees in same.items() if not agrees]:
+            what = f"has other {' and '.join(other)} than baselines.json"
+            raise ValueError(f"{path} {what}: they cannot be compared, so run one of them again")
+        found.setdefault(path.parent.name, {})[int(path.stem.removeprefix("seed"))] = trial
+    for arm, trials in found.items():
+        first = folder / arm / f"seed{min(trials)}.json"
+        for seed in trials:
+            _comparable(folder / arm / f"seed{seed}.json", first, ("seed",))
+    rule = [folder / a / f"seed{min(found[a])}.json" for a in (*NEEDED, MOE) if a in found]
+    for path in rule[1:]:
+        _comparable(path, rule[0], BY_ARM)
+    order = dict.fromkeys([*_planned(folder.parent.name), *found])
+    return baselines, {arm: dict(sorted(found[arm].items())) for arm in order if arm in found}
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}: `python -m run run ...` makes it") from None
+    except ValueError as problem:
+        raise ValueError(f"{path} is damaged ({problem}): remove it, then run it again") from None
+
+
+def _comparable(path: Path, other: Path, free: tuple[str, ...]) -> None:
+    """Raise ValueError if two trials differ in a field of their config that is not `free`."""
+    mine, theirs = (_read(file)["config"] for file in (path, other))
+    for name in mine.keys() | theirs.keys():
+        if name not in free and mine.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{path}: {name} is {mine.get(name)!r}, but {theirs.get(name)!r} in {other}: they "
+                "cannot be compared, so move one of them away and run it again"
+            )
+
+
+def _planned(experiment: str, extras: bool = True) -> dict[str, dict]:
+    """The arms of an experiment, with controls and A/A or without; none if it is not known."""
+    known = experiment in experiments.EXPERIMENTS
+    return experiments.arms(experiment, extras, extras) if known else {}
+
+
+def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> dict[str, Any]:
+    """What verdict.json holds; the numbers of `tasks` are those of `stats.verdict`.
+
+    Compared are the seeds that all needed arms have; another arm enters with those of them that it
+    has. The verdict is the same whichever controls were run.
+    """
+    experiment = folder.parent.name
+    study = experiments.EXPERIMENTS.get(experiment)
+    present = [set(arms[arm]) for arm in NEEDED if arm in arms]
+    common = sorted(set.intersection(*present)) if present else []
+    used = {a: {s: t for s, t in arms[a].items() if not common or s in common} for a in arms}
+    base, labels, y = {}, {}, {}
+    for task in TASKS:
+        rows = baselines["untrained"][task]
+        base[task] = np.array([row[METRIC] for row in rows.values()])
+        labels[task] = [baselines["clusters"][query] for query in rows]
+        y[task] = {
+            arm: np.array([[t["scores"][task][q][METRIC] for q in rows] for t in trials.values()])
+            for arm, trials in used.items()
+            if trials and all(task in trial["scores"] for trial in trials.values())
+        }
+    wide = [t for t in TASKS if len(set(labels[t])) > 1]  # one cluster gives no interval
+    ready = [t for t in wide if common and {SPECIALIST[t], JOINT} <= y[t].keys()]
+    found: dict[str, Any] = {"seeds": len(common), "alpha": None, "tasks": {}}
+    if ready:
+        found = stats.verdict({t: y[t] for t in ready}, base, labels)
+    if len(ready) < len(TASKS):
+        why = "the needed arms have no seed in common, or all queries are of one cluster"
+        if absent := [arm for arm in NEEDED if arm not in arms]:
+            why = f"no trial of {', '.join(absent)}"
+        found |= {"decision": None, "supported": False, "reason": f"{why}."}
+    # The A/A arm takes the joint arm's place, under a name that both tasks share.
+    twin = {task: y[task].get(f"{SPECIALIST[task]}-aa") for task in ready}
+    twins = {task: {**y[task], "aa": aa} for task, aa in twin.items() if aa is not None}
+    aa = stats.verdict(twins, base, labels, joint="aa", moe="")["tasks"] if twins else {}
+
+    def row(arm: str) -> dict[str, Any]:
+        """One arm in the tables."""
+        trials, scores, against = used.get(arm, {}), {}, {}
+        for task in (task for task in TASKS if arm in y[task]):
+            means = y[task][arm].mean(axis=1)
+            interval = stats.arm_mean(y[task], labels[task], arm).interval if task in wide else None
+            scores[task] = {
+                **_means([r for t in trials.values() for r in t["scores"][task].values()]),
+                "by_seed": means.tolist(),
+                "seed_sd": float(means.std(ddof=1)) if len(means) > 1 else None,
+                "interval": interval,
+            }
+            if task in ready and arm not in NEEDED and not arm.endswith("-aa"):
+                against[task] = _against(y[task], labels[task], arm, task, found["tasks"][task])
+        first = next(iter(trials.values()), {})
+        train = [t["seconds"]["train"] for t in trials.values()]
+        return {
+            "tasks": first["config"]["tasks"] if trials else planned[arm].get("tasks", list(TASKS)),
+            "seeds": list(trials),
+            "missing_seeds": [s for s in every if s not in arms.get(arm, {})],
+            "scores": scores,
+            "against_joint": against,
+            "trainable_parameters": first.get("trainable_parameters"),
+            "training_seconds": float(np.mean(train)) if train else None,
+            "rates": {k: first["config"][k] for k in ("learning_rate", "clip")} if trials else None,
+        }
+
+    planned, every = _planned(experiment), sorted({s for a in arms.values() for s in a})
+    files = {"baselines.json": baselines} | {
+        f"{arm}/seed{seed}.json": trial for arm in used for seed, trial in used[arm].items()
+    }
+    return {
+        "experiment": experiment,
+        "setting": folder.name,
+        "question": study.question if study else "",
+        **{key: found[key] for key in ("decision", "supported", "reason", "seeds", "alpha")},
+        "seeds_compared": common,
+        "seeds_planned": study.seeds if study else None,
+        **{"tasks": found["tasks"], "aa": aa},
+        "arms": {arm: row(arm) for arm in dict.fromkeys([*_planned(experiment, False), *arms])},
+        "references": {
+            name: {task: _means(list(rows.values())) for task, rows in baselines[name].items()}
+            for name in REFERENCE_ROWS
+        },
+        "queries": {task: len(base[task]) for task in TASKS},
+        "clusters": {task: len(set(labels[task])) for task in TASKS},
+        "documents": baselines["pool"],
+        **{"base": baselines["base"], "data": baselines["data"]},
+        "config": next(iter(used.get(JOINT, {}).values()), baselines)["config"],
+        "seconds": sum(sum(file["seconds"].values()) for file in files.values()),
+        "peak_bytes": max(file["peak_bytes"] for file in files.values()),
+        **_origin(files),
+        "trials": list(files),
+    }
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {m: float(np.mean([row[m] for row in rows])) for m in METRICS}
+
+
+def _against(
+    y: stats.Arms, labels: list[str], arm: str, task: str, found: dict[str, Any]
+) -> dict[str, Any]:
+    """An arm's difference to the joint arm, and what it wins back where that can be told."""
+    difference, back = stats.arm_difference(y, labels, arm, JOINT), None
+    if arm in RIVALS and found["interval"] and found["interval"][0] > 0:
+        back = stats.won_back(y, labels, SPECIALIST[task], JOINT, arm)
+    return {
+        **{"difference": difference.value, "interval": difference.interval},
+        "p": difference.p if difference.interval else None,
+        "won_back": back and back.value,
+        "won_back_interval": back and back.interval,
+    }
+
+
+def _origin(files: dict[str, dict]) -> dict[str, Any]:
+    """Where the results come from, and a warning where that is not one place."""
+    facts = [{**file, "commit": file["git"]["commit"]} for file in files.values()]
+    seen = {name: sorted({json.dumps(fact[name]) for fact in facts}) for name in ORIGIN}
+    warnings = [
+        f"the files were made with {len(values)} different values of {name} (see Provenance)."
+        for name, values in seen.items()
+        if len(values) > 1
+    ]
+    if dirty := sum(fact["git"]["dirty"] for fact in facts):
+        warnings.append(f"{dirty} of the {len(files)} files were made with uncommitted changes.")
+    return {
+        "origin": {k: [json.loads(x) for x in v] for k, v in seen.items()},
+        "warnings": warnings,
+    }
