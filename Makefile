@@ -2,6 +2,7 @@
 #
 #   SCALE=smoke|small|full  BASE=hub id or folder  DATA=name or folder  SEEDS=  ARMS=  CONTROLS=1  AA=1
 #   ARGS=          more arguments for pytest (test, test-gpu)
+#   RUNS=          where trials go; runs/ if not given
 #   EXPERIMENT=    for report; kill_gate if not given
 #   PYTHON=path    use this environment and install nothing (container, cluster, no network)
 #   TORCH=cpu      install PyTorch's CPU build instead of PyPI's CUDA build
@@ -24,7 +25,7 @@ PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check --no-input \
 
 SETTING = $(if $(SCALE),--scale $(SCALE)) $(if $(BASE),--base '$(BASE)') $(if $(DATA),--data '$(DATA)')
 TRIALS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ARMS),--arms $(ARMS)) \
-  $(if $(CONTROLS),--controls) $(if $(AA),--aa)
+  $(if $(CONTROLS),--controls) $(if $(AA),--aa) $(if $(RUNS),--runs '$(RUNS)')
 
 help:  ## List the targets
 	@echo 'make TARGET [VARIABLE=value ...]'
@@ -47,7 +48,7 @@ bench: $(DEV) base  ## Measure training and encoding against the known libraries
 	$(PY) -m bench $(if $(BASE),--base '$(BASE)') $(if $(DATA),--data '$(DATA)')
 
 report: $(MAIN)  ## Write an experiment's tables, figures and verdict again from its trials
-	$(PY) -m run report $(EXPERIMENT) $(strip $(SETTING))
+	$(PY) -m run report $(EXPERIMENT) $(strip $(SETTING)) $(if $(RUNS),--runs '$(RUNS)')
 
 test: $(DEV) base  ## Run the tests (CPU)
 	$(PY) -m pytest $(ARGS)

@@ -179,7 +179,7 @@ def command_publish(args: argparse.Namespace) -> None:
     target = ROOT / "results" / args.experiment / folder.name
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    ignore = shutil.ignore_patterns("*.checkpoint", "*.log.jsonl", ".*")
+    ignore = shutil.ignore_patterns("*.checkpoint", "*.log.jsonl", "*.model", ".*")
     shutil.copytree(folder, part, ignore=ignore)
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)

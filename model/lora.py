@@ -67,7 +67,8 @@ class LinearGroup(nn.Module):
 
     `lora_A[name]` (R, D) and `lora_B[name]` (O, R) hold all experts, concatenated along the rank.
     They are fp32 (fp64 for an fp64 model); the borders of the weight are copies in the compute
-    dtype, renewed in `forward` whenever a master has changed since.
+    dtype, renewed in `forward` whenever a master has changed since (with gradients on, a change in
+    place through `.data` is not seen before the next backward).
     """
 
     def __init__(
@@ -110,11 +111,15 @@ class LinearGroup(nn.Module):
         return [p for name in self.adapted_names for p in (self.lora_A[name], self.lora_B[name])]
 
     @torch.no_grad()
-    def _copy_masters(self, masters: list[Tensor]) -> None:
-        """Renew the borders of M where the masters were written since the last copy."""
-        state = tuple((id(p), p._version) for p in masters), self.bordered.data_ptr()
+    def _copy_masters(self, masters: list[Tensor], always: bool) -> None:
+        """Renew the borders of M where the masters were written since the last copy.
+
+        `always`: without asking, which also sees what `p.data[...] = ` wrote; the versions do not.
+        """
+        seen = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in masters]
+        state = tuple(seen), self.bordered.data_ptr()
         same = state == self._copied
-        if same and not self._stepped:
+        if same and not self._stepped and not always:
             return
         # Fused optimizers write without raising the version, so copy after every backward. Then the
         # values may well be the same, and graphs that wait for theirs must not be told otherwise.
@@ -144,7 +149,7 @@ class LinearGroup(nn.Module):
             base = self.bordered[: self.layout.out_features, self.layout.x]
             return (x @ base.t()).split(list(self.outs.values()), 1)
         masters = self._masters()
-        self._copy_masters(masters)
+        self._copy_masters(masters, always=not torch.is_grad_enabled())
         dropout = self.dropout if self.training else 0.0
         windows = bordered_linear(self.layout, self.bordered, x, gates, masters, dropout)
         if windows[0].requires_grad:

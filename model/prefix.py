@@ -13,6 +13,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,14 @@ class Mapped:
     def __init__(self, path: Path | str, shape: tuple[int, int], new: bool = False):
         with open(path, "r+b" if new else "rb") as file:
             if new:
-                file.truncate(2 * shape[0] * shape[1])
+                try:  # taken now: a disk that is full later would kill us in the midst of a write
+                    os.posix_fallocate(file.fileno(), 0, 2 * shape[0] * shape[1])
+                except OSError as error:
+                    raise ValueError(
+                        f"{path}: no room for {2 * shape[0] * shape[1] / 1e6:,.0f} MB of states "
+                        f"({error.strerror}): free some, set UNIMOER_CACHE (with --no-prefix-cache "
+                        "TMPDIR) to another disk, or run with --set prefix=false"
+                    ) from error
             access = mmap.ACCESS_WRITE if new else mmap.ACCESS_READ
             self.pages = mmap.mmap(file.fileno(), 0, access=access)
         self.array = np.frombuffer(self.pages, np.int16).reshape(shape)
@@ -77,6 +85,16 @@ class PrefixStates:
         copied = np.concatenate(parts)
         self.states.release()
         return torch.from_numpy(copied).view(self.dtype).to(dtype)
+
+
+@cache
+def _code() -> str:
+    """A hash of the modules that the states come from: after a change they are made again."""
+    digest = hashlib.sha256()
+    for name in ("kernels/attention", "kernels/moe_lora", "kernels/reference", "model/lora",
+                 "model/transformer"):  # fmt: skip
+        digest.update((Path(__file__).parents[1] / f"{name}.py").read_bytes())
+    return digest.hexdigest()
 
 
 def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -127,7 +145,8 @@ def prefix_states(
         identity: of the base's weights; with the layer, dtype and token ids it names the file.
         folder: of the cache; None computes into a file that vanishes with the process.
         budget: tokens of one batch; part of the key, since rounding depends on it.
-        limit_bytes: the cache's bound on disk; the least recently used files go first.
+        limit_bytes: the cache's bound on disk; the least recently used files go first. What is
+            larger than that is not kept.
         advance: told how many tokens are done, for a progress bar.
     """
     assert decoder.lora is not None
@@ -137,8 +156,10 @@ def prefix_states(
     shape = (sum(lengths), decoder.config.hidden_size)
     starts = np.concatenate(([0], np.cumsum(lengths)))
     stored = _stored_dtype(weight.dtype)
+    if 2 * shape[0] * shape[1] > limit_bytes:
+        folder = None
     kind = f"{identity} {first_layer} {weight.dtype} {weight.device.type} {decoder.config.causal}"
-    key = hashlib.sha256(f"{kind} {budget} {torch.__version__}".encode())
+    key = hashlib.sha256(f"{kind} {budget} {torch.__version__} {_code()}".encode())
     for text in ids:
         key.update(np.asarray([len(text), *text], dtype=np.int32).tobytes())
     name = key.hexdigest()[:32]
@@ -195,7 +216,7 @@ def _evict(folder: Path, keep_bytes: int) -> None:
         if time.time() - part.stat().st_mtime > 24 * 3600:
             part.unlink(missing_ok=True)
     files = sorted(folder.glob("*.states"), key=lambda p: p.stat().st_mtime)
-    total = sum(p.stat().st_size for p in files)
+    total = sum(p.stat().st_size for p in [*files, *folder.glob("*.part")])
     for path in files:
         if total <= keep_bytes:
             return

@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
+CHUNK = 1000  # texts whose whole encodings, before they are cut, are in memory at once
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
 
 
@@ -40,21 +41,34 @@ class Tokenizer:
         document_tokens: a document longer than this loses its end. Queries, instructions and
             suffixes are never cut.
         end_token: appended by id to every text; "" takes the first of END_TOKENS that exists.
+        pair_end: whether pairs get it too; not where the answer is read after the template's
+            last word, as a yes/no head does.
     Raises:
-        ValueError: the end token is not in the vocabulary, or document_tokens < 1.
+        ValueError: tokenizer.json is missing or damaged, the end token is not in the vocabulary,
+            or document_tokens < 1.
     """
 
-    def __init__(self, folder: Path, prompts: Prompts, document_tokens: int, end_token: str = ""):
+    def __init__(
+        self,
+        folder: Path,
+        prompts: Prompts,
+        document_tokens: int,
+        end_token: str = "",
+        pair_end: bool = True,
+    ):
         if document_tokens < 1:
             raise ValueError(f"document_tokens must be at least 1, got {document_tokens}")
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{path} is missing: a base needs its tokenizer.json")
-        self.fast = FastTokenizer.from_file(str(path))
+        try:
+            self.fast = FastTokenizer.from_file(str(path))
+        except Exception as error:  # a file's edge: the library raises nothing narrower
+            raise ValueError(f"{path} is no tokenizer ({error}): copy it again") from error
         # The file may carry its own truncation and padding; both would break the rules here.
         self.fast.no_truncation()
         self.fast.no_padding()
-        self.prompts, self.document_tokens = prompts, document_tokens
+        self.prompts, self.document_tokens, self.pair_end = prompts, document_tokens, pair_end
         known = [t for t in ([end_token] if end_token else END_TOKENS) if self.id(t) is not None]
         if not known:
             raise ValueError(f"{path}: none of {[end_token] if end_token else END_TOKENS} in it")
@@ -74,16 +88,19 @@ class Tokenizer:
 
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
         """Token ids of (query, document) in the pair's template, only the document cut."""
-        return self._encode([_fill(self.prompts.pair, query=q, document=d) for q, d in pairs])
+        filled = [_fill(self.prompts.pair, query=q, document=d) for q, d in pairs]
+        return self._encode(filled, self.pair_end)
 
-    def _encode(self, filled: list[tuple[str, int, int]]) -> list[list[int]]:
-        encodings = self.fast.encode_batch([text for text, _, _ in filled])
-        return [
-            self._cut(encoding, start, stop)
-            for encoding, (_, start, stop) in zip(encodings, filled, strict=True)
-        ]
+    def _encode(self, filled: list[tuple[str, int, int]], end: bool = True) -> list[list[int]]:
+        found = []
+        for at in range(0, len(filled), CHUNK):
+            chunk = filled[at : at + CHUNK]
+            encodings = self.fast.encode_batch([text for text, _, _ in chunk])
+            for encoding, (_, start, stop) in zip(encodings, chunk, strict=True):
+                found.append(self._cut(encoding, start, stop, end))
+        return found
 
-    def _cut(self, encoding: Encoding, start: int, stop: int) -> list[int]:
+    def _cut(self, encoding: Encoding, start: int, stop: int, end: bool) -> list[int]:
         """Drop the tokens past `document_tokens` of the characters [start, stop)."""
         inside = 0
         ids = []
@@ -95,9 +112,9 @@ class Tokenizer:
                 if inside > self.document_tokens and right <= stop:
                     continue
             ids.append(token)
-        if not ids or ids[-1] != self.end_id:
+        if end and (not ids or ids[-1] != self.end_id):
             ids.append(self.end_id)
-        assert ids[-1] == self.end_id and ids.count(self.end_id) >= 1
+        assert not end or ids[-1] == self.end_id
         return ids
 
 

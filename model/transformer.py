@@ -4,7 +4,6 @@ Shapes: B sequences, N packed tokens, D hidden, H query heads, G key/value heads
 E experts, R total rank. Parameter names are Hugging Face's, so loading needs no map.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -18,6 +17,7 @@ from kernels.attention import attention
 from kernels.reference import rms_norm, rope, swiglu
 from model.lora import LinearGroup, LoRAConfig
 from model.router import Router, RouterConfig
+from model.weights import read_json
 
 FAMILIES = ("qwen3", "mistral", "llama")
 
@@ -49,7 +49,7 @@ class DecoderConfig:
                 key that is missing, or more layers than there are.
         """
         path = folder / "config.json"
-        raw = json.loads(path.read_text())
+        raw = read_json(path)
         if raw.get("model_type") not in FAMILIES:
             raise ValueError(
                 f"{path}: model_type {raw.get('model_type')!r} is not one of {FAMILIES}"

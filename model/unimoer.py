@@ -87,7 +87,9 @@ class UniMoER(nn.Module):
         folder = bases.resolve(config.base, config.revision)
         shape = DecoderConfig.read(folder, config.layers, config.causal)
         self.config, self.identity = config, bases.identity(folder)
-        self.tokenizer = Tokenizer(folder, config.prompts, config.document_tokens, config.end_token)
+        # The yes/no answer is read after the last word of the template, as it was trained.
+        options = {"end_token": config.end_token, "pair_end": config.rerank_head != "yes_no"}
+        self.tokenizer = Tokenizer(folder, config.prompts, config.document_tokens, **options)
         self.decoder = Decoder(
             shape, config.lora, config.router, DTYPES[config.dtype], config.checkpointing
         )
@@ -195,15 +197,19 @@ class UniMoER(nn.Module):
 
         Yields the indices of each batch, sorted by length under a budget of tokens, and its result.
         """
+        training = self.training
         self.eval()
         bar = tqdm(
             total=sum(texts.lengths), unit="token", desc=title, disable=not progress, leave=False
         )
-        with bar:
+        try:
             for indices in token_batches(texts.lengths, budget):
                 batch, states = texts.batch(indices, self.device, self.dtype)
                 yield indices, step(batch, states, base)[0].cpu()
                 bar.update(sum(batch.lengths))
+        finally:
+            bar.close()
+            self.train(training)
 
     def embed_all(
         self, texts: TextSet, *, budget: int = 4096, base: bool = False, progress: bool = False
@@ -275,9 +281,11 @@ class UniMoER(nn.Module):
         self, query: str, documents: Sequence[str], top_k: int | None = None
     ) -> list[tuple[int, float]]:
         """(index of the document, relevance), best first, ties in the order given."""
-        scores = self.predict([(query, text) for text in _listed(documents, "documents")])
-        order = scores.argsort(descending=True, stable=True)[:top_k]
-        return [(int(i), float(scores[i])) for i in order]
+        pairs = [(query, text) for text in _listed(documents, "documents")]
+        logits = self.score_all(TextSet(self.tokenizer.pairs(pairs)))
+        # By logit: in fp32 the sigmoid of everything above 17 is 1.
+        order = logits.argsort(descending=True, stable=True)[:top_k]
+        return [(int(i), float(logits[i].sigmoid())) for i in order]
 
     # On disk ---------------------------------------------------------------------------------
 
@@ -285,16 +293,19 @@ class UniMoER(nn.Module):
         """Write `config.json`, `adapters.safetensors` and `heads.safetensors`.
 
         The base is not copied: config.json names it and holds its fingerprint and the prompts.
-        Each file is renamed into place whole, config.json last.
+        Each file is renamed into place whole. config.json goes first and comes last, so a folder
+        that was being written over when the process died is an error, not a mixture.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach() for name, p in self.trained().items()}
         heads = {name: t for name, t in tensors.items() if name.startswith("head.")}
         adapters = {name: t for name, t in tensors.items() if name not in heads}
+        (folder / "config.json").unlink(missing_ok=True)
         weights.save(adapters, folder / "adapters.safetensors")
         weights.save(heads, folder / "heads.safetensors")
-        record = {"format": FORMAT, "model": asdict(self.config), "identity": self.identity}
+        model = asdict(replace(self.config, revision=self.identity["revision"]))
+        record = {"format": FORMAT, "model": model, "identity": self.identity}
         part = folder / ".config.json.part"
         part.write_text(json.dumps(record, indent=2) + "\n")
         os.replace(part, folder / "config.json")
@@ -318,16 +329,22 @@ class UniMoER(nn.Module):
         path = folder / "config.json"
         if not path.is_file():
             raise ValueError(f"{path} is missing: expected a folder written by save_pretrained")
-        record = json.loads(path.read_text())
+        record = weights.read_json(path)
         if record.get("format") != FORMAT:
             raise ValueError(f"{path}: format {record.get('format')!r}, expected {FORMAT}")
-        config = ModelConfig.from_json(record["model"])
-        model = cls(replace(config, base=base) if base else config, device)
-        found, expected = model.identity["fingerprint"], record["identity"]["fingerprint"]
-        if found != expected:
+        try:
+            config = ModelConfig.from_json(record["model"])
+            expected = record["identity"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not what save_pretrained writes: {error}") from error
+        if base:
+            config = replace(config, base=base, revision=None)
+        model = cls(config, device)
+        if (found := model.identity["fingerprint"]) != expected["fingerprint"]:
             raise ValueError(
-                f"{folder} was trained on the base {record['identity']['name']} with fingerprint "
-                f"{expected}, but {base or config.base} has {found}: give the original base"
+                f"{folder} was trained on the base {expected['name']} (revision "
+                f"{expected['revision']}) with fingerprint {expected['fingerprint']}, but "
+                f"{config.base} has {found}: give the original base"
             )
         tensors = {}
         for name in ("adapters.safetensors", "heads.safetensors"):

@@ -13,19 +13,22 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import analysis.report
 import experiments
 import model.prefix
 import run
 import train.trial
 from eval.collections import load
 from eval.metrics import METRICS
+from eval.protocol import EvaluationSet
 from experiments import Config
 from model.unimoer import UniMoER
-from tests.train.tiny import TEST, tiny_config, write_collection
+from tests.train.tiny import TEST, tiny_config, tokens_only, write_collection
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ["emb-only", "joint-moe"]
@@ -51,8 +54,8 @@ class Stopped(Exception):
 
 def stub_report(patch: pytest.MonkeyPatch) -> None:
     """What is written from the trials has tests of its own."""
-    patch.setattr(run.report, "write", lambda folder: {})
-    patch.setattr(run.report, "summary", lambda verdict: "summary")
+    stub = SimpleNamespace(write=lambda folder: {}, summary=lambda verdict: "summary")
+    patch.setattr(run, "REPORTS", {"verdict": stub})
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +139,31 @@ def forbidden(*_: object, **__: object) -> None:
 
 def test_files(done):
     files = {str(path.relative_to(done)) for path in done.rglob("*") if path.is_file()}
-    assert files == {"baselines.json", *(f"{arm}/seed0.json" for arm in ARMS)}
+    names = ("config.json", "adapters.safetensors", "heads.safetensors")
+    models = {f"{arm}/seed0.model/{name}" for arm in ARMS for name in names}
+    assert files == {"baselines.json", *(f"{arm}/seed0.json" for arm in ARMS), *models}
+
+
+def test_the_trained_model_is_kept(done, data):
+    """It scores as its trial says."""
+    model = UniMoER.from_pretrained(done / "joint-moe" / "seed0.model")
+    collection = load(str(data))
+    trial = read(done, "joint-moe")
+    config = Config.from_json(trial["config"])
+    evaluation = EvaluationSet(collection, model.tokenizer, config, tokens_only)
+    found = evaluation.retrieval(model)
+    close = [math.isclose(found[q]["map"], row["map"], abs_tol=1e-6)
+             for q, row in trial["scores"]["embedding"].items()]  # fmt: skip
+    assert sum(close) >= 0.8 * len(close)  # states kept in fp16 may swap a near tie
+
+
+def test_the_report_reads_what_a_run_writes(copy):
+    """No stub in between: the trials as stored, through to the files."""
+    verdict = analysis.report.write(copy)
+    assert verdict["decision"] is None and "no trial of rank-only" in verdict["reason"]
+    assert verdict["arms"]["joint-moe"]["scores"].keys() == {"embedding", "reranking"}
+    text = (copy / "report.md").read_text()
+    assert "Joint-MoE" in text and (copy / "scores.png").is_file()
 
 
 @pytest.mark.parametrize("arm", ARMS)

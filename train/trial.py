@@ -100,7 +100,7 @@ class Workbench:
         """Turns token ids into a TextSet, with prefix states where the config wants them."""
 
         def make(ids: list[list[int]], title: str) -> TextSet:
-            if not config.prefix or config.adapter_layers == 0:
+            if not config.prefix or config.adapter_layers == 0 or not ids:
                 return TextSet(ids)
             fields = (config.adapter_layers, config.dtype, config.causal)
             text = json.dumps([ids, *fields, model.identity])
@@ -141,7 +141,10 @@ class Workbench:
 
 
 def run_trial(config: Config, arm: str, place: Path, bench: Workbench) -> dict:
-    """Train and evaluate one arm with one seed; the result as it is stored."""
+    """Train and evaluate one arm with one seed; the result as it is stored.
+
+    The trained model lies beside it as `<place>.model`, for `UniMoER.from_pretrained`.
+    """
     started = time.perf_counter()
     model = bench.model(config)
     data = TrainingData(bench.collection, model.tokenizer, config, bench.states(model, config))
@@ -161,6 +164,7 @@ def run_trial(config: Config, arm: str, place: Path, bench: Workbench) -> dict:
     if "reranking" in config.tasks:
         scores["reranking"] = evaluation.reranking(model, progress=True)
     ended = time.perf_counter()
+    model.save_pretrained(place.with_name(place.name + ".model"))
     seconds = {"prepare": prepared - started, "train": trained - prepared, "test": ended - trained}
     parameters = sum(p.numel() for p in model.trained().values())
     return {

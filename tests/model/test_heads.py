@@ -80,7 +80,9 @@ def test_yes_no_is_the_log_odds_of_transformers(make_base: Callable[..., Path], 
     yes, no = (model.tokenizer.fast.token_to_id(word) for word in ("yes", "no"))
     expected = []
     with torch.no_grad():
-        for ids in model.tokenizer.pairs(PAIRS):
+        for query, document in PAIRS:  # the template to its last word, no end token behind it
+            text = f"Query: {query}\nDocument: {document}"
+            ids = model.tokenizer.fast.encode(text).ids
             logits = theirs(torch.tensor([ids])).logits[0, -1]
             expected.append(logits[[yes, no]].softmax(0)[0])
     found = model.predict(PAIRS)

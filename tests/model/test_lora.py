@@ -185,6 +185,27 @@ def test_a_changed_master_is_seen_at_once(name: str) -> None:
     assert (found - before).abs().max() > 1e-3
 
 
+def test_without_gradients_a_write_through_data_is_seen() -> None:
+    """`.data` raises no version: merged or reverted experts must not be ignored."""
+    group = make_group()
+    x, weights = inputs()
+    gates = gates_of(group, weights)
+    with torch.no_grad():
+        group(x, gates)
+        for master in group.lora_B.values():
+            master.data.zero_()
+        torch.testing.assert_close(torch.cat(group(x, gates), 1), torch.cat(group(x, None), 1))
+
+
+def test_a_group_made_in_inference_mode_works() -> None:
+    with torch.inference_mode():
+        group = make_group()
+        x, weights = inputs()
+        found = torch.cat(group(x, gates_of(group, weights)), 1)
+        expected = torch.cat(explicit(group, x, weights), 1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_backward_uses_the_masters_of_its_forward_or_refuses() -> None:
     """A step between forward and backward would mix two models: autograd notices."""
     group = make_group()

@@ -1,5 +1,6 @@
 """Frozen-prefix states: the same numbers with and without the file, whatever happened to it."""
 
+import errno
 import json
 import os
 import signal
@@ -331,9 +332,40 @@ def test_states_in_use_survive_their_file(
 ) -> None:
     states = build(model, ids, tmp_path)
     expected = all_rows(states)
-    build(model, ids, tmp_path, "another", limit_bytes=0)
+    size = 2 * len(expected) * expected.shape[1]
+    build(model, ids, tmp_path, "another", limit_bytes=size)  # there is room for one
     assert len(list(tmp_path.glob("*.states"))) == 1
     assert torch.equal(all_rows(states), expected)
+
+
+def test_what_is_larger_than_the_cache_is_not_kept(
+    model: UniMoER, ids: list[list[int]], tmp_path: Path
+) -> None:
+    kept = all_rows(build(model, ids, tmp_path / "kept"))
+    states = build(model, ids, tmp_path / "small", limit_bytes=100)
+    assert torch.equal(all_rows(states), kept)
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_full_disk_is_an_error_and_no_bus_error(
+    model: UniMoER, ids: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match=r"no room for .* MB of states \(No space left"):
+        build(model, ids, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_states_of_other_code_are_not_used(
+    model: UniMoER, ids: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(model, ids, tmp_path)
+    monkeypatch.setattr(prefix, "_code", lambda: "another")
+    build(model, ids, tmp_path)
+    assert len(list(tmp_path.glob("*.states"))) == 2
 
 
 def test_what_killed_runs_left_goes_after_a_day(

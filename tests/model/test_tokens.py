@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
 
+from model import tokens
 from model.tokens import Prompts, Tokenizer
 
 LONG = "the quick brown fox jumps over the lazy dog and runs into the forest " * 20
@@ -212,3 +213,19 @@ def test_missing_tokenizer(tmp_path: Path) -> None:
 def test_bad_templates(name: str, template: str) -> None:
     with pytest.raises(ValueError, match=f"prompt '{name}' needs"):
         Prompts(**{name: template})
+
+
+def test_without_the_end_a_pair_stops_at_the_template_s_last_word(tiny_base: Path) -> None:
+    tokenizer = Tokenizer(tiny_base, WRAPPED, 8, pair_end=False)
+    (pair,) = tokenizer.pairs([("what", "a pen")])
+    filled = "Judge.\nQuery: what\nDocument: a pen\nAnswer yes or no:"
+    assert pair == plain_ids(tokenizer, filled)
+    assert tokenizer.documents(["a pen"])[0][-1] == tokenizer.end_id
+
+
+def test_chunks_change_nothing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make(tiny_base)
+    texts = [f"text {i}" for i in range(7)]
+    whole = tokenizer.documents(texts)
+    monkeypatch.setattr(tokens, "CHUNK", 3)
+    assert tokenizer.documents(texts) == whole and len(whole) == 7

@@ -295,6 +295,7 @@ def test_encoding_leaves_no_noise_on(tiny_base: Path) -> None:
     calm = noisy.encode(TEXTS)
     noisy.train()
     assert torch.equal(noisy.encode(TEXTS), calm)
+    assert noisy.training  # and on again for whoever is training
 
 
 def test_tasks_reach_the_router(tiny_base: Path) -> None:
