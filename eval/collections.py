@@ -10,6 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import huggingface_hub
@@ -24,6 +25,7 @@ HUB_SPLITS = (
     | dict.fromkeys(("trec-covid", "nq", "arguana", "scidocs"), ("test",))
     | dict.fromkeys(("webis-touche2020", "climate-fever"), ("test",))
 )
+MOST_SHARDS = 32  # of a parquet file on the hub that are looked for
 NOT_ON_HUB = ("bioasq", "signal1m", "trec-news", "robust04", "cqadupstack")  # not as one set there
 
 
@@ -186,7 +188,7 @@ def _folder(path: Path) -> Collection:
     qrels = {file.stem: file for file in sorted((path / "qrels").glob("*.tsv"))}
     if not qrels:
         raise ValueError(f"{path}: no qrels/*.tsv; expected at least qrels/test.tsv")
-    return _beir(path.resolve().name, corpus, queries, qrels, {"path": str(path)})
+    return _beir(path.resolve().name, [corpus], [queries], qrels, {"path": str(path)})
 
 
 def _plain_or_gz(folder: Path, name: str) -> Path:
@@ -197,19 +199,23 @@ def _plain_or_gz(folder: Path, name: str) -> Path:
 
 
 def _beir(
-    name: str, corpus: Path, queries: Path, qrels: dict[str, Path], provenance: dict[str, str]
+    name: str,
+    corpus: list[Path],
+    queries: list[Path],
+    qrels: dict[str, Path],
+    provenance: dict[str, str],
 ) -> Collection:
     """Read the files of a BEIR set; the dev split, when there is none, is taken from train."""
     if {"dev", "validation"} <= qrels.keys():
         raise ValueError(f"{qrels['dev'].parent}: dev.tsv and validation.tsv; expected one of them")
     texts: dict[str, str] = {}
-    for where, row in _rows(corpus):
+    for where, row in chain.from_iterable(map(_rows, corpus)):
         title = _field(where, row, "title", optional=True)
         text = _field(where, row, "text")
         _add(where, "document", texts, row, f"{title}\n{text}" if title else text)
     asked: dict[str, str] = {}
     domain: dict[str, str] = {}
-    for where, row in _rows(queries):
+    for where, row in chain.from_iterable(map(_rows, queries)):
         text = _field(where, row, "text")
         if not text.strip():
             raise ValueError(f"{where}: query {row.get('_id')!r} is empty; expected a text")
@@ -337,9 +343,13 @@ def _hub(name: str, cache: Path | None) -> Collection:
     provenance = {f"BeIR/{name}-qrels": str(at)}
     files, at = [], None
     for part in ("queries", "corpus"):
-        names = [f"{part}.jsonl.gz", f"{part}/{part}-00000-of-00001.parquet"]
-        file, at = _fetch(f"BeIR/{name}", names, at, cache)
-        files.append(file)
+        shards = [f"{part}/{part}-00000-of-{n:05}.parquet" for n in range(1, MOST_SHARDS + 1)]
+        file, at = _fetch(f"BeIR/{name}", [f"{part}.jsonl.gz", *shards], at, cache)
+        found = [file]
+        for number in range(1, int(file.stem[-5:]) if file.suffix == ".parquet" else 1):
+            shard = f"{part}/{part}-{number:05}-of-{file.stem[-5:]}.parquet"
+            found.append(_fetch(f"BeIR/{name}", [shard], at, cache)[0])
+        files.append(found)
     provenance[f"BeIR/{name}"] = str(at)
     return _beir(name, files[1], files[0], qrels, provenance)
 
@@ -359,8 +369,9 @@ def _fetch(
             continue
         parts = Path(file).parts
         return Path(file), parts[parts.index("snapshots") + 1]  # .../snapshots/<commit>/<name>
+    shown = failures[:2] + [f"and {len(failures) - 2} more"] * (len(failures) > 2)
     raise ValueError(
-        f"{repo}: neither in the cache nor to be had from the hub ({'; '.join(failures)}). Without "
+        f"{repo}: neither in the cache nor to be had from the hub ({'; '.join(shown)}). Without "
         "a network, load it once on a machine that has one and bring the cache folder (HF_HOME) "
         "over, or pass a BEIR folder: DATA=path"
     )

@@ -294,6 +294,13 @@ def test_a_hub_set_in_parquet(hub, tmp_path, monkeypatch):
     data = C.load("scidocs")
     assert data.fingerprint == expected.fingerprint
     assert data.provenance["BeIR/scidocs"] == "commit-of-scidocs"
+    del files["BeIR/scidocs"]["corpus/corpus-00000-of-00001.parquet"]  # and in one shard a document
+    for number, row in enumerate(CORPUS):
+        table = pa.table({c: [row.get(c, "")] for c in columns})
+        parquet.write_table(table, tmp_path / "table")
+        name = f"corpus/corpus-{number:05}-of-{len(CORPUS):05}.parquet"
+        files["BeIR/scidocs"][name] = (tmp_path / "table").read_bytes()
+    assert C.load("scidocs").fingerprint == expected.fingerprint
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match="pip install pyarrow"):
         C.load("scidocs")
