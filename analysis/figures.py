@@ -200,7 +200,7 @@ def curves(arms: Arms) -> Figure | None:
         ])  # fmt: skip
         # By the smoothed lines: one wild step must not press the curves flat.
         room = 0.35 * (smooth.max() - smooth.min()) + 1e-9
-        axes.set_ylim(smooth.min() - room, smooth.max() + room)
+        axes.set_ylim(max(0, smooth.min() - room), smooth.max() + room)
         axes.legend(handlelength=2.6)
     return figure
 
