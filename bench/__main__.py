@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--base", default=bases.DEFAULT, help="a known name, hub id or folder")
     parser.add_argument("--data", default="stdlib", help="where the texts come from")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each row")
+    parser.add_argument("--rounds", type=int, default=4, help="timed rounds of each row")
     given = parser.parse_args(arguments)
     if given.rounds < 2:
         parser.error(f"--rounds {given.rounds}: quartiles need at least 2")

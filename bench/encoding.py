@@ -34,24 +34,27 @@ def cut_base(folder: Path, layers: int, place: Path) -> Path:
 
 
 def config(base: str, layers: int, dtype: str, tokens: int) -> ModelConfig:
-    """The bare base with mean pooling; texts that were cut before are not cut again."""
+    """The bare base with mean pooling; texts of at most `tokens` tokens are not cut."""
     return ModelConfig(
         base=base,
         layers=layers,
         dtype=dtype,
         embedding_pooling="mean",
-        document_tokens=4 * tokens,
+        document_tokens=tokens,
     )
 
 
 def mixed_texts(collection: Collection, model: UniMoER, count: int, tokens: int) -> list[str]:
-    """`count` documents and half as many queries, each cut at `tokens` tokens."""
-    texts = list(collection.corpus.values())[:: max(1, len(collection.corpus) // count)][:count]
-    texts += list(collection.queries.values())[:: max(1, 2 * len(collection.queries) // count)]
+    """`count` documents and half as many queries of at most `tokens` tokens, spread evenly.
+
+    Longer ones are left out, not cut: cut texts are all equally long, which no natural mix is.
+    """
     found = []
-    for text in texts[: count + count // 2]:
-        offsets = model.tokenizer.fast.encode(text).offsets
-        found.append(text if len(offsets) <= tokens else text[: offsets[tokens - 1][1]])
+    for texts, wanted in ((collection.corpus, count), (collection.queries, count // 2)):
+        lengths = model.tokenizer.fast.encode_batch(list(texts.values()))
+        short = [text for text, ids in zip(texts.values(), lengths, strict=True)
+                 if 0 < len(ids) <= tokens]  # fmt: skip
+        found += short[:: max(1, len(short) // wanted)][:wanted]
     return found
 
 
@@ -60,7 +63,7 @@ def run(
     base: str,
     layers: int = 8,
     count: int = 200,
-    tokens: int = 128,
+    tokens: int = 256,
     rounds: int = 5,
     dtypes: tuple[str, ...] = ("float32", "bfloat16"),
 ) -> list[dict]:

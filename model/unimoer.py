@@ -237,7 +237,7 @@ class UniMoER(nn.Module):
         texts: Sequence[str],
         *,
         task: str = "document",
-        budget: int = 4096,
+        budget: int = 2048,
         progress: bool | None = None,
     ) -> Tensor:
         """Unit vectors of texts.
@@ -269,7 +269,7 @@ class UniMoER(nn.Module):
         return queries @ documents.t()
 
     def predict(
-        self, pairs: Sequence[tuple[str, str]], *, budget: int = 4096, progress: bool | None = None
+        self, pairs: Sequence[tuple[str, str]], *, budget: int = 2048, progress: bool | None = None
     ) -> Tensor:
         """Relevance in (0, 1) of (query, document) pairs: the sigmoid of the head's logit, (n,)."""
         pairs = _listed(pairs, "pairs")
