@@ -56,9 +56,9 @@ def test_throughput_and_ratio_by_hand():
 
 
 def test_encoding(base, bench):
-    [row] = encoding.run(bench, str(base), layers=2, count=12, tokens=16, **SMALL)
-    model = UniMoER(encoding.config(str(base), 2, "float32", 16))
-    texts = encoding.mixed_texts(bench.collection, model, 12, 16)
+    [row] = encoding.run(bench, str(base), layers=2, count=12, tokens=64, **SMALL)
+    model = UniMoER(encoding.config(str(base), 2, "float32", 64))
+    texts = encoding.mixed_texts(bench.collection, model, 12, 64)
     assert len(texts) == 18 and row["what"] == "encode 18 mixed texts, 2 layers"
     assert row["tokens"] == sum(map(len, model.tokenizer.documents(texts)))
     assert row["by_batch"].keys() == {str(batch) for batch in encoding.BATCHES}
@@ -70,7 +70,7 @@ def test_an_encoder_that_does_something_else_is_refused(base, bench, monkeypatch
     right = UniMoER.encode_document
     monkeypatch.setattr(UniMoER, "encode_document", lambda self, texts: right(self, texts).flip(1))
     with pytest.raises(ValueError, match="the two encoders disagree: smallest cosine"):
-        encoding.run(bench, str(base), layers=2, count=12, tokens=16, **SMALL)
+        encoding.run(bench, str(base), layers=2, count=12, tokens=64, **SMALL)
 
 
 def test_training(base, bench):

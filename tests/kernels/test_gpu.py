@@ -31,13 +31,14 @@ def test_attention(dtype: torch.dtype, window: int | None) -> None:
     lengths = [1, 17, 17, 100]
     q, k, v = (torch.randn(sum(lengths), heads, 64, dtype=torch.float64) for heads in (4, 2, 2))
 
-    def plain(*tensors: Tensor) -> Tensor:
-        rows = zip(*(t.split(lengths) for t in tensors), strict=True)
-        return torch.cat([reference.attention(*row, causal=True, window=window) for row in rows])
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        return torch.cat([reference.attention(a, b, c, True, window) for a, b, c in rows])
 
-    truth, card = plain(q, k, v), [t.to("cuda", dtype) for t in (q, k, v)]
-    found = attention(*card, [(1, 1), (2, 17), (1, 100)], causal=True, window=window)
-    assert error(found, truth) <= 1.5 * error(plain(*card), truth) + FLOOR
+    truth = plain(q, k, v)
+    q, k, v = (t.to("cuda", dtype) for t in (q, k, v))
+    found = attention(q, k, v, [(1, 1), (2, 17), (1, 100)], causal=True, window=window)
+    assert error(found, truth) <= 1.5 * error(plain(q, k, v), truth) + FLOOR
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,16 +51,16 @@ def test_bordered_linear(dtype: torch.dtype, tokens: int) -> None:
     gates = torch.rand(tokens, 3).double()
     experts = [(a[i : i + 16], b[:, i : i + 16]) for i in (0, 16, 32)]
     truth = reference.moe_lora(x, weight, gates, experts, [2.0] * 3)
-    card = [t.to("cuda", dtype) for t in (x, weight, gates)]
+    x, weight, card_gates = (t.to("cuda", dtype) for t in (x, weight, gates))
     halves = [(left.to("cuda", dtype), right.to("cuda", dtype)) for left, right in experts]
-    plain = reference.moe_lora(*card, halves, [2.0] * 3)
+    plain = reference.moe_lora(x, weight, card_gates, halves, [2.0] * 3)
     layout = make_layout(d, [out], [True], rank, pad=16)
     bordered = torch.zeros(layout.shape, device="cuda", dtype=dtype)
-    bordered[:out, :d], bordered[out : out + rank, :d] = weight, a
-    bordered[:out, d : d + rank] = b
+    bordered[:out, :d], bordered[out : out + rank, :d] = weight, a.to("cuda", dtype)
+    bordered[:out, d : d + rank] = b.to("cuda", dtype)
     wide = (2 * gates.repeat_interleave(16, 1)).float().cuda()
     masters = [a.float().cuda(), b.float().cuda()]
-    (found,) = bordered_linear(layout, bordered, card[0], wide, masters)
+    (found,) = bordered_linear(layout, bordered, x, wide, masters)
     assert error(found, truth) <= 1.5 * error(plain, truth) + FLOOR
 
 
