@@ -114,7 +114,7 @@ def test_nothing_is_printed(capfd):
 )
 def test_scale_on_a_public_collection(name, low, high):
     if not (SHARED / name).is_dir():
-        pytest.skip(f"../shared/data/{name} is not there: real collections come with no checkout")
+        pytest.skip(f"{name} is not there: real collections come with no checkout")
     data = collections.load(str(SHARED / name))
     qrels = data.qrels["test"]
     index = BM25(data.pools["test"], [data.corpus[i] for i in data.pools["test"]])
