@@ -73,3 +73,11 @@ def machine() -> dict:
         "commit": commit.stdout.strip() or None,
         "dirty": bool(changed.stdout.strip()),
     }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all: a temporary name, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)

@@ -3,6 +3,11 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from kernels.segments import Segments
+
+PADDING = 1.25  # of `padded_attention`: what it may compute for each token that is there
 
 
 def attention(
@@ -56,3 +61,79 @@ def _window_mask(length: int, causal: bool, window: int, device: torch.device) -
     distance = at[:, None] - at[None, :]
     seen = distance.abs() < window
     return seen & (distance >= 0) if causal else seen
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, window: int | None = None
+) -> Tensor:
+    """`attention` for cards: one variable-length call where PyTorch has it, else padded calls.
+
+    The variable-length kernel (FlashAttention) takes fp16 and bf16 from sm_80 up. A T4, or fp32,
+    goes through `padded_attention`; the results are the same but for rounding.
+    """
+    if not segments.sizes:
+        return q.clone()
+    card = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if not card or q.dtype not in (torch.float16, torch.bfloat16):
+        return padded_attention(q, k, v, segments, causal=causal, window=window)
+    reach = -1 if window is None else window - 1  # how far a token looks to its left
+    longest = max(segments.sizes)
+    out = varlen_attn(
+        q, k, v, segments.starts, segments.starts, longest, longest,
+        window_size=(reach, 0 if causal else reach), enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    assert isinstance(out, Tensor)  # a tuple where its auxiliary outputs are asked for
+    return out
+
+
+def buckets(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(count, longest) of runs of neighbouring texts of about one length: padded to the longest,
+    a run has at most PADDING times its tokens. In a sorted batch that makes a few runs."""
+    runs: list[tuple[int, int]] = []
+    real = 0
+    for size in sizes:
+        if runs:
+            count, longest = runs[-1]
+            wider = max(longest, size)
+            if (count + 1) * wider <= PADDING * (real + size):
+                runs[-1], real = (count + 1, wider), real + size
+                continue
+        runs.append((1, size))
+        real = size
+    return runs
+
+
+def padded_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, window: int | None = None
+) -> Tensor:
+    """The same by `scaled_dot_product_attention`, one call for each of `buckets`.
+
+    Pads stand behind a text, so a causal mask hides them; otherwise a mask does.
+    """
+    repeat = q.shape[1] // k.shape[1]
+    if repeat > 1:
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    outputs, text = [], 0
+    for count, longest in buckets(segments.sizes):
+        starts = segments.starts[text : text + count + 1].long()
+        lengths = starts.diff()[:, None]  # (n, 1)
+        at = torch.arange(longest, device=q.device)
+        rows = starts[:-1, None] + torch.minimum(at, lengths - 1)  # pads repeat the last token
+        heads = [t[rows].transpose(1, 2) for t in (q, k, v)]  # (n, H, L, K)
+        mask = None
+        if window is not None or not causal:
+            mask = (at < lengths)[:, None, None, :]  # (n, 1, 1, L)
+            if window is not None:
+                mask = mask & _window_mask(longest, causal, window, q.device)
+            # A pad sees at least itself: a row without any key would be NaN, and so its gradient.
+            mask = mask | torch.eye(longest, dtype=torch.bool, device=q.device)
+        out = F.scaled_dot_product_attention(
+            *heads, attn_mask=mask, is_causal=causal and mask is None
+        )
+        real = sum(segments.sizes[text : text + count])
+        offsets = torch.arange(real, device=q.device) + starts[0]
+        own = torch.searchsorted(starts[1:], offsets, right=True)  # text of each token
+        flat = out.transpose(1, 2).flatten(0, 1)  # (n L, H, K)
+        outputs.append(flat[own * longest + offsets - starts[own]])
+        text += count
+    return torch.cat(outputs)

@@ -44,7 +44,8 @@ class Layout:
     """How a group of linears lies in its bordered weight M (O + P, L + D + Q).
 
     O output rows of all linears, then P rank rows of those that have experts. L spare columns to
-    the left of x (the first linear's), Q to the right (the others').
+    the left of x (the first linear's), Q to the right (the others'). rank: R of each linear with
+    experts, padded: what its blocks are padded to.
     """
 
     in_features: int
@@ -53,6 +54,7 @@ class Layout:
     shape: tuple[int, int]
     x: slice
     rank: int
+    padded: int
 
     @property
     def out_features(self) -> int:
@@ -91,7 +93,7 @@ def make_layout(in_features: int, outs: list[int], adapted: list[bool], rank: in
     else:
         windows = (Window(slice(0, outs[0]), slice(0, spare)),)
     x = slice(left, left + in_features)
-    return Layout(in_features, tuple(linears), windows, (rank_row, spare), x, rank)
+    return Layout(in_features, tuple(linears), windows, (rank_row, spare), x, rank, padded)
 
 
 class _BorderedLinear(torch.autograd.Function):

@@ -55,6 +55,56 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def add_rmsnorm_pool(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, sizes: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h = x + delta (N, D), its RMSNorm (N, D), and the norm's mean over each text (B, D).
+
+    Args:
+        sizes: tokens of each text. The means are fp32 or wider.
+    """
+    h = x if delta is None else x + delta
+    normed = rms_norm(h, weight, eps)
+    wide = normed if normed.dtype == torch.float64 else normed.float()
+    means = [text.mean(0) for text in wide.split(sizes)]
+    return h, normed, torch.stack(means) if means else wide.new_zeros(0, x.shape[1])
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    heads: int,
+    key_heads: int,
+    size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, (H + 2 G) K) -> q (N, H, K), k and v (N, G, K); q and k normalised (where there are
+    weights) and rotated."""
+    widths = [heads * size, key_heads * size, key_heads * size]
+    q, k, v = (t.unflatten(1, (-1, size)) for t in qkv.split(widths, 1))
+    if q_weight is not None and k_weight is not None:
+        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+    return rope(q, cos, sin), rope(k, cos, sin), v
+
+
+def route(
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    c: Tensor,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """Sparsegen of V silu(U x / rms(x) + b) + d + offset: (rows, D) -> (rows, E)."""
+    z = torch.nn.functional.rms_norm(x, x.shape[-1:]) @ up.t() + up_bias
+    u = torch.nn.functional.silu(z) @ down.t() + down_bias
+    return sparsegen(u if offset is None else u + offset, c)
+
+
 def moe_lora(
     x: Tensor,
     weight: Tensor,

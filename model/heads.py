@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.transformer import Packed, segment_mean
+from model.packed import Packed, segment_mean
+from model.weights import draw_into
 
 POOLINGS = ("last", "mean", "first")
 
@@ -50,7 +51,9 @@ class LinearScore(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """U(-1/sqrt(D), 1/sqrt(D)), bias 0."""
         bound = self.linear.in_features**-0.5
-        nn.init.uniform_(self.linear.weight, -bound, bound, generator=generator)
+        draw_into(
+            self.linear.weight, lambda w: nn.init.uniform_(w, -bound, bound, generator=generator)
+        )
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, pooled: Tensor) -> Tensor:

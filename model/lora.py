@@ -6,7 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kernels.bordered import Columns, Group, Routing, fused_linear, routed_linear
+from kernels.choice import has_matrix_units
 from kernels.moe_lora import bordered_linear, make_layout
+from kernels.segments import Segments
+from model.weights import draw_into
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -84,6 +88,16 @@ class LinearGroup(nn.Module):
         self.register_buffer(
             "bordered", torch.zeros(self.layout.shape, dtype=dtype), persistent=False
         )
+        # Which expert each rank column of M belongs to, and its scale, as kernels read them.
+        owner = torch.full((len(self.adapted_names), self.layout.padded), -1, dtype=torch.int32)
+        factor = torch.zeros(owner.shape, dtype=torch.float32)
+        if lora is not None and rank:
+            for i, at in enumerate(lora.slices().values()):
+                owner[:, at], factor[:, at] = i, lora.alphas[i] / lora.ranks[i]
+        self.column_expert: Tensor
+        self.column_scale: Tensor
+        self.register_buffer("column_expert", owner.flatten(), persistent=False)
+        self.register_buffer("column_scale", factor.flatten(), persistent=False)
         master = torch.float64 if dtype == torch.float64 else torch.float32
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for name in self.adapted_names:
@@ -97,7 +111,10 @@ class LinearGroup(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """A ~ Kaiming uniform with a = sqrt(5), i.e. U(-1/sqrt(D), 1/sqrt(D)); B = 0."""
         for name in self.adapted_names:
-            nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5), generator=generator)
+            draw_into(
+                self.lora_A[name],
+                lambda a: nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator),
+            )
             nn.init.zeros_(self.lora_B[name])
 
     def weight(self, name: str) -> Tensor:
@@ -148,8 +165,7 @@ class LinearGroup(nn.Module):
         if gates is None or not self.adapted_names:
             base = self.bordered[: self.layout.out_features, self.layout.x]
             return (x @ base.t()).split(list(self.outs.values()), 1)
-        masters = self._masters()
-        self._copy_masters(masters, always=not torch.is_grad_enabled())
+        masters = self._renewed()
         dropout = self.dropout if self.training else 0.0
         windows = bordered_linear(self.layout, self.bordered, x, gates, masters, dropout)
         if windows[0].requires_grad:
@@ -159,3 +175,48 @@ class LinearGroup(nn.Module):
         return tuple(
             y for window, outs in zip(windows, split, strict=True) for y in window.split(outs, 1)
         )
+
+    # On wide buffers, by kernels -------------------------------------------------------------
+
+    @property
+    def margins(self) -> tuple[int, int]:
+        """Spare columns left and right of x in what `fused` reads."""
+        return self.layout.x.start, self.layout.shape[1] - self.layout.x.stop
+
+    def _group(self) -> Group:
+        columns = Columns(self.column_expert, self.column_scale)
+        return Group(self.layout, self.bordered, columns, has_matrix_units(self.bordered.device))
+
+    def _renewed(self) -> list[Tensor]:
+        masters = self._masters()
+        self._copy_masters(masters, always=not torch.is_grad_enabled())
+        return masters
+
+    def fused(
+        self, x: Tensor, segments: Segments, weights: Tensor | None, mode: int | None
+    ) -> Tensor:
+        """All linears of the group: `kernels.bordered.fused_linear`; mode None for the base alone.
+
+        Args:
+            x: (N, D), or as wide as `margins` says. weights: w_i, the scales not yet in them.
+        Returns:
+            (N, O + anything): the outputs in the order in which the linears were named.
+        """
+        if mode is None or not self.adapted_names:
+            left = 0 if x.shape[1] == self.layout.in_features else self.layout.x.start
+            base = self.bordered[: self.layout.out_features, self.layout.x]
+            return x[:, left : left + self.layout.in_features] @ base.t()
+        dropout = self.dropout if self.training else 0.0
+        y = fused_linear(self._group(), x, weights, segments, self._renewed(), mode, dropout)
+        if y.requires_grad:
+            y.register_hook(self._mark_stepped)
+        return y
+
+    def routed(self, x: Tensor, segments: Segments, routing: Routing) -> tuple[Tensor, Tensor]:
+        """The same with a router of tokens, whose weights (N, E) are returned too."""
+        dropout = self.dropout if self.training else 0.0
+        masters = self._renewed()
+        y, weights = routed_linear(self._group(), x, routing, segments, masters, dropout)
+        if y.requires_grad:
+            y.register_hook(self._mark_stepped)
+        return y, weights

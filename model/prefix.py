@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.transformer import Decoder, Packed, pack
+from model.packed import Packed, pack
+from model.transformer import Decoder
 
 TokenIds = Sequence[Sequence[int]]
 
@@ -91,9 +92,10 @@ class PrefixStates:
 def _code() -> str:
     """A hash of the modules that the states come from: after a change they are made again."""
     digest = hashlib.sha256()
-    for name in ("kernels/attention", "kernels/moe_lora", "kernels/reference", "model/lora",
-                 "model/transformer"):  # fmt: skip
-        digest.update((Path(__file__).parents[1] / f"{name}.py").read_bytes())
+    root = Path(__file__).parents[1]
+    own = [root / "model" / f"{name}.py" for name in ("config", "lora", "packed", "transformer")]
+    for path in [*sorted((root / "kernels").glob("*.py")), *own]:
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -158,7 +160,8 @@ def prefix_states(
     stored = _stored_dtype(weight.dtype)
     if 2 * shape[0] * shape[1] > limit_bytes:
         folder = None
-    kind = f"{identity} {first_layer} {weight.dtype} {weight.device.type} {decoder.config.causal}"
+    place = f"{weight.dtype} {weight.device.type} {decoder.fused}"
+    kind = f"{identity} {first_layer} {place} {decoder.config.causal}"
     key = hashlib.sha256(f"{kind} {budget} {torch.__version__} {_code()}".encode())
     for text in ids:
         key.update(np.asarray([len(text), *text], dtype=np.int32).tobytes())

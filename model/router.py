@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.bordered import Routing
+from kernels.route import route
 from kernels.sparsegen import sparsegen
+from model.weights import draw_into
 
 TASKS = ("embedding", "reranking")
 
@@ -46,7 +49,8 @@ NOT_LEARNED = ("task", "uniform")  # these look at no logits; every other router
 class RouterConfig:
     """kind: one of `ROUTES`.
 
-    hidden: width of the MLP. always_on: an expert of weight 1 outside the simplex, or "".
+    hidden: width of the MLP. per_token: weigh each token by its own state, not each text by the
+    mean of its tokens. always_on: an expert of weight 1 outside the simplex, or "".
     noise: standard deviation of Gaussian noise on the logits, scaled by `Router.anneal`.
     expert_dropout: probability of dropping an expert, the others renormalised.
     task_prior: added to the logit of the expert that has the task's name, scaled by
@@ -59,6 +63,7 @@ class RouterConfig:
     noise: float = 0.0
     expert_dropout: float = 0.0
     task_prior: float = 0.0
+    per_token: bool = False
 
     def __post_init__(self):
         if self.kind not in ROUTES:
@@ -73,6 +78,7 @@ class Router(nn.Module):
     """Pooled hidden state (B, D) -> MLP -> logits -> weights (B, E) in fp32.
 
     Row b depends on row b alone, so the routing of a text never depends on the rest of its batch.
+    With `per_token` the rows are tokens.
     """
 
     def __init__(self, features: int, experts: tuple[str, ...], config: RouterConfig):
@@ -100,8 +106,11 @@ class Router(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Small logits, so every expert starts with a share and a gradient."""
-        nn.init.kaiming_uniform_(self.up.weight, a=math.sqrt(5), generator=generator)
-        nn.init.normal_(self.down.weight, std=0.02, generator=generator)
+        draw_into(
+            self.up.weight,
+            lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5), generator=generator),
+        )
+        draw_into(self.down.weight, lambda w: nn.init.normal_(w, std=0.02, generator=generator))
         nn.init.zeros_(self.up.bias)
         nn.init.zeros_(self.down.bias)
         if self.config.kind == "sparsegen":
@@ -119,22 +128,58 @@ class Router(nn.Module):
             return pooled.new_zeros(len(pooled), len(self.routed))
         return self.down(F.silu(self.up(F.rms_norm(pooled, pooled.shape[-1:]))))
 
-    def forward(self, pooled: Tensor, tasks: Tensor) -> Tensor:
+    @property
+    def per_token(self) -> bool:
+        return self.config.per_token
+
+    def offset(self, tasks: Tensor) -> Tensor | None:
+        """(B, routed experts), what training adds to the logits; None for nothing."""
+        if not self.training or not (self.config.task_prior or self.config.noise):
+            return None
+        shape = (len(tasks), len(self.routed))
+        added = torch.zeros(shape, dtype=self._dtype, device=tasks.device)
+        if self.config.task_prior:
+            added = self.config.task_prior * self.anneal * route_task(self, added, tasks)
+        if self.config.noise:
+            added = added + self.config.noise * self.anneal * torch.randn_like(added)
+        return added
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.parameters()), torch.float32)
+
+    def in_kernel(self, tasks: Tensor) -> Routing | None:
+        """What a kernel needs to route tokens while it reads them; None where it cannot.
+
+        tasks: (N,). Expert dropout and an always-on expert come after the projection, so they are
+        left to `forward`.
+        """
+        c = self.config
+        if c.kind != "sparsegen" or c.always_on or (self.training and c.expert_dropout):
+            return None
+        return Routing(self._mlp(), self.c, self.offset(tasks))
+
+    def _mlp(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.up.weight, self.up.bias, self.down.weight, self.down.bias
+
+    def forward(self, pooled: Tensor, tasks: Tensor, fused: bool = False) -> Tensor:
         """Expert weights of each text.
 
         Args:
-            pooled: (B, D) fp32 (or fp64), the mean over a text's own tokens.
+            pooled: (B, D) fp32 (or fp64), the mean over a text's own tokens; with `per_token`
+                (N, D), each token's state.
             tasks: (B,) int64, the index in TASKS of what each text is for.
+            fused: run the kernel where the router has one.
         Returns:
             (B, E): on the simplex over the routed experts, 1 for the always-on one.
         """
-        logits = self.logits(pooled)
-        if self.training and self.config.task_prior:
-            prior = route_task(self, logits, tasks)
-            logits = logits + self.config.task_prior * self.anneal * prior
-        if self.training and self.config.noise:
-            logits = logits + self.config.noise * self.anneal * torch.randn_like(logits)
-        weights = ROUTES[self.config.kind](self, logits, tasks)
+        offset = self.offset(tasks)
+        if fused and self.config.kind == "sparsegen":
+            weights = route(pooled, *self._mlp(), self.c, offset)
+        else:
+            logits = self.logits(pooled)
+            logits = logits if offset is None else logits + offset
+            weights = ROUTES[self.config.kind](self, logits, tasks)
         if self.training and self.config.expert_dropout:
             weights = _drop(weights, self.config.expert_dropout)
         if self.config.always_on:

@@ -4,170 +4,20 @@ Shapes: B sequences, N packed tokens, D hidden, H query heads, G key/value heads
 E experts, R total rank. Parameter names are Hugging Face's, so loading needs no map.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attention
+from kernels.add_rmsnorm_pool import add_rmsnorm_pool
+from kernels.attention import attention, packed_attention
+from kernels.bordered import ALL, TEXT, TOKEN
+from kernels.qk_norm_rope import qk_norm_rope
 from kernels.reference import rms_norm, rope, swiglu
+from kernels.swiglu import swiglu as fused_swiglu
+from model.config import DecoderConfig
 from model.lora import LinearGroup, LoRAConfig
+from model.packed import Packed, per_token, segment_mean
 from model.router import Router, RouterConfig
-from model.weights import read_json
-
-FAMILIES = ("qwen3", "mistral", "llama")
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of a decoder; the names are those of Hugging Face's config.json."""
-
-    model_type: str
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    rms_norm_eps: float
-    rope_theta: float
-    tie_word_embeddings: bool = True
-    sliding_window: int | None = None
-    causal: bool = True
-
-    @classmethod
-    def read(cls, folder: Path, layers: int | None = None, causal: bool = True) -> "DecoderConfig":
-        """From `folder`/config.json, keeping the first `layers` layers (None: all).
-
-        Raises:
-            ValueError: a family, activation, bias or RoPE scaling that is not implemented here, a
-                key that is missing, or more layers than there are.
-        """
-        path = folder / "config.json"
-        raw = read_json(path)
-        if raw.get("model_type") not in FAMILIES:
-            raise ValueError(
-                f"{path}: model_type {raw.get('model_type')!r} is not one of {FAMILIES}"
-            )
-        rope_parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_type = rope_parameters.get("rope_type", rope_parameters.get("type", "default"))
-        for name, found, expected in (
-            ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
-            ("attention_bias", raw.get("attention_bias", False), False),
-            ("mlp_bias", raw.get("mlp_bias", False), False),
-            ("rope type", rope_type, "default"),
-        ):
-            if found != expected:
-                raise ValueError(f"{path}: {name} is {found!r}, only {expected!r} is implemented")
-        window = raw.get("sliding_window")
-        if raw["model_type"] == "qwen3" and not raw.get("use_sliding_window", False):
-            window = None
-        elif raw["model_type"] == "qwen3":
-            raise ValueError(f"{path}: use_sliding_window of Qwen3 is not implemented")
-        try:
-            heads = raw["num_attention_heads"]
-            config = cls(
-                model_type=raw["model_type"],
-                hidden_size=raw["hidden_size"],
-                intermediate_size=raw["intermediate_size"],
-                num_hidden_layers=raw["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                vocab_size=raw["vocab_size"],
-                rms_norm_eps=raw["rms_norm_eps"],
-                rope_theta=float(rope_parameters.get("rope_theta") or raw["rope_theta"]),
-                tie_word_embeddings=raw.get("tie_word_embeddings", False),
-                sliding_window=window,
-                causal=causal,
-            )
-        except KeyError as missing:
-            raise ValueError(f"{path}: key {missing} is missing") from None
-        return config if layers is None else config.first(layers, path)
-
-    def first(self, layers: int, path: Path | str = "config") -> "DecoderConfig":
-        """The same model cut after its first `layers` layers (the final norm stays)."""
-        if not 1 <= layers <= self.num_hidden_layers:
-            raise ValueError(
-                f"{path}: layers={layers}, but this base has {self.num_hidden_layers}: "
-                f"ask for 1 to {self.num_hidden_layers}"
-            )
-        return replace(self, num_hidden_layers=layers)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A batch as one row of N tokens.
-
-    input_ids, positions, sequence: (N,) int64: token, place in its text, and which text.
-    lengths: tokens of each text. last: (B,) where each text's last token is.
-    groups: (count, length) of each run of equally long texts.
-    """
-
-    input_ids: Tensor
-    positions: Tensor
-    sequence: Tensor
-    last: Tensor
-    lengths: tuple[int, ...]
-    groups: list[tuple[int, int]]
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """(B + 1,) int32: where each text starts, and N."""
-        ends = torch.zeros(len(self.lengths) + 1, dtype=torch.int32, device=self.last.device)
-        ends[1:] = self.last + 1
-        return ends
-
-
-def pack(texts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packed:
-    """Token ids of B texts -> Packed. Sort the texts by length first where speed matters.
-
-    Raises:
-        ValueError: for no text at all, or a text without tokens (its pooling is undefined).
-    """
-    lengths = tuple(len(text) for text in texts)
-    if not lengths or min(lengths) == 0:
-        raise ValueError(f"need at least one text and one token in each, got lengths {lengths}")
-    sizes = torch.tensor(lengths)
-    ends = sizes.cumsum(0)
-    starts = (ends - sizes).repeat_interleave(sizes)
-    return Packed(
-        input_ids=torch.tensor([i for text in texts for i in text]).to(device),
-        positions=(torch.arange(int(ends[-1])) - starts).to(device),
-        sequence=torch.arange(len(lengths)).repeat_interleave(sizes).to(device),
-        last=(ends - 1).to(device),
-        lengths=lengths,
-        groups=[(len(list(run)), length) for length, run in groupby(lengths)],
-    )
-
-
-def segment_mean(x: Tensor, batch: Packed) -> Tensor:
-    """(N, D) -> (B, D): mean over each text's own tokens, in fp32 or wider."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    runs = wide.split([count * length for count, length in batch.groups])
-    return torch.cat(
-        [run.unflatten(0, shape).mean(1) for run, shape in zip(runs, batch.groups, strict=True)]
-    )
-
-
-def per_token(rows: Tensor, batch: Packed) -> Tensor:
-    """(B, R) -> (N, R): each text's row once for each of its tokens.
-
-    Not `rows[batch.sequence]`: its gradient is added up by threads in whatever order they come,
-    so the same seed would not give the same losses. The gradient of `expand` is a plain sum.
-    """
-    runs = rows.split([count for count, _ in batch.groups])
-    return torch.cat(
-        [
-            run[:, None].expand(-1, length, -1).flatten(0, 1)
-            for run, (_, length) in zip(runs, batch.groups, strict=True)
-        ]
-    )
 
 
 class RMSNorm(nn.Module):
@@ -208,6 +58,30 @@ class Attention(nn.Module):
         )
         return self.o(y.flatten(1), gates)[0]
 
+    def fused(
+        self,
+        normed: Tensor,
+        batch: Packed,
+        cos: Tensor,
+        sin: Tensor,
+        weights,
+        mode: int | None,
+        router,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same on wide buffers; and the weights, which a `router` of tokens finds in here."""
+        c, segments = self.config, batch.segments
+        if router is None:
+            y = self.qkv.fused(normed, segments, weights, mode)
+        else:
+            y, weights = self.qkv.routed(normed, segments, router)
+        norms = (None, None)
+        if c.model_type == "qwen3":
+            norms = (self.q_norm.weight, self.k_norm.weight)
+        shape = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+        q, k, v = qk_norm_rope(y, cos, sin, *norms, c.rms_norm_eps, *shape)
+        y = packed_attention(q, k, v, segments, causal=c.causal, window=c.sliding_window)
+        return self.o.fused(y.flatten(1), segments, weights, mode), weights
+
 
 class MLP(nn.Module):
     def __init__(self, config: DecoderConfig, lora: LoRAConfig | None, dtype: torch.dtype):
@@ -219,6 +93,15 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, gates: Tensor | None) -> Tensor:
         gate, up = self.gate_up(x, gates)
         return self.down(swiglu(gate, up), gates)[0]
+
+    def fused(
+        self, normed: Tensor, batch: Packed, weights: Tensor | None, mode: int | None
+    ) -> Tensor:
+        """The same on wide buffers."""
+        y = self.gate_up.fused(normed, batch.segments, weights, mode)
+        down = self.down.layout
+        y = fused_swiglu(y, down.in_features, down.shape[1] - down.in_features)
+        return self.down.fused(y, batch.segments, weights, mode)
 
 
 class DecoderLayer(nn.Module):
@@ -241,23 +124,77 @@ class DecoderLayer(nn.Module):
             self.register_buffer("scale", torch.tensor(scale, dtype=master), persistent=False)
 
     def forward(
-        self, x: Tensor, batch: Packed, cos: Tensor, sin: Tensor, tasks: Tensor, weights, base: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """x (N, D) -> x (N, D) and the router's weights (B, E), None where there is no router."""
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        batch: Packed,
+        cos: Tensor,
+        sin: Tensor,
+        tasks: Tensor,
+        weights: Tensor | None,
+        base: bool,
+        fused: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One layer, its last addition left to the next one, which does it together with its norm.
+
+        Args:
+            x: (N, D), delta: (N, D) or None: the residual stream is their sum.
+        Returns:
+            x and delta (N, D) of the next layer (fused: delta may be wider), and the router's
+            weights (B, E), (N, E) where it weighs tokens, None where there is no router.
+        """
+        experts = self.lora is not None and not base
+        router = self.router if experts and weights is None else None
+        run = self._fused if fused else self._plain
+        return run(x, delta, batch, cos, sin, tasks, weights if experts else None, experts, router)
+
+    def _plain(self, x, delta, batch, cos, sin, tasks, weights, experts: bool, router):
+        x = x if delta is None else x + delta
         normed = self.input_layernorm(x)
         gates = None
-        if self.lora is not None and not base:
-            if weights is None and self.router is not None:
-                weights = self.router(segment_mean(normed, batch), tasks)
-            if weights is None:  # no router: every expert counts in full
-                gates = self.scale[None]
-            else:
-                columns = zip(weights.split(1, 1), self.lora.ranks, strict=True)
-                gates = torch.cat([w.expand(-1, rank) for w, rank in columns], 1) * self.scale
+        if router is not None and router.per_token:
+            weights = router(normed.to(self.scale.dtype), tasks[batch.sequence])
+        elif router is not None:
+            weights = router(segment_mean(normed, batch), tasks)
+        if experts and weights is None:  # no router: every expert counts in full
+            gates = self.scale[None]
+        elif weights is not None:
+            assert self.lora is not None
+            columns = zip(weights.split(1, 1), self.lora.ranks, strict=True)
+            gates = torch.cat([w.expand(-1, rank) for w, rank in columns], 1) * self.scale
+            if router is None or not router.per_token:
                 gates = per_token(gates, batch)  # (B, R) -> (N, R)
         x = x + self.self_attn(normed, batch, cos, sin, gates)
-        x = x + self.mlp(self.post_attention_layernorm(x), gates)
-        return x, weights
+        return x, self.mlp(self.post_attention_layernorm(x), gates), weights
+
+    def _fused(self, x, delta, batch, cos, sin, tasks, weights, experts: bool, router):
+        attn, mlp, segments = self.self_attn, self.mlp, batch.segments
+        per_token = router is not None and router.per_token
+        x, normed, pooled = add_rmsnorm_pool(
+            x,
+            delta,
+            self.input_layernorm.weight,
+            self.input_layernorm.eps,
+            segments,
+            *attn.qkv.margins,
+            pooled=router is not None and not per_token,
+        )
+        routing = None
+        if router is not None and per_token:
+            tasks = tasks[batch.sequence]
+            # The kernel that shrinks for q, k and v finds the weights on its way.
+            routing = router.in_kernel(tasks) if attn.qkv.adapted_names else None
+            left = attn.qkv.margins[0]
+            pooled = normed[:, left : left + x.shape[1]].float()
+        if router is not None and routing is None:
+            weights = router(pooled, tasks, fused=True)
+        mode = TOKEN if per_token else TEXT if weights is not None else ALL if experts else None
+        delta, weights = attn.fused(normed, batch, cos, sin, weights, mode, routing)
+        norm = self.post_attention_layernorm
+        x, normed, _ = add_rmsnorm_pool(
+            x, delta, norm.weight, norm.eps, segments, *mlp.gate_up.margins
+        )
+        return x, mlp.fused(normed, batch, weights, mode), weights
 
 
 class Decoder(nn.Module):
@@ -268,6 +205,7 @@ class Decoder(nn.Module):
         router: weighs them; None: each expert counts with weight 1.
         dtype: of the base and of the activations.
         checkpointing: recompute each layer in the backward pass instead of storing it.
+        fused: run the Triton kernels; see `kernels.choice`.
     """
 
     def __init__(
@@ -277,6 +215,7 @@ class Decoder(nn.Module):
         router: RouterConfig | None = None,
         dtype: torch.dtype = torch.float32,
         checkpointing: bool = False,
+        fused: bool = False,
     ):
         super().__init__()
         if lora is not None and not 0 <= lora.first_layer < config.num_hidden_layers:
@@ -284,7 +223,8 @@ class Decoder(nn.Module):
                 f"experts from layer {lora.first_layer} up, but the model has layers "
                 f"0 to {config.num_hidden_layers - 1}"
             )
-        self.config, self.lora, self.checkpointing = config, lora, checkpointing
+        self.config, self.lora = config, lora
+        self.checkpointing, self.fused = checkpointing, fused
         self.embed_tokens = nn.Embedding(
             config.vocab_size,
             config.hidden_size,
@@ -357,15 +297,20 @@ class Decoder(nn.Module):
         x = self.embed_tokens(batch.input_ids) if hidden is None else hidden
         if tasks is None:
             tasks = torch.zeros(len(batch.lengths), dtype=torch.int64, device=x.device)
-        cos, sin = self.rope_table(batch, x.dtype)
-        routing = []
+        # Kernels rotate in fp32, whatever the dtype.
+        cos, sin = self.rope_table(batch, torch.float32 if self.fused else x.dtype)
+        delta, routing = None, []
         for layer in self.layers[first_layer:last_layer]:
+            inputs = (x, delta, batch, cos, sin, tasks, weights, base, self.fused)
             if self.checkpointing and torch.is_grad_enabled():
-                x, used = checkpoint(
-                    layer, x, batch, cos, sin, tasks, weights, base, use_reentrant=False
-                )
+                x, delta, used = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x, used = layer(x, batch, cos, sin, tasks, weights, base)
+                x, delta, used = layer(*inputs)
             if used is not None:
                 routing.append(used)
+        if self.fused and last_layer is None:
+            weight, eps = self.norm.weight, self.norm.eps
+            return add_rmsnorm_pool(x, delta, weight, eps, batch.segments)[1], routing
+        if delta is not None:
+            x = x + delta[:, : x.shape[1]]
         return (self.norm(x) if last_layer is None else x), routing

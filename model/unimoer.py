@@ -4,75 +4,26 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from kernels.choice import use_triton
 from model import bases, weights
-from model.heads import LinearScore, YesNoScore, check_pooling, embed, pool
-from model.lora import LinearGroup, LoRAConfig
+from model.config import DTYPES, DecoderConfig, ModelConfig
+from model.heads import LinearScore, YesNoScore, embed, pool
+from model.lora import LinearGroup
+from model.packed import Packed
 from model.prefix import TextSet, token_batches
-from model.router import TASKS, Router, RouterConfig
-from model.tokens import Prompts, Tokenizer
-from model.transformer import Decoder, DecoderConfig, Packed
+from model.router import TASKS, Router
+from model.tokens import Tokenizer
+from model.transformer import Decoder
 
 FORMAT = 1
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Everything that rebuilds a model, except its trained tensors.
-
-    base, revision: see `bases.resolve`. layers: only the first n; None: all.
-    embedding_pooling, reranking_pooling: last, mean, or first. rerank_head: linear or yes_no.
-    document_tokens: longer documents lose their end. end_token: "" takes the base's own.
-    lora None: the bare base. router None: every expert counts in full.
-    """
-
-    base: str = bases.DEFAULT
-    revision: str | None = None
-    layers: int | None = None
-    causal: bool = True
-    dtype: str = "float32"
-    embedding_pooling: str = "last"
-    reranking_pooling: str = "last"
-    rerank_head: str = "linear"
-    document_tokens: int = 512
-    end_token: str = ""
-    prompts: Prompts = Prompts()
-    lora: LoRAConfig | None = None
-    router: RouterConfig | None = None
-    checkpointing: bool = False
-
-    def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
-        if self.rerank_head not in ("linear", "yes_no"):
-            raise ValueError(f"rerank_head must be linear or yes_no, got {self.rerank_head!r}")
-        check_pooling(self.embedding_pooling, self.causal)
-        check_pooling(self.reranking_pooling, self.causal)
-
-    @classmethod
-    def from_json(cls, raw: dict) -> "ModelConfig":
-        raw = dict(raw, prompts=Prompts(**raw["prompts"]))
-        if raw["lora"] is not None:
-            lora: dict[str, Any] = raw["lora"]
-            lora = {k: tuple(v) if isinstance(v, list) else v for k, v in lora.items()}
-            raw["lora"] = LoRAConfig(**lora)
-        if raw["router"] is not None:
-            raw["router"] = RouterConfig(**raw["router"])
-        return cls(**raw)
 
 
 class UniMoER(nn.Module):
@@ -80,23 +31,37 @@ class UniMoER(nn.Module):
 
     `UniMoER(config)` starts from the base: experts with B = 0, so it equals the base until it is
     trained. `from_pretrained` loads a saved folder.
+
+    Args:
+        seed: of experts, routers and head; it gives the same values on every device.
+        kernels: auto (Triton on CUDA, PyTorch elsewhere), triton or torch; see `kernels.choice`.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0):
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        kernels: str = "auto",
+    ):
         super().__init__()
+        fused = use_triton(kernels, device, DTYPES[config.dtype])
         folder = bases.resolve(config.base, config.revision)
         shape = DecoderConfig.read(folder, config.layers, config.causal)
         self.config, self.identity = config, bases.identity(folder)
         # The yes/no answer is read after the last word of the template, as it was trained.
         options = {"end_token": config.end_token, "pair_end": config.rerank_head != "yes_no"}
         self.tokenizer = Tokenizer(folder, config.prompts, config.document_tokens, **options)
-        self.decoder = Decoder(
-            shape, config.lora, config.router, DTYPES[config.dtype], config.checkpointing
-        )
+        dtype = DTYPES[config.dtype]
+        with torch.device(device):  # the weights are never in host memory whole
+            self.decoder = Decoder(
+                shape, config.lora, config.router, dtype, config.checkpointing, fused
+            )
+            head = None
+            if config.rerank_head == "yes_no" and not shape.tie_word_embeddings:
+                head = torch.zeros(shape.vocab_size, shape.hidden_size, dtype=dtype)
         targets = self.decoder.named_weights()
-        head = None
-        if config.rerank_head == "yes_no" and not shape.tie_word_embeddings:
-            head = torch.zeros(shape.vocab_size, shape.hidden_size, dtype=DTYPES[config.dtype])
+        if head is not None:
             targets["lm_head.weight"] = head
         weights.load_into(
             folder, targets, ignore=lambda name: _unused(name, shape, head is not None)
@@ -110,8 +75,8 @@ class UniMoER(nn.Module):
             rows = self.decoder.embed_tokens.weight if head is None else head
             yes, no = self._word_id("yes"), self._word_id("no")
             self.head = YesNoScore(rows[yes], rows[no])
-        self.reset_parameters(seed)
         self.to(device)
+        self.reset_parameters(seed)
         self.eval()
 
     def _word_id(self, word: str) -> int:
@@ -316,6 +281,7 @@ class UniMoER(nn.Module):
         folder: Path | str,
         device: torch.device | str = "cpu",
         base: str | None = None,
+        kernels: str = "auto",
     ) -> "UniMoER":
         """Load a folder written by `save_pretrained`.
 
@@ -339,7 +305,7 @@ class UniMoER(nn.Module):
             raise ValueError(f"{path} is not what save_pretrained writes: {error}") from error
         if base:
             config = replace(config, base=base, revision=None)
-        model = cls(config, device)
+        model = cls(config, device, kernels=kernels)
         if (found := model.identity["fingerprint"]) != expected["fingerprint"]:
             raise ValueError(
                 f"{folder} was trained on the base {expected['name']} (revision "

@@ -117,6 +117,14 @@ def save(
         os.close(folder)
 
 
+@torch.no_grad()
+def draw_into(parameter: torch.Tensor, fill: Callable[[torch.Tensor], object]) -> None:
+    """Initialise a parameter with values drawn on the CPU, so a seed means the same everywhere."""
+    values = torch.empty(parameter.shape, dtype=parameter.dtype)
+    fill(values)
+    parameter.copy_(values)
+
+
 def load_into(
     folder: Path,
     targets: Mapping[str, torch.Tensor],

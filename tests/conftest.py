@@ -16,6 +16,11 @@ from tokenizers.models import BPE
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+# Without a card Triton's interpreter runs the kernels. It is asked for before a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same bits on every run
+
 END = "<|endoftext|>"
 # "yes", "no" and ".</" come often enough to become single tokens; the others give some merges.
 LINES = ["yes", "no", ".</"] * 50 + [

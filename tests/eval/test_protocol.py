@@ -14,7 +14,7 @@ from eval.protocol import EvaluationSet
 from eval.rerank import random_heads, to_run
 from experiments import Config
 from model.heads import pool
-from model.transformer import pack
+from model.packed import pack
 from model.unimoer import UniMoER
 from tests.train.tiny import NOISY_MOE, TEST, tiny_config, tokens_only, write_collection
 from train.trial import model_config

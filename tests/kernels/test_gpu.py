@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.attention import attention
 from kernels.moe_lora import bordered_linear, make_layout
-from model.transformer import pack
+from model.packed import pack
 from model.unimoer import ModelConfig, UniMoER
 
 pytestmark = pytest.mark.gpu

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model.heads import LinearScore, YesNoScore, check_pooling, embed, pool
-from model.transformer import pack
+from model.packed import pack
 from model.unimoer import ModelConfig, UniMoER
 
 BATCH = pack([[5, 6, 7], [8], [9, 10]])

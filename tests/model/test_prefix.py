@@ -16,9 +16,9 @@ from torch import Tensor
 
 from model import prefix
 from model.lora import LinearGroup, LoRAConfig
+from model.packed import pack
 from model.prefix import PrefixStates, TextSet, prefix_states, token_batches
 from model.router import RouterConfig
-from model.transformer import pack
 from model.unimoer import ModelConfig, UniMoER
 
 ROOT = Path(__file__).resolve().parents[2]

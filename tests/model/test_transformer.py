@@ -18,10 +18,12 @@ from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen3 import modeling_qwen3
 
 from model import bases, weights
+from model.config import DecoderConfig
 from model.lora import LinearGroup, LoRAConfig
+from model.packed import pack, segment_mean
 from model.router import RouterConfig
 from model.tokens import Prompts, Tokenizer
-from model.transformer import Decoder, DecoderConfig, DecoderLayer, pack, segment_mean
+from model.transformer import Decoder, DecoderLayer
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -299,7 +301,7 @@ def test_packed_fields() -> None:
     assert batch.positions.tolist() == [0, 1, 0, 1, 0, 0, 1, 2]
     assert batch.sequence.tolist() == [0, 0, 1, 1, 2, 3, 3, 3]
     assert batch.last.tolist() == [1, 3, 4, 7]
-    assert batch.cu_seqlens.tolist() == [0, 2, 4, 5, 8]
+    assert batch.segments.starts.tolist() == [0, 2, 4, 5, 8]
     assert batch.groups == [(2, 2), (1, 1), (1, 3)]
     x = torch.arange(8.0)[:, None]
     assert segment_mean(x, batch).flatten().tolist() == [0.5, 2.5, 4.0, 6.0]

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from model.lora import LinearGroup, LoRAConfig
+from model.packed import pack
 from model.router import ROUTES, RouterConfig
 from model.tokens import Prompts
-from model.transformer import pack
 from model.unimoer import ModelConfig, UniMoER
 
 LORA = LoRAConfig(("embedding", "reranking", "shared"), (4, 3, 2), (8.0, 6.0, 4.0), first_layer=1)

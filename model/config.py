@@ -1,0 +1,147 @@
+"""The shape of a decoder, from Hugging Face's config.json, and of a whole UniMoER."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import bases
+from model.heads import check_pooling
+from model.lora import LoRAConfig
+from model.router import RouterConfig
+from model.tokens import Prompts
+from model.weights import read_json
+
+FAMILIES = ("qwen3", "mistral", "llama")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a decoder; the names are those of Hugging Face's config.json."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool = True
+    sliding_window: int | None = None
+    causal: bool = True
+
+    @classmethod
+    def read(cls, folder: Path, layers: int | None = None, causal: bool = True) -> "DecoderConfig":
+        """From `folder`/config.json, keeping the first `layers` layers (None: all).
+
+        Raises:
+            ValueError: a family, activation, bias or RoPE scaling that is not implemented here, a
+                key that is missing, or more layers than there are.
+        """
+        path = folder / "config.json"
+        raw = read_json(path)
+        if raw.get("model_type") not in FAMILIES:
+            raise ValueError(
+                f"{path}: model_type {raw.get('model_type')!r} is not one of {FAMILIES}"
+            )
+        rope_parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rope_parameters.get("rope_type", rope_parameters.get("type", "default"))
+        for name, found, expected in (
+            ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
+            ("attention_bias", raw.get("attention_bias", False), False),
+            ("mlp_bias", raw.get("mlp_bias", False), False),
+            ("rope type", rope_type, "default"),
+        ):
+            if found != expected:
+                raise ValueError(f"{path}: {name} is {found!r}, only {expected!r} is implemented")
+        window = raw.get("sliding_window")
+        if raw["model_type"] == "qwen3" and not raw.get("use_sliding_window", False):
+            window = None
+        elif raw["model_type"] == "qwen3":
+            raise ValueError(f"{path}: use_sliding_window of Qwen3 is not implemented")
+        try:
+            heads = raw["num_attention_heads"]
+            config = cls(
+                model_type=raw["model_type"],
+                hidden_size=raw["hidden_size"],
+                intermediate_size=raw["intermediate_size"],
+                num_hidden_layers=raw["num_hidden_layers"],
+                num_attention_heads=heads,
+                num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+                vocab_size=raw["vocab_size"],
+                rms_norm_eps=raw["rms_norm_eps"],
+                rope_theta=float(rope_parameters.get("rope_theta") or raw["rope_theta"]),
+                tie_word_embeddings=raw.get("tie_word_embeddings", False),
+                sliding_window=window,
+                causal=causal,
+            )
+        except KeyError as missing:
+            raise ValueError(f"{path}: key {missing} is missing") from None
+        return config if layers is None else config.first(layers, path)
+
+    def first(self, layers: int, path: Path | str = "config") -> "DecoderConfig":
+        """The same model cut after its first `layers` layers (the final norm stays)."""
+        if not 1 <= layers <= self.num_hidden_layers:
+            raise ValueError(
+                f"{path}: layers={layers}, but this base has {self.num_hidden_layers}: "
+                f"ask for 1 to {self.num_hidden_layers}"
+            )
+        return replace(self, num_hidden_layers=layers)
+
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that rebuilds a model, except its trained tensors.
+
+    base, revision: see `bases.resolve`. layers: only the first n; None: all.
+    embedding_pooling, reranking_pooling: last, mean, or first. rerank_head: linear or yes_no.
+    document_tokens: longer documents lose their end. end_token: "" takes the base's own.
+    lora None: the bare base. router None: every expert counts in full.
+    """
+
+    base: str = bases.DEFAULT
+    revision: str | None = None
+    layers: int | None = None
+    causal: bool = True
+    dtype: str = "float32"
+    embedding_pooling: str = "last"
+    reranking_pooling: str = "last"
+    rerank_head: str = "linear"
+    document_tokens: int = 512
+    end_token: str = ""
+    prompts: Prompts = Prompts()
+    lora: LoRAConfig | None = None
+    router: RouterConfig | None = None
+    checkpointing: bool = False
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
+        if self.rerank_head not in ("linear", "yes_no"):
+            raise ValueError(f"rerank_head must be linear or yes_no, got {self.rerank_head!r}")
+        check_pooling(self.embedding_pooling, self.causal)
+        check_pooling(self.reranking_pooling, self.causal)
+
+    @classmethod
+    def from_json(cls, raw: dict) -> "ModelConfig":
+        raw = dict(raw, prompts=Prompts(**raw["prompts"]))
+        if raw["lora"] is not None:
+            lora: dict[str, Any] = raw["lora"]
+            lora = {k: tuple(v) if isinstance(v, list) else v for k, v in lora.items()}
+            raw["lora"] = LoRAConfig(**lora)
+        if raw["router"] is not None:
+            raw["router"] = RouterConfig(**raw["router"])
+        return cls(**raw)
