@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import triton
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +74,38 @@ def machine() -> dict:
         "commit": commit.stdout.strip() or None,
         "dirty": bool(changed.stdout.strip()),
     }
+
+
+def peak(run: Callable[[int], object], device: str) -> int | None:
+    """Bytes on the card that a call takes at the most beside what is there before it, in its
+    second call; None on a CPU."""
+    run(0)
+    if device == "cpu":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run(0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def milliseconds(run: Callable[[], object], device: str, budget: float = 200.0) -> dict[str, float]:
+    """Median and quartiles of one call. On a card the cache is cleared before each call.
+
+    Args:
+        budget: about how many milliseconds of calls are timed.
+    """
+    if device != "cpu":
+        quantiles = triton.testing.do_bench(run, rep=round(budget), quantiles=[0.5, 0.25, 0.75])
+        return dict(zip(("median", "q1", "q3"), quantiles, strict=True))
+    run()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < budget:
+        started = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - started))
+    return spread(times)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,6 +18,7 @@ import experiments
 from bench import timing
 from bench.encoding import cut_base
 from experiments import Config
+from kernels.info_nce import info_nce
 from model import bases
 from model.heads import LinearScore
 from model.prefix import TextSet
@@ -101,7 +102,7 @@ class Theirs(Ours):
         margins = (c.temperature, c.false_negative_margin)
         scores = self.head(self.pooled(self.data.reranking_texts, groups.pairs))
         ranked = losses.RERANKING[c.reranking_loss](scores.view(-1, groups.size))
-        return losses.info_nce(queries, documents, *places, *margins) + ranked
+        return info_nce(queries, documents, *places, *margins) + ranked
 
 
 def run(

@@ -146,3 +146,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None)
         hidden = hidden | (distance.abs() >= window)
     scores = scores.masked_fill(hidden, float("-inf"))
     return torch.einsum("hij,jhk->ihk", scores.softmax(-1), v)
+
+
+def info_nce(
+    queries: Tensor,
+    documents: Tensor,
+    positive: Tensor,
+    relevant: Tensor,
+    temperature: float,
+    margin: float,
+) -> Tensor:
+    """Mean over queries of -log softmax(q . d / temperature) at the positive (arXiv 1807.03748).
+
+    All documents compete but those known to be relevant to the query, and those whose cosine
+    exceeds the positive's by more than `margin`.
+
+    Args:
+        queries: (B, D), documents: (M, D), unit vectors. positive: (B,) int64.
+        relevant: (P, 2) int64 pairs (query, document).
+    """
+    scores = queries @ documents.t()  # (B, M)
+    own = scores.gather(1, positive[:, None])
+    false = scores.detach() > own.detach() + margin
+    false[relevant[:, 0], relevant[:, 1]] = True
+    false = false.scatter(1, positive[:, None], False)
+    scores = (scores / temperature).masked_fill(false, float("-inf"))
+    return torch.nn.functional.cross_entropy(scores, positive)

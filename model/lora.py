@@ -104,13 +104,14 @@ class LinearGroup(nn.Module):
             self.lora_A[name] = nn.Parameter(torch.empty(rank, in_features, dtype=master))
             self.lora_B[name] = nn.Parameter(torch.zeros(outs[name], rank, dtype=master))
         self._copied: tuple | None = None
+        self.dropped = False  # `drop_masters`
         self._stepped = False  # whether an optimizer may have run since that copy
         if rank:
             self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """A ~ Kaiming uniform with a = sqrt(5), i.e. U(-1/sqrt(D), 1/sqrt(D)); B = 0."""
-        for name in self.adapted_names:
+        for name in self.lora_A:
             draw_into(
                 self.lora_A[name],
                 lambda a: nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator),
@@ -125,7 +126,11 @@ class LinearGroup(nn.Module):
         return self.layout.linears[list(self.outs).index(name)]
 
     def _masters(self) -> list[Tensor]:
-        return [p for name in self.adapted_names for p in (self.lora_A[name], self.lora_B[name])]
+        return (
+            []
+            if self.dropped
+            else [p for name in self.adapted_names for p in (self.lora_A[name], self.lora_B[name])]
+        )
 
     @torch.no_grad()
     def _copy_masters(self, masters: list[Tensor], always: bool) -> None:
@@ -142,13 +147,19 @@ class LinearGroup(nn.Module):
         # values may well be the same, and graphs that wait for theirs must not be told otherwise.
         bordered = self.bordered.data if same else self.bordered
         rank = self.layout.rank
-        for name in self.adapted_names:
+        for name in self.lora_A:
             at = self._linear(name)
             a_rows = slice(at.rank_rows.start, at.rank_rows.start + rank)
             bordered[a_rows, self.layout.x].copy_(self.lora_A[name])
             b_cols = slice(at.spare.start, at.spare.start + rank)
             bordered[at.rows, b_cols].copy_(self.lora_B[name])
         self._copied, self._stepped = state, False
+
+    def drop_masters(self) -> None:
+        """Keep the copies in M alone: no training after this, and nothing to save."""
+        self._copy_masters(self._masters(), always=True)
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.dropped = True
 
     def _mark_stepped(self, grad: Tensor) -> None:
         self._stepped = True

@@ -241,6 +241,12 @@ class Decoder(nn.Module):
             self.layers.append(DecoderLayer(config, mine, gate, dtype))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
+    def drop_masters(self) -> None:
+        """Free the experts' fp32 copies, for serving; see `LinearGroup.drop_masters`."""
+        for module in self.modules():
+            if isinstance(module, LinearGroup):
+                module.drop_masters()
+
     def named_weights(self) -> dict[str, Tensor]:
         """Every frozen tensor under its Hugging Face name, as views into the final buffers."""
         tensors = {

@@ -19,8 +19,8 @@ WithStates = Callable[[list[list[int]], str], TextSet]
 
 @dataclass(frozen=True)
 class EmbeddingBatch:
-    """queries (B), documents (M): places in the text set. positive (B,), relevant (B, M): see
-    `losses.info_nce`. ids: of the queries, for messages."""
+    """queries (B), documents (M): places in the text set. positive (B,), relevant (P, 2): see
+    `kernels.info_nce`. ids: of the queries, for messages."""
 
     queries: list[int]
     documents: list[int]
@@ -140,13 +140,20 @@ class TrainingData:
         documents = list(dict.fromkeys([self.positive[q] for q in queries] + hard))
         row = {d: i for i, d in enumerate(documents)}
         # By text, not by id: a copy under another id is as relevant.
-        known = [{self.corpus[d] for d in self.relevant[q]} for q in queries]
-        relevant = torch.tensor([[self.corpus[d] in texts for d in documents] for texts in known])
+        of_text: dict[str, list[int]] = {}
+        for d, at in row.items():
+            of_text.setdefault(self.corpus[d], []).append(at)
+        pairs = sorted(
+            (i, at)
+            for i, q in enumerate(queries)
+            for text in {self.corpus[d] for d in self.relevant[q]}
+            for at in of_text.get(text, ())
+        )
         return EmbeddingBatch(
             queries=[self.query_at[q] for q in queries],
             documents=[self.document_at[d] for d in documents],
             positive=torch.tensor([row[self.positive[q]] for q in queries]),
-            relevant=relevant,
+            relevant=torch.tensor(pairs),
             ids=queries,
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments import Config
+from kernels.info_nce import info_nce
 from model import weights
 from model.prefix import TextSet
 from model.unimoer import UniMoER
@@ -45,7 +46,7 @@ def embedding_loss(
     batch, states, back = _ordered(data.embedding_texts, rows.queries + rows.documents, model)
     vectors, routing = model.embed(batch, states)
     vectors = vectors[back]
-    loss = losses.info_nce(
+    loss = info_nce(
         vectors[: len(rows.queries)],
         vectors[len(rows.queries) :],
         rows.positive.to(model.device),

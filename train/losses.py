@@ -1,35 +1,9 @@
-"""What is minimised: InfoNCE for the vectors, listwise or pointwise for the scores, balance."""
+"""What is minimised: listwise or pointwise for the scores, and balance; for the vectors it is
+`kernels.info_nce`."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def info_nce(
-    queries: Tensor,
-    documents: Tensor,
-    positive: Tensor,
-    relevant: Tensor,
-    temperature: float,
-    margin: float,
-) -> Tensor:
-    """Mean over queries of -log softmax(q . d / temperature) at the positive (arXiv 1807.03748).
-
-    All documents of the batch compete: the other queries' positives and everyone's hard negatives.
-    Left out as false negatives are documents that are judged relevant to the query, and those
-    whose cosine exceeds the positive's by more than `margin`.
-
-    Args:
-        queries: (B, D) unit vectors. documents: (M, D) unit vectors.
-        positive: (B,) int64, row of each query's positive.
-        relevant: (B, M) bool, what is known to be relevant (the positive included or not).
-        temperature: in (0, 1]; margin: in cosine.
-    """
-    scores = queries @ documents.t()  # (B, M)
-    own = scores.gather(1, positive[:, None])
-    false = relevant | (scores.detach() > own.detach() + margin)
-    false = false.scatter(1, positive[:, None], False)
-    return F.cross_entropy((scores / temperature).masked_fill(false, float("-inf")), positive)
 
 
 def listwise(scores: Tensor) -> Tensor:

@@ -1,0 +1,361 @@
+"""The whole model in four designs, on random weights of a real shape: forward and training step.
+
+    base      the frozen base alone, on our kernels: what the experts and the router add stands
+              against this
+    loop      transformers, padded, and in every linear a loop over the experts as peft runs it
+    addmm     packed, the experts concatenated: y = x W' + (g S) B' by `addmm`, torch.compile: the
+              baseline that counts
+    ours      the bordered GEMMs and the kernels
+
+All have the same experts on all seven projections of all layers and the same number of texts. The
+router is in `addmm` and `ours`; `loop` gets its weights for nothing, in the rival's favour.
+"""
+
+import gc
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from bench import timing
+from bench.shapes import SHAPES
+from kernels.attention import packed_attention
+from kernels.reference import rms_norm, rope, swiglu
+from kernels.segments import Segments
+from kernels.sparsegen import sparsegen
+from model.config import DecoderConfig
+from model.lora import PROJECTIONS, LinearGroup, LoRAConfig
+from model.packed import Packed, pack
+from model.router import RouterConfig
+from model.transformer import Decoder
+
+EXPERTS = ("embedding", "reranking", "shared")
+
+
+def lengths(tokens: int, mean: int, mixed: bool, seed: int = 0) -> list[int]:
+    """Texts that add up to `tokens`: equally long, or log-normal as passages are, sorted."""
+    if not mixed:
+        return [mean] * max(1, tokens // mean)
+    draw, made = random.Random(seed), []
+    while sum(made) < tokens:
+        # sigma 0.6 is about that of MS MARCO passages; the mean of exp(N) is exp(mu + s^2 / 2)
+        size = round(mean * draw.lognormvariate(-0.18, 0.6))
+        made.append(min(max(size, 4), 4 * mean, max(1, tokens - sum(made))))
+    return sorted(made)
+
+
+def lora_config(ranks: Sequence[int]) -> LoRAConfig:
+    return LoRAConfig(EXPERTS, tuple(ranks), tuple(2.0 * rank for rank in ranks))
+
+
+@torch.no_grad()
+def randomise(module: nn.Module) -> None:
+    """Weights that keep activations finite; speed and memory do not depend on their values."""
+    matrices = [p for p in module.parameters() if p.ndim == 2]
+    for child in module.modules():
+        if isinstance(child, LinearGroup):  # not the whole buffer: its zero blocks must stay zero
+            matrices += [child.weight(name) for name in child.outs]
+    for t in matrices:
+        t.normal_(std=t.shape[1] ** -0.5)
+
+
+# The loop over experts ---------------------------------------------------------------------
+
+
+class LoopLinear(nn.Module):
+    """A frozen linear and its experts one after the other, as peft adds up active adapters."""
+
+    def __init__(self, base: nn.Linear, ranks: Sequence[int], shared: dict[str, Tensor]):
+        super().__init__()
+        self.base, self.shared = base, shared
+        place = {"device": base.weight.device, "dtype": base.weight.dtype}
+        out, features = base.weight.shape
+        self.a = nn.ModuleList(nn.Linear(features, r, bias=False, **place) for r in ranks)
+        self.b = nn.ModuleList(nn.Linear(r, out, bias=False, **place) for r in ranks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        for i, (a, b) in enumerate(zip(self.a, self.b, strict=True)):
+            y = y + b(a(x)) * 2.0 * self.shared["weights"][:, i, None, None]
+        return y
+
+
+class Loop(nn.Module):
+    """transformers' model of the same shape, every projection a `LoopLinear`."""
+
+    def __init__(self, shape: DecoderConfig, ranks: Sequence[int], device: str, dtype: torch.dtype):
+        super().__init__()
+        config = AutoConfig.for_model(
+            shape.model_type,
+            **{name: getattr(shape, name) for name in (
+                "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps", "sliding_window",
+            )},
+        )  # fmt: skip
+        with torch.device(device):
+            self.model = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        self.model.requires_grad_(False)
+        self.shared: dict[str, Tensor] = {}
+        for module in list(self.model.modules()):
+            for name, child in list(module.named_children()):
+                if name in PROJECTIONS:
+                    setattr(module, name, LoopLinear(child, ranks, self.shared))
+
+    def forward(self, batch: Packed) -> Tensor:
+        """The padded hidden states; what is padding is not read."""
+        longest = max(batch.lengths)
+        rows = batch.input_ids.split(list(batch.lengths))
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        sizes = torch.tensor(batch.lengths, device=ids.device)[:, None]
+        mask = torch.arange(longest, device=ids.device) < sizes
+        self.shared["weights"] = ids.new_full((len(ids), 3), 1 / 3, dtype=torch.bfloat16)
+        self.shared["weights"] = self.shared["weights"].to(self.model.dtype)
+        out = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0]
+        return out[mask]
+
+
+# Concatenated experts with addmm, compiled -------------------------------------------------
+
+
+class ConcatLinear(nn.Module):
+    """y = x W', then addmm of (g S) B': the experts concatenated along the rank."""
+
+    def __init__(self, features: int, out: int, rank: int):
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(out, features), requires_grad=False)
+        self.a = nn.Parameter(torch.empty(rank, features))
+        self.b = nn.Parameter(torch.empty(out, rank))
+
+    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
+        s = x @ self.a.t()
+        return torch.addmm(x @ self.w.t(), (gates * s).to(x.dtype), self.b.t())
+
+
+class ConcatLayer(nn.Module):
+    """A layer with one router for its texts, in the plain formulas that torch.compile fuses."""
+
+    def __init__(self, shape: DecoderConfig, ranks: Sequence[int]):
+        super().__init__()
+        self.shape, self.ranks = shape, tuple(ranks)
+        d, f, k = shape.hidden_size, shape.intermediate_size, shape.head_dim
+        q, kv = shape.num_attention_heads * k, shape.num_key_value_heads * k
+        sizes = zip(PROJECTIONS, ((d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)),
+                    strict=True)  # fmt: skip
+        self.linear = nn.ModuleDict({n: ConcatLinear(a, b, sum(ranks)) for n, (a, b) in sizes})
+        norms = [d, d] + [k, k] * (shape.model_type == "qwen3")
+        self.norms = nn.ParameterList(nn.Parameter(torch.ones(n), False) for n in norms)
+        self.up, self.down = nn.Linear(d, 64), nn.Linear(64, len(ranks))
+        self.c = nn.Parameter(torch.tensor(2.0))
+
+    def gates(self, normed: Tensor, text: Tensor, sizes: Tensor) -> Tensor:
+        """(N, R): the router's weights of each token's text, over the ranks."""
+        total = normed.new_zeros(len(sizes), normed.shape[1], dtype=torch.float32)
+        pooled = total.index_add(0, text, normed.float()) / sizes[:, None]
+        z = self.up(F.rms_norm(pooled, pooled.shape[-1:]))
+        weights = sparsegen(self.down(F.silu(z)), self.c)
+        repeats = torch.tensor(self.ranks, device=text.device)
+        wide = weights.repeat_interleave(repeats, 1, output_size=sum(self.ranks))
+        return (2.0 * wide)[text]
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, text: Tensor, sizes: Tensor, attend):
+        c, linear, k = self.shape, self.linear, self.shape.head_dim
+        normed = rms_norm(x, self.norms[0], c.rms_norm_eps)
+        gates = self.gates(normed, text, sizes)
+        q, kk, v = (linear[n](normed, gates).unflatten(1, (-1, k)) for n in PROJECTIONS[:3])
+        if c.model_type == "qwen3":
+            q, kk = (rms_norm(t, w, c.rms_norm_eps) for t, w in zip((q, kk), self.norms[2:],
+                                                                   strict=True))  # fmt: skip
+        y = attend(rope(q, cos, sin), rope(kk, cos, sin), v)
+        x = x + linear["o_proj"](y.flatten(1), gates)
+        normed = rms_norm(x, self.norms[1], c.rms_norm_eps)
+        y = swiglu(linear["gate_proj"](normed, gates), linear["up_proj"](normed, gates))
+        return x + linear["down_proj"](y, gates)
+
+
+class Concatenated(nn.Module):
+    """The packed model of `ConcatLayer`s, each compiled on a card."""
+
+    def __init__(self, shape: DecoderConfig, ranks: Sequence[int], device: str, dtype: torch.dtype):
+        super().__init__()
+        self.shape = shape
+        with torch.device(device):
+            self.embed = nn.Embedding(shape.vocab_size, shape.hidden_size, dtype=dtype)
+            self.layers = nn.ModuleList(
+                ConcatLayer(shape, ranks) for _ in range(shape.num_hidden_layers)
+            )
+            self.norm = nn.Parameter(torch.ones(shape.hidden_size, dtype=dtype), False)
+        self.embed.requires_grad_(False)
+        for layer in self.layers:
+            assert isinstance(layer, ConcatLayer)
+            layer.linear.to(dtype)
+            layer.norms.to(dtype)
+        if device != "cpu":
+            for layer in self.layers:
+                layer.compile(dynamic=True)
+
+    def forward(self, batch: Packed) -> Tensor:
+        x, segments = self.embed(batch.input_ids), batch.segments
+        k = self.shape.head_dim
+        at = torch.arange(0, k, 2, device=x.device).float() / k
+        angle = batch.positions.float()[:, None] / self.shape.rope_theta**at
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        text, sizes = segments.index.long(), segments.lengths.float()
+
+        def attend(q: Tensor, kk: Tensor, v: Tensor) -> Tensor:
+            return _attend(q, kk, v, segments)
+
+        for layer in self.layers:
+            x = layer(x, cos, sin, text, sizes, attend)
+        return rms_norm(x, self.norm, self.shape.rms_norm_eps)
+
+
+@torch.compiler.disable
+def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    return packed_attention(q, k, v, segments, causal=True)
+
+
+# Ours --------------------------------------------------------------------------------------
+
+
+class Ours(nn.Module):
+    def __init__(
+        self,
+        shape: DecoderConfig,
+        ranks: Sequence[int] | None,
+        device: str,
+        dtype: torch.dtype,
+        fused: bool = True,
+    ):
+        super().__init__()
+        lora = None if ranks is None else lora_config(ranks)
+        with torch.device(device):
+            self.decoder = Decoder(shape, lora, lora and RouterConfig(), dtype, fused=fused)
+
+    def forward(self, batch: Packed) -> Tensor:
+        return self.decoder(batch)[0]
+
+
+@dataclass(frozen=True)
+class Design:
+    """make: (shape, device, dtype, ranks) -> a model that maps a Packed to hidden states."""
+
+    name: str
+    make: Callable[[DecoderConfig, str, torch.dtype, Sequence[int]], nn.Module]
+    trains: bool = True
+
+
+DESIGNS = (
+    Design("base", lambda s, device, dtype, r: Ours(s, None, device, dtype), trains=False),
+    Design("loop", lambda s, device, dtype, r: Loop(s, r, device, dtype)),
+    Design("addmm", lambda s, device, dtype, r: Concatenated(s, r, device, dtype)),
+    Design("ours", lambda s, device, dtype, r: Ours(s, r, device, dtype)),
+)
+
+
+def flops(shape: DecoderConfig, sizes: Sequence[int], train: bool) -> float:
+    """Of the frozen base: 2 for each weight and token, and the causal attention; in training the
+    gradient of the activations costs as much again, that of attention 2.5 times its forward."""
+    d, k, f = shape.hidden_size, shape.head_dim, shape.intermediate_size
+    q, kv = shape.num_attention_heads * k, shape.num_key_value_heads * k
+    weights = d * (2 * q + 2 * kv) + 3 * d * f
+    linear = 2 * weights * sum(sizes)
+    attention = sum(2 * q * n * (n + 1) for n in sizes)
+    per_layer = 2 * linear + 3.5 * attention if train else linear + attention
+    return shape.num_hidden_layers * per_layer
+
+
+def measure(
+    shape_name: str,
+    tokens: int,
+    mixed: bool,
+    device: str,
+    dtype: torch.dtype,
+    ranks: Sequence[int],
+    rounds: int,
+    modes: Sequence[str] = ("forward", "train"),
+    shape: DecoderConfig | None = None,
+) -> list[dict]:
+    """Rows of each design and mode: tokens/s, peak memory, FLOP/s of the base's work, and how many
+    times as fast ours is. Ours and one rival at a time are resident and take turns."""
+    shape = shape or SHAPES[shape_name]
+    sizes = lengths(tokens, 128, mixed)
+    batch = pack([[1 + i % 99 for i in range(n)] for n in sizes], device)
+    about = {"shape": shape_name, "tokens": sum(sizes), "lengths": "mixed" if mixed else "equal",
+             "ranks": list(ranks), "dtype": str(dtype)[6:]}  # fmt: skip
+    rows: list[dict] = []
+    ours, *rivals = sorted(DESIGNS, key=lambda design: design.name != "ours")
+    mine = _made(ours, shape, device, dtype, ranks)
+    for rival in rivals:
+        theirs = _made(rival, shape, device, dtype, ranks)
+        for mode in modes:
+            if mode == "train" and not rival.trains:
+                continue
+            row = about | {"design": rival.name, "mode": mode}
+            try:
+                pair = {"ours": _step(mine, batch, mode), "theirs": _step(theirs, batch, mode)}
+                peaks = {name: timing.peak(step, device) for name, step in pair.items()}
+                times = timing.seconds(pair, rounds)
+            except torch.OutOfMemoryError:
+                rows.append(row | {"failed": "out of memory"})
+                continue
+            finally:
+                _clear((mine, theirs), device)
+            rates = timing.rates(times, [float(sum(sizes))] * rounds)
+            work = flops(shape, sizes, mode == "train") / sum(sizes)
+            for name, model, design in (("theirs", theirs, rival), ("ours", mine, ours)):
+                above = peaks[name]
+                row = about | {"design": design.name, "mode": mode, "rate": rates[name]}
+                row["flops"] = work * rates[name]["median"]
+                row["peak_bytes"] = None if above is None else above + resident(model)
+                row["ours_against"] = timing.ratio(times, "ours", "theirs")
+                if design is rival or not any(_same(row, other) for other in rows):
+                    rows.append(row)
+        del theirs
+        _clear((mine,), device)
+    return rows
+
+
+def _same(row: dict, other: dict) -> bool:
+    return all(row[key] == other[key] for key in ("design", "mode"))
+
+
+def _made(design: Design, shape, device: str, dtype: torch.dtype, ranks) -> nn.Module:
+    model = design.make(shape, device, dtype, ranks)
+    randomise(model)
+    return model
+
+
+def resident(model: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _clear(models: Sequence[nn.Module], device: str) -> None:
+    for model in models:
+        for p in model.parameters():
+            p.grad = None
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def _step(model: nn.Module, batch: Packed, mode: str) -> Callable[[int], object]:
+    """A forward pass, or forward and backward into the gradients of everything trainable."""
+
+    @torch.no_grad()
+    def forward(turn: int) -> None:
+        model.eval()
+        model(batch)
+
+    def step(turn: int) -> None:
+        model.train()
+        for p in model.parameters():
+            p.grad = None
+        model(batch).float().square().mean().backward()
+
+    return step if mode == "train" else forward

@@ -1,0 +1,115 @@
+"""The practical claim: two models, an embedder and a reranker, against one UniMoER.
+
+Both sides run the same kernels on random weights of a real shape. What differs is what is resident:
+two whole bases, or one base with three experts and routers (ranks 32, 32 and 64, the fp32 masters
+dropped). A request encodes a query, searches an index of vectors exactly and reranks the best
+candidates.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bench import timing
+from bench.designs import Ours, lengths, randomise, resident
+from bench.shapes import SHAPES
+from model.config import DecoderConfig
+from model.heads import embed, pool
+from model.packed import Packed, pack
+from model.transformer import Decoder
+
+RANKS = (32, 32, 64)
+INDEX = 100_000  # documents
+CANDIDATES = 100
+QUERY, PAIR, DOCUMENT = 16, 144, 128  # tokens
+
+
+def _batch(sizes: Sequence[int], device: str) -> Packed:
+    return pack([[1 + i % 99 for i in range(n)] for n in sizes], device)
+
+
+class Side:
+    """One side of the comparison: who embeds, who scores."""
+
+    def __init__(self, embedder: Decoder, reranker: Decoder, head: nn.Linear):
+        self.embedder, self.reranker, self.head = embedder, reranker, head
+        self.models = nn.ModuleList(dict.fromkeys((embedder, reranker)))
+
+    def encode(self, batch: Packed) -> Tensor:
+        tasks = torch.zeros(len(batch.lengths), dtype=torch.int64, device=batch.last.device)
+        return embed(self.embedder(batch, tasks)[0], batch, "last")
+
+    def score(self, batch: Packed) -> Tensor:
+        tasks = torch.ones(len(batch.lengths), dtype=torch.int64, device=batch.last.device)
+        return self.head(pool(self.reranker(batch, tasks)[0], batch, "last"))
+
+
+def sides(
+    shape: DecoderConfig, device: str, dtype: torch.dtype, fused: bool
+) -> dict[str, Callable[[], Side]]:
+    """two: a base for each task. one: UniMoER."""
+
+    def model(ranks: Sequence[int] | None) -> Decoder:
+        made = Ours(shape, ranks, device, dtype, fused).eval()
+        randomise(made)
+        made.decoder.drop_masters()
+        return made.decoder
+
+    def head() -> nn.Linear:
+        return nn.Linear(shape.hidden_size, 1, device=device)
+
+    def one() -> Side:
+        both = model(RANKS)
+        return Side(both, both, head())
+
+    return {"two": lambda: Side(model(None), model(None), head()), "one": one}
+
+
+@torch.no_grad()
+def measure(
+    shape_name: str,
+    device: str,
+    dtype: torch.dtype,
+    rounds: int,
+    shape: DecoderConfig | None = None,
+    index: int = INDEX,
+    tokens: int = 16384,
+) -> dict:
+    """Bytes, rates and latency of both sides, and their ratios, from one run in which they take
+    turns. fused kernels on a card, the PyTorch path on a CPU."""
+    shape = shape or SHAPES[shape_name]
+    made = {name: make() for name, make in sides(shape, device, dtype, device != "cpu").items()}
+    documents = _batch(lengths(tokens, DOCUMENT, mixed=True), device)
+    pairs = _batch([PAIR] * (tokens // PAIR), device)
+    query, candidates = _batch([QUERY], device), _batch([PAIR] * CANDIDATES, device)
+    vectors = torch.randn(index, shape.hidden_size, device=device, dtype=dtype)
+
+    def request(side: Side) -> Tensor:
+        scores = side.encode(query).to(dtype) @ vectors.t()
+        scores.topk(min(CANDIDATES, index))
+        return side.score(candidates).argsort(0, descending=True)
+
+    work = {
+        "encode": (lambda side: side.encode(documents), float(sum(documents.lengths))),
+        "rerank": (lambda side: side.score(pairs), float(len(pairs.lengths))),
+        "request": (request, 1.0),
+    }
+    row: dict = {"shape": shape_name, "dtype": str(dtype)[6:], "ranks": list(RANKS)}
+    row["resident_bytes"] = {name: resident(side.models) for name, side in made.items()}
+    row["peak_bytes"] = {
+        name: _peak(side, work["rerank"][0], device) for name, side in made.items()
+    }
+    for what, (run, amount) in work.items():
+        times = timing.seconds(
+            {name: lambda turn, side=side, run=run: run(side) for name, side in made.items()},
+            rounds,
+        )
+        row[what] = timing.rates(times, [amount] * rounds)
+        row[what]["ratio"] = timing.ratio(times, "one", "two")
+    return row
+
+
+def _peak(side: Side, run: Callable[[Side], object], device: str) -> int | None:
+    above = timing.peak(lambda turn: run(side), device)
+    return None if above is None else above + resident(side.models)
