@@ -178,7 +178,7 @@ SCALES = {
         "embedding_pooling": "mean",
         "reranking_pooling": "mean",
         "document_tokens": 256,
-        "steps": 600,
+        "steps": 300,
         "embedding_batch": 64,
         "reranking_batch": 16,
         "group_size": 8,

@@ -18,7 +18,9 @@ import experiments
 from analysis import report, sweep
 from eval import metrics
 from experiments import Config
+from kernels.choice import KERNELS, use_triton
 from model import bases
+from model.config import DTYPES
 from train.batches import check_training
 from train.loop import NonFiniteLoss, forget
 from train.trial import (
@@ -100,7 +102,9 @@ def command_run(args: argparse.Namespace) -> None:
             config = experiments.config(args.experiment, arm, args.scale, seed, **overrides)
             trials.append((arm, replace(config, dtype=resolve_dtype(config.dtype))))
     first = trials[0][1]
-    bench = Workbench(first.data, device, bases.cache_folder(), not args.no_prefix_cache)
+    cache = bases.cache_folder()
+    bench = Workbench(first.data, device, cache, not args.no_prefix_cache, args.kernels)
+    use_triton(args.kernels, device, DTYPES[first.dtype])
     for _, config in trials:  # what cannot work is said before anything is computed
         model_config(config)
     check_training(bench.collection, first)
@@ -214,6 +218,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--arms", nargs="*", default=[], help="only these")
             sub.add_argument("--split", default="", help="what is measured: test (default) or dev")
             sub.add_argument("--device", default="", help="cpu or cuda; default: what there is")
+            sub.add_argument(
+                "--kernels", choices=KERNELS, default="auto", help="auto: triton on cuda"
+            )
             sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
             sub.add_argument(
                 "--no-prefix-cache", action="store_true", help="keep no states on disk"

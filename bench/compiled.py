@@ -198,42 +198,54 @@ def problems(code: Code, card: Card) -> list[str]:
     return found
 
 
-def _row(shape: str, rank: int, card: Card, launch: Launch, code: Code) -> tuple:
-    where = Path(launch.kernel.fn.__code__.co_filename).stem
-    return (
-        f"{where}.{launch.kernel.__name__}", f"{card.name} (sm_{card.capability})", shape, rank,
-        launch.warps, code.registers, code.local, round(code.shared / 1024, 1),
-        code.matrix if code.dots else "-", "; ".join(problems(code, card)) or "ok",
-    )  # fmt: skip
-
-
 def measure(shapes: list[str], ranks: list[int], cards: tuple[Card, ...]) -> list[tuple]:
-    """A row for each kernel, card, shape and rank; equal machine code is compiled once."""
-    rows: dict[tuple, None] = {}
+    """A row for each kernel, card and shape, over the ranks and all the ways it is launched."""
     known: dict[tuple[Launch, str], Code] = {}
+    groups: dict[tuple[str, Card, str], dict[Launch, Code]] = {}
     todo = [
-        (shape, rank, card, launch)
+        (shape, card, launch)
         for shape in shapes
         for rank in ranks
         for card in cards
         for launch in launches(SHAPES[shape], rank, card)
     ]
-    for shape, rank, card, launch in tqdm(todo, desc="compile", unit="kernel", leave=False):
+    for shape, card, launch in tqdm(todo, desc="compile", unit="kernel", leave=False):
         key = (launch, card.name)
         if key not in known:
             known[key] = compiled(launch, card)
-        rows[_row(shape, rank, card, launch, known[key])] = None
-    return sorted(rows, key=str)
+        where = Path(launch.kernel.fn.__code__.co_filename).stem
+        name = f"{where}.{launch.kernel.__name__}"
+        groups.setdefault((name, card, shape), {})[launch] = known[key]
+    return [
+        _row(*group, list(codes.values()))
+        for group, codes in sorted(groups.items(), key=lambda item: str(item[0]))
+    ]
+
+
+def _row(kernel: str, card: Card, shape: str, codes: list[Code]) -> tuple:
+    found = sorted({problem for code in codes for problem in problems(code, card)})
+    registers = sorted({code.registers for code in codes})
+    matrix = sorted({code.matrix for code in codes if code.dots})
+    return (
+        kernel, f"{card.name} (sm_{card.capability})", shape, len(codes), _range(registers),
+        max(code.local for code in codes), round(max(code.shared for code in codes) / 1024, 1),
+        _range(matrix), "; ".join(found) or "ok",
+    )  # fmt: skip
+
+
+def _range(values: list[int]) -> str:
+    ends = dict.fromkeys((values[0], values[-1])) if values else ()
+    return " to ".join(map(str, ends)) or "-"
 
 
 HEAD = (
-    "kernel", "card", "shape", "rank of each expert", "warps", "registers of a thread",
-    "local memory (bytes)", "shared memory (KiB)", "matrix instructions", "verdict",
+    "kernel", "card", "shape", "ways it is launched", "registers of a thread",
+    "spills (bytes)", "shared memory (KiB)", "matrix instructions", "verdict",
 )  # fmt: skip
 
 
 def table(rows: list[tuple]) -> str:
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * 3 + " ---: |" * 5 + " --- |"]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
 
 
@@ -242,16 +254,17 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
     shapes = [QUICK[0]] if quick else ["qwen3-0.6b", "qwen3-4b", "mistral-7b"]
-    rows = measure(shapes, [QUICK[1]] if quick else [16, 32], CARDS)
+    ranks = [QUICK[1]] if quick else [16, 32]
+    rows = measure(shapes, ranks, CARDS)
     bad = [row for row in rows if row[-1] != "ok"]
     text = (
         "# The kernels' machine code\n\n"
         f"By `make kernels-report`, Triton {triton.__version__}, without a card: what the model "
         "launches for one layer, forward and backward, compiled for three of them. fp16 on the T4, "
-        "where GEMMs are cuBLAS's, bf16 on the others. A kernel passes without spills (local "
-        "memory), within the shared memory of a block, and with matrix instructions where it has "
-        "a matrix product (the router's small fp32 product excepted on the T4, which has none for "
-        "Triton).\n\n"
+        "where GEMMs are cuBLAS's, bf16 on the others; ranks of each of three experts: "
+        f"{', '.join(map(str, ranks))}. A kernel passes without spills, within the shared memory "
+        "that a block may have, and with matrix instructions where it has a matrix product. (On "
+        "the T4 Triton has none; the one product left there is the router's small fp32 one.)\n\n"
         f"{len(rows)} rows, {len(bad)} that fail.\n\n{table(rows)}"
     )
     print(text)

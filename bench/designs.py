@@ -15,6 +15,7 @@ import gc
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,12 +109,11 @@ class Loop(nn.Module):
     def forward(self, batch: Packed) -> Tensor:
         """The padded hidden states; what is padding is not read."""
         longest = max(batch.lengths)
-        rows = batch.input_ids.split(list(batch.lengths))
+        rows = list(batch.input_ids.split(list(batch.lengths)))
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         sizes = torch.tensor(batch.lengths, device=ids.device)[:, None]
         mask = torch.arange(longest, device=ids.device) < sizes
-        self.shared["weights"] = ids.new_full((len(ids), 3), 1 / 3, dtype=torch.bfloat16)
-        self.shared["weights"] = self.shared["weights"].to(self.model.dtype)
+        self.shared["weights"] = ids.new_full((len(ids), 3), 1 / 3, dtype=self.model.dtype)
         out = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0]
         return out[mask]
 
@@ -133,6 +133,14 @@ class ConcatLinear(nn.Module):
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
         s = x @ self.a.t()
         return torch.addmm(x @ self.w.t(), (gates * s).to(x.dtype), self.b.t())
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    return packed_attention(q, k, v, segments, causal=True)
+
+
+# Outside the compiled graphs, which would otherwise depend on the lengths of each batch.
+_attend: Any = torch.compiler.disable(_packed)
 
 
 class ConcatLayer(nn.Module):
@@ -161,7 +169,7 @@ class ConcatLayer(nn.Module):
         wide = weights.repeat_interleave(repeats, 1, output_size=sum(self.ranks))
         return (2.0 * wide)[text]
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, text: Tensor, sizes: Tensor, attend):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, text: Tensor, sizes: Tensor, segments):
         c, linear, k = self.shape, self.linear, self.shape.head_dim
         normed = rms_norm(x, self.norms[0], c.rms_norm_eps)
         gates = self.gates(normed, text, sizes)
@@ -169,7 +177,7 @@ class ConcatLayer(nn.Module):
         if c.model_type == "qwen3":
             q, kk = (rms_norm(t, w, c.rms_norm_eps) for t, w in zip((q, kk), self.norms[2:],
                                                                    strict=True))  # fmt: skip
-        y = attend(rope(q, cos, sin), rope(kk, cos, sin), v)
+        y = _attend(rope(q, cos, sin), rope(kk, cos, sin), v, segments)
         x = x + linear["o_proj"](y.flatten(1), gates)
         normed = rms_norm(x, self.norms[1], c.rms_norm_eps)
         y = swiglu(linear["gate_proj"](normed, gates), linear["up_proj"](normed, gates))
@@ -205,17 +213,9 @@ class Concatenated(nn.Module):
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         text, sizes = segments.index.long(), segments.lengths.float()
 
-        def attend(q: Tensor, kk: Tensor, v: Tensor) -> Tensor:
-            return _attend(q, kk, v, segments)
-
         for layer in self.layers:
-            x = layer(x, cos, sin, text, sizes, attend)
+            x = layer(x, cos, sin, text, sizes, segments)
         return rms_norm(x, self.norm, self.shape.rms_norm_eps)
-
-
-@torch.compiler.disable
-def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    return packed_attention(q, k, v, segments, causal=True)
 
 
 # Ours --------------------------------------------------------------------------------------

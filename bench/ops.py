@@ -76,11 +76,14 @@ def cases(shape: DecoderConfig, tokens: int, device: str, dtype: torch.dtype) ->
 
     qkv = draw(n, (h + 2 * g) * k)
     angle = draw(n, k // 2, wide=True, grad=False)
-    turn = (angle.cos(), angle.sin())
-    half = tuple(t.to(dtype) for t in turn)
-    norms = (
-        (draw(k, grad=False), draw(k, grad=False)) if shape.model_type == "qwen3" else (None,) * 2
-    )
+    wide_angles = [angle.cos(), angle.sin()]
+    angles = [t.to(dtype) for t in wide_angles]
+    norms = [draw(k, grad=False) if shape.model_type == "qwen3" else None for _ in range(2)]
+
+    def turned(run: Callable[..., tuple[Tensor, ...]], by: list[Tensor]) -> Tensor:
+        parts = run(qkv, by[0], by[1], norms[0], norms[1], 1e-6, h, g, k)
+        return parts[0].sum() + parts[1].sum() + parts[2].sum()
+
     gate_up = draw(n, 2 * f)
     rows = len(sizes)
     means = draw(rows, d, wide=True)
@@ -120,10 +123,8 @@ def cases(shape: DecoderConfig, tokens: int, device: str, dtype: torch.dtype) ->
         Case("add_rmsnorm_pool", norm_ours, norm_twin, [x, delta], (4 * n * d + rows * d) * item),
         Case(
             "qk_norm_rope",
-            lambda: sum((t.sum() for t in qk_norm_rope(qkv, *turn, *norms, 1e-6, h, g, k)), c * 0),
-            lambda: sum(
-                (t.sum() for t in reference.qk_norm_rope(qkv, *half, *norms, 1e-6, h, g, k)), c * 0
-            ),
+            lambda: turned(qk_norm_rope, wide_angles),
+            lambda: turned(reference.qk_norm_rope, angles),
             [qkv],
             2 * n * (h + g) * k * item + n * k * 4,
         ),
@@ -136,8 +137,8 @@ def cases(shape: DecoderConfig, tokens: int, device: str, dtype: torch.dtype) ->
         ),
         Case(
             "route",
-            lambda: route(means, *mlp, c).square().sum(),
-            lambda: reference.route(means, *mlp, c).square().sum(),
+            lambda: route(means, mlp[0], mlp[1], mlp[2], mlp[3], c).square().sum(),
+            lambda: reference.route(means, mlp[0], mlp[1], mlp[2], mlp[3], c).square().sum(),
             [means, *mlp, c],
             (rows * d + 64 * d) * 4,
         ),
@@ -166,8 +167,14 @@ def cases(shape: DecoderConfig, tokens: int, device: str, dtype: torch.dtype) ->
     ]
 
 
-def measure(shape_name: str, shape: DecoderConfig, tokens: int, device: str,
-            dtype: torch.dtype) -> list[dict]:  # fmt: skip
+def measure(
+    shape_name: str,
+    shape: DecoderConfig,
+    tokens: int,
+    device: str,
+    dtype: torch.dtype,
+    budget: float = 100.0,
+) -> list[dict]:
     """A row for each op and direction: milliseconds of ours, the twin, its compiled form, and the
     limit. The sums that make a scalar of the outputs are part of all of them alike."""
     rows = []
@@ -178,9 +185,9 @@ def measure(shape_name: str, shape: DecoderConfig, tokens: int, device: str,
         for mode in ("forward", "forward + backward"):
             found = {}
             for name, run in twins.items():
-                found[name] = timing.milliseconds(_mode(run, case.inputs, mode), device)
+                found[name] = timing.milliseconds(_mode(run, case.inputs, mode), device, budget)
             limit = case.limit or _copy(case.bytes, device)
-            found["limit"] = timing.milliseconds(limit, device)
+            found["limit"] = timing.milliseconds(limit, device, budget)
             rows.append({"op": case.name, "mode": mode, "shape": shape_name, "tokens": tokens,
                          "dtype": str(dtype)[6:], **found})  # fmt: skip
     return rows

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("torch", "transformers", "peft", "sentence-transformers", "tokenizers")
+PACKAGES = ("torch", "triton", "transformers", "peft", "sentence-transformers", "tokenizers")
 
 
 def seconds(rivals: dict[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
@@ -67,6 +68,7 @@ def machine() -> dict:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return {
+        "driver": _driver(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -74,6 +76,15 @@ def machine() -> dict:
         "commit": commit.stdout.strip() or None,
         "dirty": bool(changed.stdout.strip()),
     }
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, None without a card."""
+    if not torch.cuda.is_available():
+        return None
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 else None
 
 
 def peak(run: Callable[[int], object], device: str) -> int | None:
@@ -97,7 +108,9 @@ def milliseconds(run: Callable[[], object], device: str, budget: float = 200.0) 
         budget: about how many milliseconds of calls are timed.
     """
     if device != "cpu":
-        quantiles = triton.testing.do_bench(run, rep=round(budget), quantiles=[0.5, 0.25, 0.75])
+        quantiles: Any = triton.testing.do_bench(
+            run, rep=round(budget), quantiles=[0.5, 0.25, 0.75]
+        )
         return dict(zip(("median", "q1", "q3"), quantiles, strict=True))
     run()
     times: list[float] = []

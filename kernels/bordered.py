@@ -7,8 +7,9 @@ behind fills [dY | -], this one adds dS, and one GEMM on [dY | dS] is the whole 
 
 What is no GEMM is a kernel here:
 
-    shrink      one pass over x: S = A x, and g S into the spare columns; where each token has its
-                own weights, also the router's hidden layer, logits and Sparsegen (`kernels.route`)
+    shrink      one pass over x: S = A x, and g S into the spare columns, with x beside them where
+                it does not lie there yet; where each token has its own weights, also the router's
+                hidden layer, logits and Sparsegen (`kernels.route`)
     gate        g S alone, where S comes from a GEMM (a T4 has no matrix units in Triton)
     gate back   dS = g t into the spare columns of dY, and dw, where t = dY B
 
@@ -67,7 +68,7 @@ def _shrink(
     D: tl.constexpr, P: tl.constexpr, LEFT: tl.constexpr,
     E: tl.constexpr, MODE: tl.constexpr, ROUTE: tl.constexpr,
     HIDDEN: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_E: tl.constexpr,
-    OFFSET: tl.constexpr, EPS: tl.constexpr,
+    OFFSET: tl.constexpr, EPS: tl.constexpr, COPY: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -82,6 +83,10 @@ def _shrink(
         k = start + tl.arange(0, BLOCK_D)
         at = x + long[:, None] * stride_x + k[None, :]
         tile = tl.load(at, mask=inside[:, None] & (k < D)[None, :], other=0.0)
+        if COPY:
+            # Every block of columns writes the same.
+            into = wide + long[:, None] * stride_wide + LEFT + k[None, :]
+            tl.store(into, tile, mask=inside[:, None] & (k < D)[None, :])
         real = (col < P)[None, :] & (k < D)[:, None]
         a_tile = tl.load(a + col[None, :] * stride_a + k[:, None], mask=real, other=0.0)
         total += tl.dot(tile, a_tile, input_precision="ieee")
@@ -201,7 +206,9 @@ class Group:
     matrix_units: bool
 
 
-def _shrink_gate(group: Group, x, wide, s, weights, mode: int, segments, offset, mlp, c, z):
+def _shrink_gate(
+    group: Group, x, wide, s, weights, mode: int, segments, offset, mlp, c, z, copy: bool
+):  # fmt: skip
     layout = group.layout
     (rows, d), p, left = x.shape, s.shape[1], layout.x.start
     a = group.bordered[layout.out_features :, layout.x]
@@ -219,7 +226,7 @@ def _shrink_gate(group: Group, x, wide, s, weights, mode: int, segments, offset,
             rows, x.stride(0), a.stride(0), wide.stride(0), **shared,
             ROUTE=mlp is not None, HIDDEN=hidden, BLOCK_HIDDEN=triton.next_power_of_2(hidden),
             BLOCK_E=triton.next_power_of_2(experts), OFFSET=offset is not None, EPS=route.EPS,
-            ROWS=64 if tall else 32, BLOCK_P=block, BLOCK_D=64 if tall else 32,
+            COPY=copy, ROWS=64 if tall else 32, BLOCK_P=block, BLOCK_D=64 if tall else 32,
             num_warps=4 if block <= 128 else 8, num_stages=3,
         )  # fmt: skip
         return
@@ -246,11 +253,9 @@ class _FusedLinear(torch.autograd.Function):
     ):  # fmt: skip
         layout, n = group.layout, len(x)
         out, p = layout.out_features, layout.shape[0] - layout.out_features
-        wide = x
-        if x.shape[1] != layout.shape[1]:
-            wide = x.new_empty(n, layout.shape[1])
-            wide[:, layout.x] = x
-        own = wide[:, layout.x]
+        narrow = x.shape[1] != layout.shape[1]
+        wide = x.new_empty(n, layout.shape[1]) if narrow else x
+        own = x if narrow else wide[:, layout.x]
         s, z = x.new_empty(n, p), None
         mlp = None if up is None else (up, up_bias, down, down_bias)
         # The kernel reads one x; dropout of the experts' input must not reach the router.
@@ -261,17 +266,22 @@ class _FusedLinear(torch.autograd.Function):
                 z = up.new_empty(n, len(up))
             else:
                 z, weights = route.forward(own, mlp, c, offset, group.matrix_units)
+        copy = narrow and group.matrix_units and keep is None and p > 0  # by the kernel
+        if narrow and not copy:
+            wide[:, layout.x] = x
         if n and p:
             source = own if keep is None else own * keep
             in_kernel = mlp if one_pass else None
-            _shrink_gate(group, source, wide, s, weights, mode, segments, offset, in_kernel, c, z)
+            _shrink_gate(
+                group, source, wide, s, weights, mode, segments, offset, in_kernel, c, z, copy
+            )
         y = x.new_empty(n, out + p)
         for window in layout.windows:
             m = group.bordered[window.rows, window.cols]
             torch.mm(wide[:, window.cols], m.t(), out=y[:, window.rows])
         ctx.save_for_backward(wide, s, weights, keep, z, *(mlp or ()), c)
         ctx.group, ctx.segments, ctx.mode = group, segments, mode
-        ctx.narrow, ctx.offset = x.shape[1] != layout.shape[1], offset is not None
+        ctx.narrow, ctx.offset = narrow, offset is not None
         ctx.routed, ctx.master = mlp is not None, masters[0].dtype if masters else None
         ctx.set_materialize_grads(False)
         return (y, weights) if ctx.routed else y

@@ -24,6 +24,7 @@ from model.tokens import Tokenizer
 from model.transformer import Decoder
 
 FORMAT = 1
+CARD_BUDGET = 32768  # tokens of a batch on a card, where small ones leave it waiting for the host
 
 
 class UniMoER(nn.Module):
@@ -105,6 +106,9 @@ class UniMoER(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.decoder.embed_tokens.weight.dtype
 
+    def _budget(self, on_cpu: int) -> int:
+        return CARD_BUDGET if self.device.type == "cuda" else on_cpu
+
     def routers(self) -> dict[int, Router]:
         """The router of each routed layer."""
         found = ((i, getattr(layer, "router", None)) for i, layer in enumerate(self.decoder.layers))
@@ -163,7 +167,7 @@ class UniMoER(nn.Module):
         texts: TextSet,
         step: Callable[[Packed, Tensor | None, bool], tuple[Tensor, list[Tensor]]],
         *,
-        budget: int = 4096,
+        budget: int | None = None,
         base: bool = False,
         progress: bool = False,
         title: str = "",
@@ -171,6 +175,7 @@ class UniMoER(nn.Module):
         """Run `step` (such as `embed`) over tokenized texts, without gradients.
 
         Yields the indices of each batch, sorted by length under a budget of tokens, and its result.
+        budget None: 4,096 on a CPU, `CARD_BUDGET` on a card.
         """
         training = self.training
         self.eval()
@@ -178,7 +183,7 @@ class UniMoER(nn.Module):
             total=sum(texts.lengths), unit="token", desc=title, disable=not progress, leave=False
         )
         try:
-            for indices in token_batches(texts.lengths, budget):
+            for indices in token_batches(texts.lengths, budget or self._budget(4096)):
                 batch, states = texts.batch(indices, self.device, self.dtype)
                 yield indices, step(batch, states, base)[0].cpu()
                 bar.update(sum(batch.lengths))
@@ -187,7 +192,12 @@ class UniMoER(nn.Module):
             self.train(training)
 
     def embed_all(
-        self, texts: TextSet, *, budget: int = 4096, base: bool = False, progress: bool = False
+        self,
+        texts: TextSet,
+        *,
+        budget: int | None = None,
+        base: bool = False,
+        progress: bool = False,
     ) -> Tensor:
         """(n, D) unit vectors of n tokenized texts, in their order."""
         width = self.decoder.config.hidden_size
@@ -198,7 +208,12 @@ class UniMoER(nn.Module):
         return out
 
     def score_all(
-        self, texts: TextSet, *, budget: int = 4096, base: bool = False, progress: bool = False
+        self,
+        texts: TextSet,
+        *,
+        budget: int | None = None,
+        base: bool = False,
+        progress: bool = False,
     ) -> Tensor:
         """(n,) logits of n tokenized pairs, in their order."""
         out = torch.zeros(len(texts.ids), dtype=torch.promote_types(self.dtype, torch.float))
@@ -212,14 +227,15 @@ class UniMoER(nn.Module):
         texts: Sequence[str],
         *,
         task: str = "document",
-        budget: int = 2048,
+        budget: int | None = None,
         progress: bool | None = None,
     ) -> Tensor:
         """Unit vectors of texts.
 
         Args:
             task: "query" or "document", which decides the template.
-            budget: tokens of one batch. progress: a bar; None: from 1,000 texts up.
+            budget: tokens of one batch; None: 2,048 on a CPU, `CARD_BUDGET` on a card.
+            progress: a bar; None: from 1,000 texts up.
         Returns:
             (n, D) on the CPU, fp32; the scores of a query are `similarity(query, documents)`.
         """
@@ -228,6 +244,7 @@ class UniMoER(nn.Module):
         texts = _listed(texts, "texts")
         tokenize = self.tokenizer.queries if task == "query" else self.tokenizer.documents
         bar = len(texts) >= 1000 if progress is None else progress
+        budget = budget or self._budget(2048)
         return self.embed_all(TextSet(tokenize(texts)), budget=budget, progress=bar)
 
     def encode_query(self, texts: Sequence[str], **options) -> Tensor:
@@ -244,12 +261,17 @@ class UniMoER(nn.Module):
         return queries @ documents.t()
 
     def predict(
-        self, pairs: Sequence[tuple[str, str]], *, budget: int = 2048, progress: bool | None = None
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        budget: int | None = None,
+        progress: bool | None = None,
     ) -> Tensor:
         """Relevance in (0, 1) of (query, document) pairs: the sigmoid of the head's logit, (n,)."""
         pairs = _listed(pairs, "pairs")
         bar = len(pairs) >= 1000 if progress is None else progress
         texts = TextSet(self.tokenizer.pairs(pairs))
+        budget = budget or self._budget(2048)
         return self.score_all(texts, budget=budget, progress=bar).sigmoid()
 
     def rank(

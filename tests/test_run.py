@@ -44,7 +44,7 @@ FIELDS = {
 }
 RESULT = {
     "schema", "arm", "seed", "config", "base", "data", "git", "sources", "versions", "device",
-    "seconds", "peak_bytes",
+    "kernels", "seconds", "peak_bytes",
 }  # fmt: skip
 
 

@@ -46,6 +46,15 @@ def resolve_dtype(name: str) -> str:
     return "bfloat16" if fast else "float32"
 
 
+def repeatable() -> None:
+    """The same seed gives the same losses on a card: deterministic algorithms, where PyTorch has
+    them (the backward pass of attention has one), and cuBLAS with a fixed workspace."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # It would also fill every new tensor with NaN, a pass over memory that checks nothing here.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def model_config(config: Config) -> ModelConfig:
     """The model part of a trial's Config."""
     lora = LoRAConfig(
@@ -87,14 +96,20 @@ def model_config(config: Config) -> ModelConfig:
 class Workbench:
     """What the trials of one process share: the collection, token ids, frozen-prefix states."""
 
-    def __init__(self, data: str, device: str, cache: Path, keep_prefix: bool):
+    def __init__(
+        self, data: str, device: str, cache: Path, keep_prefix: bool, kernels: str = "auto"
+    ):
         self.device, self.cache, self.keep_prefix = device, cache, keep_prefix
+        self.kernels = kernels
+        if device.startswith("cuda"):
+            repeatable()
         self.collection: Collection = load(data, cache / "data")
         self._sets: dict[str, TextSet] = {}
         self._evaluation: dict[str, EvaluationSet] = {}
 
     def model(self, config: Config) -> UniMoER:
-        return UniMoER(model_config(config), self.device, config.seed + config.seed_offset)
+        seed = config.seed + config.seed_offset
+        return UniMoER(model_config(config), self.device, seed, self.kernels)
 
     def states(self, model: UniMoER, config: Config) -> Callable[[list[list[int]], str], TextSet]:
         """Turns token ids into a TextSet, with prefix states where the config wants them."""
@@ -218,6 +233,7 @@ def _record(config: Config, arm: str, bench: Workbench, model: UniMoER) -> dict:
             **{name: version(name) for name in ("torch", "numpy", "tokenizers", "bm25s")},
         },
         "device": device_name(bench.device),
+        "kernels": "triton" if model.decoder.fused else "torch",
     }
 
 

@@ -109,15 +109,25 @@ def test_a_rival_with_another_loss_is_refused(base, bench, monkeypatch):
 
 def test_the_record(base, bench, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
-    options = {"settings": SETTINGS, "dtypes": ("float32",)}
-    monkeypatch.setattr(command, "PARTS", {"training": (training.run, options)})
+
+    def some(bench, base, rounds):
+        options = {"settings": SETTINGS, "dtypes": ("float32",), "rounds": rounds}
+        run = partial(training.run, bench, base, **options)
+        return [("training", "first", run), ("training", "second", run), ("ops", "third", run)]
+
+    monkeypatch.setattr(command, "parts", some)
+    clock = iter([0.0, 1.0, 2.0, 130.0, 130.0, 130.0, 130.0])
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
     data = str(bench.collection.provenance["path"])
-    command.main(["--base", str(base), "--data", data, "--rounds", "2"])
+    chosen = ["--only", "training", "--minutes", "2"]
+    command.main(["--base", str(base), "--data", data, "--rounds", "2", *chosen])
     [record, text] = sorted((tmp_path / "results").iterdir())
     found = json.loads(record.read_text())
     assert found["rounds"] == 2 and found["versions"]["torch"] == torch.__version__
-    assert len(found["rows"]) == 2 and found["threads"] == torch.get_num_threads()
-    assert text.read_text().count("| train Joint-Single, ") == 2
-    assert command.table(found["rows"]) in capsys.readouterr().out
+    assert len(found["training"]) == 2 and found["threads"] == torch.get_num_threads()
+    shown = capsys.readouterr().out
+    assert shown.count("| train Joint-Single, ") == 2
+    assert "- training, second: not measured (out of time)" in shown
+    assert "- everything that needs a GPU: not measured" in text.read_text()
     with pytest.raises(SystemExit):
         command.main(["--rounds", "1"])

@@ -118,12 +118,11 @@ def test_what_is_left_out_gets_no_gradient(loss_of):
     assert documents.grad[1].abs().max() == 0 < documents.grad[2].abs().max()
 
 
-def batch(queries: int, documents: int, repeat: bool = True) -> tuple[Tensor, ...]:
+def batch(queries: int, documents: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Vectors with near duplicates, positives that repeat, and a few judged pairs."""
     q, d = unit(queries, 6), unit(documents, 6, seed=1)
     positive = torch.randint(documents, (queries,), generator=torch.Generator().manual_seed(2))
-    if repeat:
-        positive[1::2] = positive[::2][: len(positive[1::2])]
+    positive[1::2] = positive[::2][: len(positive[1::2])]
     d[::5] = F.normalize(d[0] + 0.05 * d[::5], dim=-1)
     pairs = torch.stack((torch.arange(queries), (positive + 1) % documents), 1)
     return q, d, positive, torch.cat((pairs, torch.stack((torch.arange(queries), positive), 1)))
@@ -133,28 +132,29 @@ def batch(queries: int, documents: int, repeat: bool = True) -> tuple[Tensor, ..
 @pytest.mark.parametrize("margin", [NONE, 0.1, -0.5])
 def test_chunks_are_the_whole(chunk: int, margin: float) -> None:
     """To 1e-12 in float64, gradients too; a chunk that does not divide the documents."""
-    q, d, *rest = batch(12, 50)
+    q, d, positive, pairs = batch(12, 50)
     found = []
     for size in (chunk, 50):
         own = [q.clone().requires_grad_(), d.clone().requires_grad_()]
-        loss = info_nce(*own, *rest, 0.05, margin, chunk=size)
+        loss = info_nce(own[0], own[1], positive, pairs, 0.05, margin, chunk=size)
         found.append((loss, *torch.autograd.grad(loss, own)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_chunks_in_half_precision_score_in_fp32() -> None:
-    q, d, *rest = batch(12, 50)
-    expected = info_nce(q.half().float(), d.half().float(), *rest, 0.05, 0.1)
-    found = info_nce(q.half(), d.half(), *rest, 0.05, 0.1, chunk=7)
+    q, d, positive, pairs = batch(12, 50)
+    expected = info_nce(q.half().float(), d.half().float(), positive, pairs, 0.05, 0.1)
+    found = info_nce(q.half(), d.half(), positive, pairs, 0.05, 0.1, chunk=7)
     torch.testing.assert_close(found, expected)
 
 
 def test_chunks_give_the_same_bits_on_every_run() -> None:
-    q, d, *rest = batch(64, 300)
+    q, d, positive, pairs = batch(64, 300)
     q, d = q.float().requires_grad_(), d.float().requires_grad_()
     runs = [
-        torch.autograd.grad(info_nce(q, d, *rest, 0.05, 0.1, chunk=64), (q, d)) for _ in range(2)
+        torch.autograd.grad(info_nce(q, d, positive, pairs, 0.05, 0.1, chunk=64), (q, d))
+        for _ in range(2)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -175,11 +175,11 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_score_matrix_is_never_whole() -> None:
-    q, d, *rest = batch(64, 2048)
+    q, d, positive, pairs = batch(64, 2048)
     q, d = q.requires_grad_(), d.requires_grad_()
     with Largest() as whole:
-        info_nce(q, d, *rest, 0.05, 0.1).backward()
+        info_nce(q, d, positive, pairs, 0.05, 0.1).backward()
     with Largest() as chunked:
-        info_nce(q, d, *rest, 0.05, 0.1, chunk=128).backward()
+        info_nce(q, d, positive, pairs, 0.05, 0.1, chunk=128).backward()
     assert whole.values == 64 * 2048
     assert chunked.values == 2048 * 6  # the gradient of the documents

@@ -3,6 +3,8 @@
 On a CPU Triton's interpreter runs them; `make test-gpu` runs the same on a card.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -120,6 +122,21 @@ def test_training_mode_draws_the_same_noise(router: RouterConfig) -> None:
     fused = run(decoder(*args, True), pack(TEXTS), train=True)
     for name, value in fused.items():
         assert error(value, plain[name].double()) < 1e-4, name
+
+
+@torch.no_grad()
+def test_tokens_are_routed_one_by_one() -> None:
+    """Each by its own normalised state, whatever text it is part of."""
+    args = ("llama", LORA, RouterConfig(hidden=8, per_token=True), torch.float32, "cpu")
+    for fused in (False, True):
+        made = decoder(*args, fused)
+        routing = made(pack(TEXTS), torch.tensor(TASKS))[1][0]
+        layer: Any = made.layers[0]
+        ids = torch.tensor([i for text in TEXTS for i in text])
+        normed = layer.input_layernorm(made.embed_tokens(ids))
+        for row, state in zip(routing, normed, strict=True):
+            expected = layer.router(state[None], torch.tensor([0]))[0]
+            torch.testing.assert_close(row, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_checkpointing_changes_no_gradient() -> None:

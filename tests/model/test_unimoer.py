@@ -90,6 +90,21 @@ def test_saved_folder_holds_the_adapters_and_no_base(model: UniMoER, tmp_path: P
     assert record["model"]["prompts"]["query"] == model.config.prompts.query
 
 
+def test_compact_serves_the_same_and_saves_no_more(tiny_base: Path, tmp_path: Path) -> None:
+    model = make(tiny_base)
+    vectors, scores = model.encode(TEXTS), model.predict([(QUERY, text) for text in TEXTS])
+    bytes_before = sum(p.numel() * p.element_size() for p in model.parameters())
+    experts = sum(p.numel() for name, p in model.trained().items() if "lora_" in name)
+    assert model.compact() is model
+    assert torch.equal(model.encode(TEXTS), vectors)
+    assert torch.equal(model.predict([(QUERY, text) for text in TEXTS]), scores)
+    left = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert left == bytes_before - 4 * experts
+    with pytest.raises(ValueError, match="save before it"):
+        model.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
 def test_saving_over_an_older_one_replaces_it(tiny_base: Path, tmp_path: Path) -> None:
     make(tiny_base, lora=None, router=None).save_pretrained(tmp_path)
     model = make(tiny_base)

@@ -1,0 +1,115 @@
+"""`make gpu-all`: everything that only a card can show, in order of value, in steps of minutes.
+
+Each step is a command with a limit. A step that ends well is not run again; one that meets its
+limit goes on in the next call where it can (the kill gate keeps its trials). After each step
+bench/results/<device>-summary.md says what is done, how long it took, and what is not measured.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.timing import write_text
+from train.trial import device_name
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+TAIL = 12  # lines of a step's output that the summary keeps
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, what it shows, and after how many minutes it is stopped."""
+
+    name: str
+    shows: str
+    command: list[str]
+    minutes: float = 7.5
+
+
+def steps(python: str) -> list[Step]:
+    return [
+        Step("test-gpu", "the kernels and the model are right on this card",
+             [python, "-m", "pytest", "-m", "gpu", "-q"]),
+        Step("bench", "speed and memory, beside the predictions of bench-model",
+             [python, "-m", "bench", "--minutes", "5"]),
+        Step("bench-model", "predictions and measurements side by side",
+             [python, "-m", "bench.model"], 1),
+        Step("kill-gate", "the study at full scale",
+             [python, "-m", "run", "run", "kill_gate", "--scale", "full"]),
+    ]  # fmt: skip
+
+
+def run(step: Step, folder: Path) -> dict:
+    """Run a step; its output goes to a file, its last lines into the record."""
+    log, started = folder / f"{step.name}.log", time.monotonic()
+    with open(log, "w") as file:
+        try:
+            code = subprocess.run(
+                step.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                timeout=60 * step.minutes,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = None
+    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
+    shown = [line for line in lines if line.strip() and "it/s" not in line][-TAIL:]
+    state = {0: "done", None: "stopped at its limit, goes on in the next call"}
+    return {
+        "state": state.get(code, f"failed with exit code {code}"),
+        "seconds": time.monotonic() - started,
+        "tail": shown,
+    }
+
+
+def summary(device: str, record: dict[str, dict], listed: list[Step]) -> str:
+    text = f"# {device}\n\nBy `make gpu-all`.\n\n| step | shows | state | minutes |\n"
+    text += "| --- | --- | --- | ---: |\n"
+    for step in listed:
+        found = record.get(step.name)
+        state = "not measured" if found is None else found["state"]
+        minutes = "-" if found is None else f"{found['seconds'] / 60:.1f}"
+        text += f"| {step.name} | {step.shows} | {state} | {minutes} |\n"
+    for step in listed:
+        if step.name in record:
+            text += f"\n## {step.name}\n\n```\n" + "\n".join(record[step.name]["tail"]) + "\n```\n"
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_all", description=__doc__)
+    parser.add_argument("--only", nargs="*", default=[], help="these steps, done or not")
+    parser.add_argument("--runs", default=str(ROOT / "runs" / "gpu_all"), help="logs and state")
+    given = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("gpu-all: skipped, torch sees no CUDA device")
+        return 0
+    device, folder = device_name("cuda"), Path(given.runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    state = folder / f"{stem}.json"
+    record = json.loads(state.read_text()) if state.exists() else {}
+    listed, failed = steps(sys.executable), False
+    for step in listed:
+        if given.only and step.name not in given.only:
+            continue
+        if not given.only and record.get(step.name, {}).get("state") == "done":
+            continue
+        print(f"gpu-all: {step.name}, at most {step.minutes:g} minutes", flush=True)
+        record[step.name] = run(step, folder)
+        failed |= record[step.name]["state"].startswith("failed")
+        print(f"gpu-all: {step.name} {record[step.name]['state']}", flush=True)
+        write_text(state, json.dumps(record, indent=1))
+        write_text(RESULTS / f"{stem}-summary.md", summary(device, record, listed))
+    print(f"written to {RESULTS / stem}-summary.md")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""What is measured on random weights: real shapes, rivals that do the same work, whole tables."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import designs, ops, serving
+from bench.shapes import SHAPES, lora_parameters, parameters
+from model.config import DecoderConfig
+from model.packed import pack
+
+TINY = DecoderConfig("qwen3", 32, 48, 2, 4, 2, 16, 128, 1e-6, 1e4)
+RANKS = (4, 3, 9)
+TEXTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9] * 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "unit"),
+    [
+        ("smollm2-135m", 134_515_008, None),
+        ("qwen3-0.6b", 596_049_920, 630_784),
+        ("qwen3-1.7b", 1_720_574_976, 1_089_536),
+        ("qwen3-4b", 4_022_468_096, 2_064_384),
+        ("qwen3-8b", 8_190_735_360, 2_727_936),
+        ("mistral-7b", 7_248_023_552, 2_621_440),
+    ],
+)
+def test_parameters_of_the_shapes(name: str, base: int, unit: int | None) -> None:
+    assert parameters(SHAPES[name]) == base
+    assert unit is None or lora_parameters(SHAPES[name]) == unit
+
+
+def test_the_formulas_count_what_a_model_has() -> None:
+    ours = designs.Ours(TINY, RANKS, "cpu", torch.float32, fused=False).decoder
+    base = sum(t.numel() for t in ours.named_weights().values())
+    assert base == parameters(TINY)
+    experts = [p for name, p in ours.named_parameters() if "lora_" in name]
+    assert sum(p.numel() for p in experts) == sum(RANKS) * lora_parameters(TINY)
+
+
+def test_mixed_lengths_add_up() -> None:
+    for tokens in (1000, 16384):
+        sizes = designs.lengths(tokens, 128, mixed=True)
+        assert sum(sizes) == tokens and sizes == sorted(sizes) and len(set(sizes)) > 3
+    assert abs(sum(sizes) / len(sizes) - 128) < 20
+    assert designs.lengths(1024, 128, mixed=False) == [128] * 8
+
+
+@torch.no_grad()
+def test_rivals_do_the_same_work() -> None:
+    """The same weights give the same hidden states in every design."""
+    torch.manual_seed(0)
+    ours = designs.Ours(TINY, RANKS, "cpu", torch.float32, fused=False).eval()
+    designs.randomise(ours)
+    loop = designs.Loop(TINY, RANKS, "cpu", torch.float32).eval()
+    addmm = designs.Concatenated(TINY, RANKS, "cpu", torch.float32).eval()
+    weights = ours.decoder.named_weights()
+    for name, t in loop.model.named_parameters():
+        if not (".a." in name or ".b." in name):
+            t.copy_(weights["model." + name.replace(".base.", ".")])
+    addmm.embed.weight.copy_(weights["model.embed_tokens.weight"])
+    layer: Any
+    own: Any
+    for i, (layer, own) in enumerate(zip(ours.decoder.layers, addmm.layers, strict=True)):
+        own.up, own.down = layer.router.up, layer.router.down
+        own.c.copy_(layer.router.c)
+        theirs = loop.model.layers[i]
+        for part, group in (
+            (theirs.self_attn, layer.self_attn.qkv), (theirs.self_attn, layer.self_attn.o),
+            (theirs.mlp, layer.mlp.gate_up), (theirs.mlp, layer.mlp.down),
+        ):  # fmt: skip
+            for name in group.outs:
+                a, b = group.lora_A[name], group.lora_B[name]
+                own.linear[name].w.copy_(group.weight(name))
+                own.linear[name].a.copy_(a)
+                own.linear[name].b.copy_(b)
+                linear = getattr(part, name)
+                for one, two, x, y in zip(
+                    linear.a, linear.b, a.split(RANKS), b.split(RANKS, 1), strict=True
+                ):
+                    one.weight.copy_(x)
+                    two.weight.copy_(y)
+    batch = pack(TEXTS)
+    torch.testing.assert_close(addmm(batch), ours(batch), rtol=1e-4, atol=1e-4)
+    thirds = torch.full((len(TEXTS), 3), 1 / 3)
+    expected = ours.decoder(batch, weights=thirds)[0]
+    torch.testing.assert_close(loop(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_flops_by_hand() -> None:
+    # A layer: q, o 32 x 64, k, v 32 x 32, three of 32 x 48; texts of 2 and 3 tokens, causal
+    weights = 2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 48
+    attention = 2 * 64 * (2 * 3 + 3 * 4)
+    assert designs.flops(TINY, [2, 3], False) == 2 * (2 * weights * 5 + attention)
+    assert designs.flops(TINY, [2, 3], True) == 2 * (4 * weights * 5 + 3.5 * attention)
+
+
+def test_designs() -> None:
+    rows = designs.measure("tiny", 40, True, "cpu", torch.float32, RANKS, 2, shape=TINY)
+    found = {(row["design"], row["mode"]) for row in rows}
+    names = {design.name for design in designs.DESIGNS}
+    assert found == {(n, "forward") for n in names} | {(n, "train") for n in names - {"base"}}
+    assert len(rows) == len(found) and all(row["rate"]["median"] > 0 for row in rows)
+    text = command.designs_table([*rows, rows[0] | {"failed": "out of memory"}])
+    assert text.count("| tiny |") == len(rows) + 1 and "| out of memory |" in text
+
+
+def test_ops() -> None:
+    """Every kernel's twin gives the same number; every row has its times."""
+    for case in ops.cases(TINY, 24, "cpu", torch.float32):
+        if not case.name.startswith("moe_lora"):  # the twin's masters are copies of its own
+            assert case.ours().item() == pytest.approx(case.twin().item(), rel=1e-3, abs=1e-2)
+    rows = ops.measure("tiny", TINY, 24, "cpu", torch.float32, budget=1)
+    assert len(rows) == 14 and all(row["ours"]["median"] > 0 for row in rows)
+    assert command.ops_table(rows).count("| tiny |") == 14
+
+
+def test_the_cpu_row_of_the_bordered_weight() -> None:
+    rows = ops.bordered_rows("tiny", TINY, 16, ("float32", "bfloat16"), 2)
+    assert [row["dtype"] for row in rows] == ["float32"] * 2 + ["bfloat16"] * 2
+    assert all(row["ratio"]["median"] > 0 for row in rows)
+
+
+def test_serving() -> None:
+    row = serving.measure("tiny", "cpu", torch.float32, 2, shape=TINY, index=50, tokens=300)
+    json.dumps(row)
+    bases = parameters(TINY) * 4
+    assert row["resident_bytes"]["two"] >= 2 * bases
+    assert (
+        command.serving_table([row, {"shape": "huge", "failed": "out of memory"}]).count("|") > 40
+    )
