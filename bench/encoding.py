@@ -62,7 +62,7 @@ def run(
     bench: Workbench,
     base: str,
     layers: int = 8,
-    count: int = 200,
+    count: int = 120,
     tokens: int = 256,
     rounds: int = 5,
     dtypes: tuple[str, ...] = ("float32", "bfloat16"),

@@ -17,6 +17,7 @@ from kernels import reference
 from kernels.add_rmsnorm_pool import add_rmsnorm_pool
 from kernels.attention import packed_attention, padded_attention
 from kernels.bordered import TEXT
+from kernels.info_nce import info_nce
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.route import route
 from kernels.segments import Segments
@@ -92,6 +93,11 @@ def cases(shape: DecoderConfig, tokens: int, device: str, dtype: torch.dtype) ->
     logits = draw(n, 3, wide=True)
     q, kk, v = draw(n, h, k), draw(n, g, k), draw(n, g, k)
 
+    # As many queries as fit a step with GradCache, and two documents for each token: above 16,000
+    asked, offered = draw(min(1024, n), d, wide=True), draw(2 * n, d, wide=True)
+    positive = torch.arange(len(asked), device=device)
+    pairs = torch.stack((positive, positive), 1)
+
     with torch.device(device):
         outs = {"q_proj": h * k, "k_proj": g * k, "v_proj": g * k}
         group = LinearGroup(d, outs, lora_config(ranks), dtype)
@@ -155,6 +161,13 @@ def cases(shape: DecoderConfig, tokens: int, device: str, dtype: torch.dtype) ->
             concat,
             [x, gates, shrink, *parts, *group.parameters()],
             limit=lambda: x.detach() @ w.t(),
+        ),
+        Case(
+            "info_nce",
+            lambda: info_nce(asked, offered, positive, pairs, 0.02, 0.1, chunk=len(offered) // 4),
+            lambda: reference.info_nce(asked, offered, positive, pairs, 0.02, 0.1),
+            [asked, offered],
+            limit=lambda: asked.detach() @ offered.detach().t(),
         ),
         Case(
             "attention",

@@ -75,6 +75,7 @@ def measure(
     shape: DecoderConfig | None = None,
     index: int = INDEX,
     tokens: int = 16384,
+    reranked: int = CANDIDATES,
 ) -> dict:
     """Bytes, rates and latency of both sides, and their ratios, from one run in which they take
     turns. fused kernels on a card, the PyTorch path on a CPU."""
@@ -82,12 +83,12 @@ def measure(
     made = {name: make() for name, make in sides(shape, device, dtype, device != "cpu").items()}
     documents = _batch(lengths(tokens, DOCUMENT, mixed=True), device)
     pairs = _batch([PAIR] * (tokens // PAIR), device)
-    query, candidates = _batch([QUERY], device), _batch([PAIR] * CANDIDATES, device)
+    query, candidates = _batch([QUERY], device), _batch([PAIR] * reranked, device)
     vectors = torch.randn(index, shape.hidden_size, device=device, dtype=dtype)
 
     def request(side: Side) -> Tensor:
         scores = side.encode(query).to(dtype) @ vectors.t()
-        scores.topk(min(CANDIDATES, index))
+        scores.topk(min(reranked, index))
         return side.score(candidates).argsort(0, descending=True)
 
     work = {
@@ -96,6 +97,7 @@ def measure(
         "request": (request, 1.0),
     }
     row: dict = {"shape": shape_name, "dtype": str(dtype)[6:], "ranks": list(RANKS)}
+    row |= {"index": index, "reranked": reranked}
     row["resident_bytes"] = {name: resident(side.models) for name, side in made.items()}
     row["peak_bytes"] = {
         name: _peak(side, work["rerank"][0], device) for name, side in made.items()

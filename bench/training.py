@@ -29,6 +29,7 @@ from train.loop import TASK_LOSS
 from train.optim import adamw
 from train.trial import Workbench
 
+STEP = {"embedding_batch": 8, "reranking_batch": 4}  # half a step of the study: minutes count here
 SETTINGS = {
     "8 layers, all adapted": {"layers": 8, "adapter_layers": 0, "prefix": False},
     "16 layers, last 4 adapted": {"prefix": False},
@@ -120,7 +121,7 @@ def run(
     rows = []
     for name, changes in settings.items():
         for dtype in dtypes:
-            fields = {"base": base, "dtype": dtype, "train_queries": 64, **changes}
+            fields = {"base": base, "dtype": dtype, "train_queries": 64, **STEP, **changes}
             config = experiments.config("kill_gate", "joint-single", "small", 0, **fields)
             rows.append(_row(bench, name, config, rounds))
     return rows

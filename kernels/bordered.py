@@ -253,6 +253,7 @@ class _FusedLinear(torch.autograd.Function):
     ):  # fmt: skip
         layout, n = group.layout, len(x)
         out, p = layout.out_features, layout.shape[0] - layout.out_features
+        x = x if x.stride(1) == 1 else x.contiguous()
         narrow = x.shape[1] != layout.shape[1]
         wide = x.new_empty(n, layout.shape[1]) if narrow else x
         own = x if narrow else wide[:, layout.x]

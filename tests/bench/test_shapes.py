@@ -114,8 +114,8 @@ def test_ops() -> None:
         if not case.name.startswith("moe_lora"):  # the twin's masters are copies of its own
             assert case.ours().item() == pytest.approx(case.twin().item(), rel=1e-3, abs=1e-2)
     rows = ops.measure("tiny", TINY, 24, "cpu", torch.float32, budget=1)
-    assert len(rows) == 14 and all(row["ours"]["median"] > 0 for row in rows)
-    assert command.ops_table(rows).count("| tiny |") == 14
+    assert len(rows) == 16 and all(row["ours"]["median"] > 0 for row in rows)
+    assert command.ops_table(rows).count("| tiny |") == 16
 
 
 def test_the_cpu_row_of_the_bordered_weight() -> None:

@@ -178,6 +178,27 @@ def test_tokens_that_route_themselves(sizes, device, dtype, matrix_units: bool) 
     check(fused, own, inputs, device, dtype)
 
 
+@units
+@pytest.mark.parametrize("wide", [True, False], ids=["wide", "narrow"])
+def test_strided_inputs(matrix_units: bool, wide: bool) -> None:
+    """Columns apart, as a transposed tensor has them."""
+    adapted, segments = GROUPS["qkv"], Segments.of((3, 20), "cpu")
+    v = inputs_of(23, adapted).cast("cpu", torch.float32)
+    made = group(v, adapted, matrix_units)
+    x = v["x"].detach()
+    if wide:
+        margins = (made.layout.x.start, made.layout.shape[1] - made.layout.x.stop)
+        x = torch.nn.functional.pad(x, margins)
+    weights = torch.tensor([[0.5, 0.3, 0.2], [0.0, 0.0, 1.0]])
+    ways = (x.clone(), x.t().contiguous().t(), x.repeat_interleave(2, 0)[::2])
+    assert [way.stride(1) for way in ways] == [1, 23, 1]
+    found = [
+        fused_linear(made, way, weights, segments, masters(v, adapted), TEXT)[:, : sum(OUTS)]
+        for way in ways
+    ]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
 @units
 def test_dropout(device, dtype, matrix_units: bool) -> None:
@@ -238,3 +259,28 @@ def test_an_expert_without_weight_changes_nothing() -> None:
         made = group(v, adapted, True)
         found.append(fused_linear(made, v["x"], weights, segments, masters(v, adapted), TEXT))
     assert torch.equal(found[0][:, : sum(OUTS)], found[1][:, : sum(OUTS)])
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("cpu", torch.float16), *(p for p in PLACES if p.id in ("card-fp16", "card-bf16"))],
+)
+def test_one_gemm_rounds_no_worse_than_addmm(device, dtype) -> None:
+    """x W' rounded to 16 bit and then added to, against one accumulator for both."""
+    adapted, segments = GROUPS["qkv"], Segments.of((1, 399), device)
+    inputs = inputs_of(400, adapted)
+    gates = GATES["dense"](400)
+    truth = plain(inputs.cast("cpu", torch.float64), gates, adapted).detach()
+    v = inputs.cast(device, dtype)
+    made = group(v, adapted, True)
+    weights = gates.float().to(device)
+    y = fused_linear(made, v["x"], weights, segments, masters(v, adapted), TOKEN)[:, : sum(OUTS)]
+    wide = weights.repeat_interleave(torch.tensor(RANKS, device=device), 1)
+    wide = wide * torch.tensor(SCALES, device=device).repeat_interleave(
+        torch.tensor(RANKS, device=device)
+    )
+    parts = []
+    for i, w in enumerate(v["w"].split(OUTS)):
+        s = (wide * (v["x"] @ v[f"a{i}"].t())).to(dtype)
+        parts.append(torch.addmm(v["x"] @ w.t(), s, v[f"b{i}"].t()))
+    assert error(y, truth) <= 1.02 * error(torch.cat(parts, 1), truth)

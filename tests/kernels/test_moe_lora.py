@@ -258,3 +258,25 @@ def test_dropout_in_bfloat16_scales_what_it_keeps() -> None:
         delta = case.fast(case.x, case.gates, a, b, dropout=0.1) - case.x @ case.weights[0].t()
         whole = case.fast(case.x, case.gates, a, b) - case.x @ case.weights[0].t()
     torch.testing.assert_close(delta.float().mean(0), whole.float().mean(0), rtol=0.03, atol=0.02)
+
+
+def test_one_gemm_rounds_no_worse_than_addmm() -> None:
+    """bfloat16: x W' rounded and then added to, against one accumulator for both."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, a, b = (
+        torch.randn(*shape, generator=generator) * scale
+        for shape, scale in (((400, 256), 1), ((192, 256), 1 / 16), ((48, 256), 1 / 16),
+                             ((192, 48), 0.1))
+    )  # fmt: skip
+    x, w, a, b = (t.bfloat16() for t in (x, w, a, b))
+    gates = torch.rand(400, 48, generator=generator)
+    exact = x.double() @ w.double().t()
+    exact += (gates.double() * (x.double() @ a.double().t())) @ b.double().t()
+    layout = make_layout(256, [192], [True], 48, pad=16)
+    m = torch.zeros(layout.shape, dtype=torch.bfloat16)
+    m[:192, :256], m[192:, :256], m[:192, 256:] = w, a, b
+    (ours,) = bordered_linear(layout, m, x, gates, [a.float(), b.float()])
+    gated = (gates * (x @ a.t())).bfloat16()
+    theirs = torch.addmm(x @ w.t(), gated, b.t())
+    ours, theirs = ((y.double() - exact).norm() for y in (ours, theirs))
+    assert ours <= 1.02 * theirs
