@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -132,8 +133,9 @@ def parts(bench: Workbench, base: str, rounds: int) -> list[Part]:
         bordered = partial(ops.bordered_rows, "smollm2-135m", shape, 1024, dtypes, 3 * rounds)
         serve = partial(_serve, "smollm2-135m", device, "float32", rounds, tokens=1024, reranked=10)
         # Bytes are what a larger shape shows here, its speed is no news.
-        small = {"tokens": PAIR, "reranked": 1, "index": 1000}
-        larger = partial(_serve, "qwen3-0.6b", device, "bfloat16", rounds, **small)
+        larger = partial(
+            _serve, "qwen3-0.6b", device, "bfloat16", rounds, tokens=PAIR, reranked=1, index=1000
+        )
         return [
             *libraries,
             ("bordered", "bordered", bordered),
@@ -145,9 +147,9 @@ def parts(bench: Workbench, base: str, rounds: int) -> list[Part]:
     small = "qwen3-0.6b"
 
     def model(name: str, tokens: int, mixed: bool, modes: tuple[str, ...]) -> Part:
-        run = partial(
-            designs.measure, name, tokens, mixed, device, own, (16,) * 3, rounds, modes=modes
-        )
+        def run() -> list[dict]:
+            return designs.measure(name, tokens, mixed, device, own, (16,) * 3, rounds, modes)
+
         return ("designs", f"{name}, {tokens} tokens, {'mixed' if mixed else 'equal'}", run)
 
     both, forward = ("forward", "train"), ("forward",)
@@ -168,7 +170,7 @@ def parts(bench: Workbench, base: str, rounds: int) -> list[Part]:
     ]
 
 
-def _serve(name: str, device: str, dtype: str, rounds: int, **size: int) -> list[dict]:
+def _serve(name: str, device: str, dtype: str, rounds: int, **size: Any) -> list[dict]:
     try:
         return [serving.measure(name, device, DTYPES[dtype], rounds, **size)]
     except torch.OutOfMemoryError:

@@ -16,11 +16,11 @@ from bench.designs import lengths, lora_config, randomise
 from kernels import reference
 from kernels.add_rmsnorm_pool import add_rmsnorm_pool
 from kernels.attention import packed_attention, padded_attention
-from kernels.bordered import TEXT
 from kernels.info_nce import info_nce
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.route import route
 from kernels.segments import Segments
+from kernels.shrink import TEXT
 from kernels.sparsegen import fused_sparsegen
 from kernels.swiglu import swiglu
 from model.config import DTYPES, DecoderConfig

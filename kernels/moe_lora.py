@@ -96,23 +96,55 @@ def make_layout(in_features: int, outs: list[int], adapted: list[bool], rank: in
     return Layout(in_features, tuple(linears), windows, (rank_row, spare), x, rank, padded)
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """What a forward pass reads of M: its windows, and A (P, D); views of M, or copies without the
+    blocks of zeros between them, where no backward pass needs M whole."""
+
+    windows: tuple[Tensor, ...]
+    a: Tensor
+
+    @classmethod
+    def of(cls, layout: Layout, bordered: Tensor) -> "Pieces":
+        windows = tuple(bordered[window.rows, window.cols] for window in layout.windows)
+        return cls(windows, bordered[layout.out_features :, layout.x])
+
+    def base(self, layout: Layout, x: Tensor) -> Tensor:
+        """x W' (N, O) of all linears, experts left out."""
+        parts = []
+        for window, m in zip(layout.windows, self.windows, strict=True):
+            start = layout.x.start - window.cols.start
+            parts.append(x @ m[:, start : start + layout.in_features].t())
+        return torch.cat(parts, 1)
+
+
+def forward(
+    layout: Layout, pieces: Pieces, x_lora: Tensor, x: Tensor, gates: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """S (N, P), the wide buffer [g S | x | g S ...], and y of each window."""
+    rank = layout.rank
+    s = x_lora @ pieces.a.t()
+    wide = x.new_empty(len(x), layout.shape[1])
+    wide[:, layout.x] = x
+    for linear in layout.adapted:
+        at, start = linear.rank_rows.start - layout.out_features, linear.spare.start
+        wide[:, start : start + rank] = gates * s[:, at : at + rank]
+        wide[:, start + rank : linear.spare.stop] = 0
+    outputs = (
+        wide[:, window.cols] @ m.t()
+        for window, m in zip(layout.windows, pieces.windows, strict=True)
+    )
+    return s, wide, tuple(outputs)
+
+
 class _BorderedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layout: Layout, bordered: Tensor, keep: Tensor | None, x, gates, *masters):
-        adapted, rank, out = layout.adapted, layout.rank, layout.out_features
         x_lora = x if keep is None else x * keep
-        s = x_lora @ bordered[out:, layout.x].t()  # (N, P)
-        wide = x.new_zeros(len(x), layout.shape[1])  # [g S | x | g S ...]
-        wide[:, layout.x] = x
-        for linear in adapted:
-            at = linear.rank_rows.start - out
-            wide[:, linear.spare.start : linear.spare.start + rank] = gates * s[:, at : at + rank]
+        s, wide, outputs = forward(layout, Pieces.of(layout, bordered), x_lora, x, gates)
         ctx.save_for_backward(bordered, keep, gates, s, wide)
         ctx.layout, ctx.needs_gates = layout, gates.requires_grad
-        return tuple(
-            wide[:, window.cols] @ bordered[window.rows, window.cols].t()
-            for window in layout.windows
-        )
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -121,7 +153,7 @@ class _BorderedLinear(torch.autograd.Function):
         layout: Layout = ctx.layout
         rank, out = layout.rank, layout.out_features
         x = wide[:, layout.x]
-        wide_grad = x.new_zeros(len(x), layout.shape[0])  # [dY | dS]
+        wide_grad = x.new_empty(len(x), layout.shape[0])  # [dY | dS]
         torch.cat(grads, 1, out=wide_grad[:, :out])
         d_gates = torch.zeros_like(gates) if ctx.needs_gates else None
         d_bs = []
@@ -131,6 +163,7 @@ class _BorderedLinear(torch.autograd.Function):
             dy = wide_grad[:, linear.rows]
             t = dy @ bordered[linear.rows, spare]  # dY B: (N, R)
             wide_grad[:, at : at + rank] = gates * t
+            wide_grad[:, at + rank : linear.rank_rows.stop] = 0
             if d_gates is not None:
                 product = t.to(gates.dtype) * s[:, at - out : at - out + rank]
                 d_gates += product.sum_to_size(gates.shape)

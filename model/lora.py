@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels.bordered import Columns, Group, Routing, fused_linear, routed_linear
+from kernels import moe_lora
+from kernels.bordered import Routing, fused_linear, routed_linear
 from kernels.choice import has_matrix_units
-from kernels.moe_lora import bordered_linear, make_layout
+from kernels.moe_lora import Pieces, bordered_linear, make_layout
 from kernels.segments import Segments
+from kernels.shrink import Columns, Group
 from model.weights import draw_into
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -126,11 +128,7 @@ class LinearGroup(nn.Module):
         return self.layout.linears[list(self.outs).index(name)]
 
     def _masters(self) -> list[Tensor]:
-        return (
-            []
-            if self.dropped
-            else [p for name in self.adapted_names for p in (self.lora_A[name], self.lora_B[name])]
-        )
+        return [p for name in self.lora_A for p in (self.lora_A[name], self.lora_B[name])]
 
     @torch.no_grad()
     def _copy_masters(self, masters: list[Tensor], always: bool) -> None:
@@ -147,7 +145,7 @@ class LinearGroup(nn.Module):
         # values may well be the same, and graphs that wait for theirs must not be told otherwise.
         bordered = self.bordered.data if same else self.bordered
         rank = self.layout.rank
-        for name in self.lora_A:
+        for name in self.adapted_names:
             at = self._linear(name)
             a_rows = slice(at.rank_rows.start, at.rank_rows.start + rank)
             bordered[a_rows, self.layout.x].copy_(self.lora_A[name])
@@ -156,10 +154,25 @@ class LinearGroup(nn.Module):
         self._copied, self._stepped = state, False
 
     def drop_masters(self) -> None:
-        """Keep the copies in M alone: no training after this, and nothing to save."""
+        """Keep what a forward pass reads alone, in the compute dtype, without M's blocks of zeros:
+        no training after this, and nothing to save."""
+        if self.dropped:
+            return
         self._copy_masters(self._masters(), always=True)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        pieces = Pieces.of(self.layout, self.bordered)
+        for i, window in enumerate(pieces.windows):
+            self.register_buffer(f"window{i}", window.contiguous(), persistent=False)
+        self.register_buffer("piece_a", pieces.a.contiguous(), persistent=False)
+        self.bordered = self.bordered.new_empty(0)
         self.dropped = True
+
+    def _pieces(self) -> Pieces:
+        """Looked up anew each time: `.to(device)` puts other tensors in their place."""
+        if not self.dropped:
+            return Pieces.of(self.layout, self.bordered)
+        windows = (self.get_buffer(f"window{i}") for i in range(len(self.layout.windows)))
+        return Pieces(tuple(windows), self.get_buffer("piece_a"))
 
     def _mark_stepped(self, grad: Tensor) -> None:
         self._stepped = True
@@ -173,19 +186,27 @@ class LinearGroup(nn.Module):
         Returns:
             one (N, O) tensor per linear.
         """
+        sizes = list(self.outs.values())
         if gates is None or not self.adapted_names:
-            base = self.bordered[: self.layout.out_features, self.layout.x]
-            return (x @ base.t()).split(list(self.outs.values()), 1)
+            return self._base(x).split(sizes, 1)
+        if self.dropped:
+            windows = moe_lora.forward(self.layout, self._pieces(), x, x, gates)[2]
+            return torch.cat(windows, 1).split(sizes, 1)
         masters = self._renewed()
         dropout = self.dropout if self.training else 0.0
         windows = bordered_linear(self.layout, self.bordered, x, gates, masters, dropout)
         if windows[0].requires_grad:
             windows[0].register_hook(self._mark_stepped)
-        sizes = list(self.outs.values())
         split = [sizes] if len(windows) == 1 else [sizes[:1], sizes[1:]]
         return tuple(
             y for window, outs in zip(windows, split, strict=True) for y in window.split(outs, 1)
         )
+
+    def _base(self, x: Tensor) -> Tensor:
+        """x W' (N, O), experts left out."""
+        if self.dropped:
+            return self._pieces().base(self.layout, x)
+        return x @ self.bordered[: self.layout.out_features, self.layout.x].t()
 
     # On wide buffers, by kernels -------------------------------------------------------------
 
@@ -196,11 +217,14 @@ class LinearGroup(nn.Module):
 
     def _group(self) -> Group:
         columns = Columns(self.column_expert, self.column_scale)
-        return Group(self.layout, self.bordered, columns, has_matrix_units(self.bordered.device))
+        units = has_matrix_units(self.column_expert.device)
+        whole = None if self.dropped else self.bordered
+        return Group(self.layout, whole, self._pieces(), columns, units)
 
     def _renewed(self) -> list[Tensor]:
         masters = self._masters()
-        self._copy_masters(masters, always=not torch.is_grad_enabled())
+        if not self.dropped:
+            self._copy_masters(masters, always=not torch.is_grad_enabled())
         return masters
 
     def fused(
@@ -215,8 +239,7 @@ class LinearGroup(nn.Module):
         """
         if mode is None or not self.adapted_names:
             left = 0 if x.shape[1] == self.layout.in_features else self.layout.x.start
-            base = self.bordered[: self.layout.out_features, self.layout.x]
-            return x[:, left : left + self.layout.in_features] @ base.t()
+            return self._base(x[:, left : left + self.layout.in_features])
         dropout = self.dropout if self.training else 0.0
         y = fused_linear(self._group(), x, weights, segments, self._renewed(), mode, dropout)
         if y.requires_grad:

@@ -4,15 +4,17 @@ Shapes: B sequences, N packed tokens, D hidden, H query heads, G key/value heads
 E experts, R total rank. Parameter names are Hugging Face's, so loading needs no map.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.add_rmsnorm_pool import add_rmsnorm_pool
 from kernels.attention import attention, packed_attention
-from kernels.bordered import ALL, TEXT, TOKEN
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.reference import rms_norm, rope, swiglu
+from kernels.shrink import ALL, TEXT, TOKEN
 from kernels.swiglu import swiglu as fused_swiglu
 from model.config import DecoderConfig
 from model.lora import LinearGroup, LoRAConfig
@@ -298,15 +300,23 @@ class Decoder(nn.Module):
             weights: (B, E), used instead of every router's.
             base: leave experts and routers out.
         Returns:
-            (N, D) hidden states, and the (B, E) weights of each routed layer.
+            (N, D) hidden states, and the weights of each routed layer: (B, E), or (N, E) where
+            tokens are routed.
         """
         x = self.embed_tokens(batch.input_ids) if hidden is None else hidden
         if tasks is None:
             tasks = torch.zeros(len(batch.lengths), dtype=torch.int64, device=x.device)
+        with _current(x.device):
+            return self._run(
+                x, batch, tasks, self.layers[first_layer:last_layer], weights, base,
+                norm=last_layer is None,
+            )  # fmt: skip
+
+    def _run(self, x, batch, tasks, layers, weights, base: bool, norm: bool):
         # Kernels rotate in fp32, whatever the dtype.
         cos, sin = self.rope_table(batch, torch.float32 if self.fused else x.dtype)
         delta, routing = None, []
-        for layer in self.layers[first_layer:last_layer]:
+        for layer in layers:
             inputs = (x, delta, batch, cos, sin, tasks, weights, base, self.fused)
             if self.checkpointing and torch.is_grad_enabled():
                 x, delta, used = checkpoint(layer, *inputs, use_reentrant=False)
@@ -314,9 +324,14 @@ class Decoder(nn.Module):
                 x, delta, used = layer(*inputs)
             if used is not None:
                 routing.append(used)
-        if self.fused and last_layer is None:
+        if self.fused and norm:
             weight, eps = self.norm.weight, self.norm.eps
             return add_rmsnorm_pool(x, delta, weight, eps, batch.segments)[1], routing
         if delta is not None:
             x = x + delta[:, : x.shape[1]]
-        return (self.norm(x) if last_layer is None else x), routing
+        return (self.norm(x) if norm else x), routing
+
+
+def _current(device: torch.device):
+    """Triton launches on the current card, which may be another one than the model's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -119,9 +119,10 @@ class UniMoER(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def compact(self) -> "UniMoER":
-        """Drop the fp32 masters of the experts, two thirds of their bytes beside a 16-bit model.
+        """Keep what serving needs: no fp32 masters, two thirds of the experts' bytes in
+        a 16-bit model, and no zeros between the blocks of the bordered weights.
 
-        For serving: the results stay the same, and the model can no longer be trained or saved.
+        Results stay the same to rounding; the model can no longer be trained or saved.
         """
         self.decoder.drop_masters()
         self.compacted = True
@@ -357,7 +358,7 @@ class UniMoER(nn.Module):
         return model
 
     @torch.no_grad()
-    def load_trained(self, tensors: dict[str, Tensor], source: str) -> None:
+    def load_trained(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Copy experts, routers and head; names and shapes must match exactly."""
         mine = self.trained()
         problems = [f"missing: {name}" for name in mine.keys() - tensors.keys()]

@@ -45,12 +45,12 @@ def test_one_shape_compiles_for_every_card() -> None:
     for kernel in (
         "add_rmsnorm_pool._forward", "add_rmsnorm_pool._backward", "qk_norm_rope._forward",
         "qk_norm_rope._backward", "swiglu._forward", "swiglu._backward", "route._forward",
-        "route._backward", "bordered._gate_backward", "sparsegen._forward", "sparsegen._backward",
+        "route._backward", "shrink._gate_backward", "sparsegen._forward", "sparsegen._backward",
         "segments._sum_chunks",
     ):  # fmt: skip
         assert done.stdout.count(f"| {kernel} |") == 3, kernel
-    assert done.stdout.count("| bordered._shrink | ") == 2  # by Triton on sm_80 and sm_90
-    assert done.stdout.count("| bordered._gate | T4") == 1  # after cuBLAS on the T4
+    assert done.stdout.count("| shrink._shrink | ") == 2  # by Triton on sm_80 and sm_90
+    assert done.stdout.count("| shrink._gate | T4") == 1  # after cuBLAS on the T4
 
 
 def test_the_committed_table_has_every_row() -> None:

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.bordered import ALL, TEXT, TOKEN, Columns, Group, Routing, fused_linear, routed_linear
-from kernels.moe_lora import make_layout
+from kernels.bordered import Routing, fused_linear, routed_linear
+from kernels.moe_lora import Pieces, make_layout
 from kernels.segments import Segments
+from kernels.shrink import ALL, TEXT, TOKEN, Columns, Group
 from tests.kernels.compare import (
     PLACES,
     Inputs,
@@ -41,7 +42,7 @@ def group(v: dict[str, Tensor], adapted: tuple[bool, ...], matrix_units: bool) -
     owner[:, :RANK] = torch.arange(3, dtype=torch.int32).repeat_interleave(torch.tensor(RANKS))
     scale[:, :RANK] = torch.tensor(SCALES).repeat_interleave(torch.tensor(RANKS))
     columns = Columns(owner.flatten().to(w.device), scale.flatten().to(w.device))
-    return Group(layout, m, columns, matrix_units)
+    return Group(layout, m, Pieces.of(layout, m), columns, matrix_units)
 
 
 def inputs_of(rows: int, adapted: tuple[bool, ...]) -> Inputs:

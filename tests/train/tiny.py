@@ -91,8 +91,14 @@ def tokens_only(ids: list[list[int]], title: str) -> TextSet:
     return TextSet(ids)
 
 
-def build(config: Config, collection: Collection | None = None) -> tuple[UniMoER, TrainingData]:
+def build(
+    config: Config,
+    collection: Collection | None = None,
+    device: str = "cpu",
+    kernels: str = "auto",
+) -> tuple[UniMoER, TrainingData]:
     """A new model and its training data."""
-    model = UniMoER(model_config(config), seed=config.seed + config.seed_offset)
+    seed = config.seed + config.seed_offset
+    model = UniMoER(model_config(config), device, seed, kernels)
     collection = collection or load(config.data)
     return model, TrainingData(collection, model.tokenizer, config, tokens_only)
