@@ -27,6 +27,7 @@ from train.trial import (
     Workbench,
     device_name,
     model_config,
+    repeatable,
     resolve_dtype,
     run_baselines,
     run_trial,
@@ -103,8 +104,10 @@ def command_run(args: argparse.Namespace) -> None:
             trials.append((arm, replace(config, dtype=resolve_dtype(config.dtype))))
     first = trials[0][1]
     cache = bases.cache_folder()
+    use_triton(args.kernels, device, DTYPES[first.dtype])  # what cannot work is said at once
+    if device.startswith("cuda"):
+        repeatable()
     bench = Workbench(first.data, device, cache, not args.no_prefix_cache, args.kernels)
-    use_triton(args.kernels, device, DTYPES[first.dtype])
     for _, config in trials:  # what cannot work is said before anything is computed
         model_config(config)
     check_training(bench.collection, first)

@@ -7,7 +7,6 @@ kernel beside its twins, in the real shapes with random weights; then the librar
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from analysis.figures import table
 from bench import designs, encoding, ops, serving, timing, training
 from bench.serving import PAIR
 from bench.shapes import SHAPES
@@ -27,12 +27,6 @@ from train.trial import Workbench, device_name, resolve_dtype
 RESULTS = Path(__file__).parent / "results"
 LARGE = ("qwen3-1.7b", "qwen3-4b", "mistral-7b")
 NOT_MEASURED = "not measured"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown; everything after the first columns of words is aligned to the right."""
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
 def _ratio(r: dict | None) -> str:
@@ -189,15 +183,15 @@ def render(record: dict) -> str:
         f"By `make bench` in {record['seconds'] / 60:.1f} minutes; torch {torch_version}, driver "
         f"{driver}, commit {commit}. Medians of {record['rounds']} rounds in which the sides take "
         "turns; ratios round by round, with quartiles. Base "
-        f"{record['base']}, texts of {record['data']} where real ones are used.\n"
+        f"{record['base']}, texts of {record['data']} where real ones are used.\n\n"
     )
     for section, (title, make) in TABLES.items():
         if record[section]:
-            text += f"\n## {title}\n\n{make(record[section])}"
+            text += f"## {title}\n\n{make(record[section])}"
     left = [f"{what}: {NOT_MEASURED} (out of time)" for what in record["left_out"]]
     if not record["device"].startswith(("NVIDIA", "Tesla")):
         left.append(f"everything that needs a GPU: {NOT_MEASURED}")
-    return text + "".join(f"\n- {line}" for line in left) + ("\n" if left else "")
+    return text.rstrip() + "\n" + "".join(f"\n- {line}" for line in left) + ("\n" if left else "")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -218,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     bench = Workbench(given.data, device, bases.cache_folder(), keep_prefix=False)
     record: dict = {"device": name, "base": given.base, "data": given.data, "rounds": rounds}
     record |= {**timing.machine(), **{section: [] for section in TABLES}, "left_out": []}
-    stem = re.sub(r"[^a-z0-9]+", "-", f"{name} {given.base.split('/')[-1]}".lower()).strip("-")
+    stem = timing.stem(name, given.base.split("/")[-1])
     for section, what, run in parts(bench, given.base, rounds):
         if given.only and section not in given.only:
             continue

@@ -27,18 +27,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from analysis.figures import table
+from bench.designs import lora_config
 from bench.shapes import SHAPES
 from bench.timing import write_text
 from kernels.sparsegen import fused_sparsegen
 from model.config import DecoderConfig
-from model.lora import LoRAConfig
 from model.packed import pack
 from model.router import RouterConfig
 from model.transformer import Decoder
 
 RESULT = Path(__file__).parent / "results" / "kernels.md"
 LENGTHS = (1, 15)  # the number of tokens is no part of a kernel
-EXPERTS = ("embedding", "reranking", "shared")
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -132,7 +132,7 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict, warps: int, stages: 
 def launches(shape: DecoderConfig, rank: int, card: Card) -> list[Launch]:
     """What one layer launches, forward and backward, routed by text and by token; each once."""
     shape = replace(shape, num_hidden_layers=1, vocab_size=16)
-    lora = LoRAConfig(EXPERTS, (rank,) * 3, (2.0 * rank,) * 3)
+    lora = lora_config((rank,) * 3)
     batch = pack([[1] * length for length in LENGTHS])
     with (
         recording() as found,
@@ -198,7 +198,7 @@ def problems(code: Code, card: Card) -> list[str]:
     return found
 
 
-def measure(shapes: list[str], ranks: list[int], cards: tuple[Card, ...]) -> list[tuple]:
+def measure(shapes: list[str], ranks: list[int], cards: tuple[Card, ...]) -> list[tuple[str, ...]]:
     """A row for each kernel, card and shape, over the ranks and all the ways it is launched."""
     known: dict[tuple[Launch, str], Code] = {}
     groups: dict[tuple[str, Card, str], dict[Launch, Code]] = {}
@@ -222,14 +222,15 @@ def measure(shapes: list[str], ranks: list[int], cards: tuple[Card, ...]) -> lis
     ]
 
 
-def _row(kernel: str, card: Card, shape: str, codes: list[Code]) -> tuple:
+def _row(kernel: str, card: Card, shape: str, codes: list[Code]) -> tuple[str, ...]:
     found = sorted({problem for code in codes for problem in problems(code, card)})
     registers = sorted({code.registers for code in codes})
     matrix = sorted({code.matrix for code in codes if code.dots})
     return (
-        kernel, f"{card.name} (sm_{card.capability})", shape, len(codes), _range(registers),
-        max(code.local for code in codes), round(max(code.shared for code in codes) / 1024, 1),
-        _range(matrix), "; ".join(found) or "ok",
+        kernel, f"{card.name} (sm_{card.capability})", shape, str(len(codes)), _range(registers),
+        str(max(code.local for code in codes)),
+        f"{max(code.shared for code in codes) / 1024:.1f}", _range(matrix),
+        "; ".join(found) or "ok",
     )  # fmt: skip
 
 
@@ -242,11 +243,6 @@ HEAD = (
     "kernel", "card", "shape", "ways it is launched", "registers of a thread",
     "spills (bytes)", "shared memory (KiB)", "matrix instructions", "verdict",
 )  # fmt: skip
-
-
-def table(rows: list[tuple]) -> str:
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * 3 + " ---: |" * 5 + " --- |"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
 
 
 def main() -> int:
@@ -265,7 +261,7 @@ def main() -> int:
         f"{', '.join(map(str, ranks))}. A kernel passes without spills, within the shared memory "
         "that a block may have, and with matrix instructions where it has a matrix product. (On "
         "the T4 Triton has none; the one product left there is the router's small fp32 one.)\n\n"
-        f"{len(rows)} rows, {len(bad)} that fail.\n\n{table(rows)}"
+        f"{len(rows)} rows, {len(bad)} that fail.\n\n{table(HEAD, rows).rstrip()}\n"
     )
     print(text)
     if not quick:

@@ -7,7 +7,6 @@ bench/results/<device>-summary.md says what is done, how long it took, and what 
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import time
@@ -16,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from bench.timing import write_text
+from analysis.figures import table
+from bench.timing import stem, write_text
 from train.trial import device_name
 
 ROOT = Path(__file__).parent.parent
@@ -69,13 +69,14 @@ def run(step: Step, folder: Path) -> dict:
 
 
 def summary(device: str, record: dict[str, dict], listed: list[Step]) -> str:
-    text = f"# {device}\n\nBy `make gpu-all`.\n\n| step | shows | state | minutes |\n"
-    text += "| --- | --- | --- | ---: |\n"
+    rows = []
     for step in listed:
         found = record.get(step.name)
         state = "not measured" if found is None else found["state"]
         minutes = "-" if found is None else f"{found['seconds'] / 60:.1f}"
-        text += f"| {step.name} | {step.shows} | {state} | {minutes} |\n"
+        rows.append([step.name, step.shows, state, minutes])
+    text = f"# {device}\n\nBy `make gpu-all`.\n\n"
+    text += table(["step", "shows", "state", "minutes"], rows)
     for step in listed:
         if step.name in record:
             text += f"\n## {step.name}\n\n```\n" + "\n".join(record[step.name]["tail"]) + "\n```\n"
@@ -92,8 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     device, folder = device_name("cuda"), Path(given.runs)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    state = folder / f"{stem}.json"
+    name = stem(device)
+    state = folder / f"{name}.json"
     record = json.loads(state.read_text()) if state.exists() else {}
     listed, failed = steps(sys.executable), False
     for step in listed:
@@ -106,8 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
         failed |= record[step.name]["state"].startswith("failed")
         print(f"gpu-all: {step.name} {record[step.name]['state']}", flush=True)
         write_text(state, json.dumps(record, indent=1))
-        write_text(RESULTS / f"{stem}-summary.md", summary(device, record, listed))
-    print(f"written to {RESULTS / stem}-summary.md")
+        write_text(RESULTS / f"{name}-summary.md", summary(device, record, listed))
+    print(f"written to {RESULTS / name}-summary.md")
     return int(failed)
 
 

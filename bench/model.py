@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import experiments
+from analysis.figures import table
 from bench.roofline import (
     BANDWIDTH,
     BYTES,
@@ -32,11 +33,6 @@ from bench.timing import write_text
 
 RESULTS = Path(__file__).parent / "results"
 SHOWN = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "mistral-7b")
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
 def measured(card: Card, rows: list[dict]) -> dict[tuple[str, str, str], float]:
@@ -97,7 +93,7 @@ def render(rows: list[dict]) -> str:
                             f"{row['ours']['utilisation']:.0%}", _real(row["ours"])])  # fmt: skip
     head = ["card, shape", "base (ms)", "loop", "addmm", "ours", "operations alone",
             "ours (tokens/s)", "FLOP utilisation", "measured (tokens/s)"]  # fmt: skip
-    text += table(head, cells) + "\n## Training step\n\nThroughput of ours over the others'.\n\n"
+    text += table(head, cells) + "## Training step\n\nThroughput of ours over the others'.\n\n"
     cells = []
     for card in CARDS:
         for name in SHOWN:
@@ -151,7 +147,7 @@ def _choices() -> str:
     head = ["shape", "training step of a layer", "shrink, all experts", "shrink, one of three",
             "copying dY beside dS", "a second GEMM into dX", "columns padded to 64"]  # fmt: skip
     return (
-        f"\n## Small decisions\n\nMicroseconds of one layer on an {card.name}.\n\n"
+        f"## Small decisions\n\nMicroseconds of one layer on an {card.name}.\n\n"
         + table(head, cells)
         + "\nAn expert of weight 0 that is skipped saves at most the difference of the two "
         "shrinks, and nothing of dA and dB, which read x and dY whole for the others: so nothing "
@@ -175,7 +171,7 @@ def _memory() -> str:
     head = ["shape", "two models (GB)", "one UniMoER (GB)", "saved", "fits a T4 (16 GB)",
             "fits an A100 (40 GB)"]  # fmt: skip
     return (
-        f"\n## Memory\n\nWeights in 16 bit, ranks {', '.join(map(str, RANKS))}, no fp32 masters. "
+        f"## Memory\n\nWeights in 16 bit, ranks {', '.join(map(str, RANKS))}, no fp32 masters. "
         "15 % of a card is left for activations. The saving is the shared base: hard switching "
         "between adapters saves as much.\n\n" + table(head, cells)
     )
@@ -190,7 +186,7 @@ def _kill_gate() -> str:
                       "not measured"])  # fmt: skip
     head = ["card", "training (min)", "evaluation (min)", "total (min)", "measured"]
     return (
-        "\n## The kill gate at full scale\n\nsmollm2-135m, all 30 layers adapted, four arms, three "
+        "## The kill gate at full scale\n\nsmollm2-135m, all 30 layers adapted, four arms, three "
         f"seeds, {c.steps} steps of {c.embedding_batch} queries and {c.reranking_batch} groups of "
         f"{c.group_size}, the stdlib collection. Without loading, BM25 and the host's Python.\n\n"
         + table(head, cells)
@@ -199,7 +195,7 @@ def _kill_gate() -> str:
 
 def main() -> None:
     rows = predictions()
-    text = render(rows)
+    text = render(rows).rstrip() + "\n"
     print(text)
     record = {"cards": [asdict(card) for card in CARDS], "predictions": rows}
     write_text(RESULTS / "model.json", json.dumps(record, indent=1) + "\n")

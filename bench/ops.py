@@ -6,13 +6,13 @@ the real shape; forward, and forward with backward.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from bench import timing
-from bench.designs import lengths, lora_config, randomise
+from bench.designs import ConcatLinear, lengths, lora_config, randomise
 from kernels import reference
 from kernels.add_rmsnorm_pool import add_rmsnorm_pool
 from kernels.attention import packed_attention, padded_attention
@@ -41,7 +41,6 @@ class Case:
     bytes: int = 0
     limit: Callable[[], object] | None = None
     compiles: bool = True
-    rows: list[dict] = field(default_factory=list)
 
 
 def cases(shape: DecoderConfig, tokens: int, device: str, dtype: torch.dtype) -> list[Case]:
@@ -249,15 +248,19 @@ def bordered_rows(
             randomise(group)
         inputs = [torch.randn(tokens, size, dtype=own).requires_grad_() for size, _ in layer]
         gates = torch.rand(tokens, 48).requires_grad_()
-        rivals = [_Concatenated(group) for group in groups]
+        rivals = [_concatenated(group) for group in groups]
 
         def ours(groups=groups, inputs=inputs, gates=gates) -> Tensor:
             made = [group(x, gates) for group, x in zip(groups, inputs, strict=True)]
             return sum((y.float().sum() for ys in made for y in ys), torch.zeros(()))
 
         def theirs(rivals=rivals, inputs=inputs, gates=gates) -> Tensor:
-            made = [rival(x, gates) for rival, x in zip(rivals, inputs, strict=True)]
-            return sum((y.float().sum() for ys in made for y in ys), torch.zeros(()))
+            made = [
+                linear(x, gates)
+                for rival, x in zip(rivals, inputs, strict=True)
+                for linear in rival.values()
+            ]
+            return sum((y.float().sum() for y in made), torch.zeros(()))
 
         trained = [p for part in (*groups, *rivals) for p in part.parameters()]
         for mode in ("forward", "forward + backward"):
@@ -282,19 +285,14 @@ def bordered_rows(
     return rows
 
 
-class _Concatenated(nn.Module):
-    """The same linears: y = x W', then addmm of (g S) B' for each."""
-
-    def __init__(self, group: LinearGroup):
-        super().__init__()
-        self.w = [group.weight(name).detach().contiguous() for name in group.outs]
-        dtype = group.bordered.dtype
-        self.a = nn.ParameterList(p.detach().to(dtype) for p in group.lora_A.values())
-        self.b = nn.ParameterList(p.detach().to(dtype) for p in group.lora_B.values())
-
-    def forward(self, x: Tensor, gates: Tensor) -> list[Tensor]:
-        gates = gates.to(x.dtype)
-        return [
-            torch.addmm(x @ w.t(), gates * (x @ a.t()), b.t())
-            for w, a, b in zip(self.w, self.a, self.b, strict=True)
-        ]
+@torch.no_grad()
+def _concatenated(group: LinearGroup) -> nn.ModuleDict:
+    """The same linears in the rival's way, by name."""
+    made = nn.ModuleDict()
+    for name, out in group.outs.items():
+        linear = ConcatLinear(group.layout.in_features, out, group.layout.rank)
+        linear.w.copy_(group.weight(name))
+        linear.a.copy_(group.lora_A[name])
+        linear.b.copy_(group.lora_B[name])
+        made[name] = linear
+    return made.to(group.bordered.dtype)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -119,6 +120,11 @@ def milliseconds(run: Callable[[], object], device: str, budget: float = 200.0) 
         run()
         times.append(1000 * (time.perf_counter() - started))
     return spread(times)
+
+
+def stem(*words: str) -> str:
+    """A file's name from what it is about: `nvidia-h100-80gb-hbm3`."""
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import route
-from kernels.moe_lora import Layout
+from kernels.moe_lora import dropout_mask
 from kernels.segments import Segments
 from kernels.shrink import TOKEN, Group, gate_backward, shrink_gate
 
@@ -38,6 +38,7 @@ class _FusedLinear(torch.autograd.Function):
         layout, n = group.layout, len(x)
         out, p = layout.out_features, layout.shape[0] - layout.out_features
         x = x if x.stride(1) == 1 else x.contiguous()
+        weights = None if weights is None else weights.contiguous()
         narrow = x.shape[1] != layout.shape[1]
         wide = x.new_empty(n, layout.shape[1]) if narrow else x
         own = x if narrow else wide[:, layout.x]
@@ -63,7 +64,8 @@ class _FusedLinear(torch.autograd.Function):
         y = x.new_empty(n, out + p)
         for window, m in zip(layout.windows, group.pieces.windows, strict=True):
             torch.mm(wide[:, window.cols], m.t(), out=y[:, window.rows])
-        ctx.save_for_backward(wide, s, weights, keep, z, *(mlp or ()), c)
+        # M is saved like the rest, so that autograd notices when it was renewed in between.
+        ctx.save_for_backward(group.bordered, wide, s, weights, keep, z, *(mlp or ()), c)
         ctx.group, ctx.segments, ctx.mode = group, segments, mode
         ctx.narrow, ctx.offset = narrow, offset is not None
         ctx.routed, ctx.master = mlp is not None, masters[0].dtype if masters else None
@@ -74,8 +76,8 @@ class _FusedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor, d_routed: Tensor | None = None):
         group, layout = ctx.group, ctx.group.layout
-        wide, s, weights, keep, z, *rest = ctx.saved_tensors
-        bordered, out, rank = group.bordered, layout.out_features, layout.rank
+        bordered, wide, s, weights, keep, z, *rest = ctx.saved_tensors
+        out, rank = layout.out_features, layout.rank
         assert bordered is not None, "the pieces alone have no gradient"
         n, p, own = len(wide), s.shape[1], wide[:, layout.x]
         dy = dy.contiguous()
@@ -134,7 +136,7 @@ def fused_linear(
     Returns:
         (N, O + P): the outputs of all linears, then columns for the backward pass.
     """
-    keep = _keep(x, group.layout, dropout)
+    keep = dropout_mask(x, group.layout.in_features, dropout)
     none = (None,) * 6
     return _FusedLinear.apply(group, segments, mode, keep, x, weights, *none, *masters)
 
@@ -152,14 +154,6 @@ def routed_linear(
     Returns:
         (N, O + P) as above, and the weights (N, E) for the other groups of the layer.
     """
-    keep = _keep(x, group.layout, dropout)
+    keep = dropout_mask(x, group.layout.in_features, dropout)
     more = (*routing.mlp, routing.c, routing.offset)
     return _FusedLinear.apply(group, segments, TOKEN, keep, x, None, *more, *masters)
-
-
-def _keep(x: Tensor, layout: Layout, dropout: float) -> Tensor | None:
-    """What dropout leaves, scaled up; None for everything."""
-    if dropout == 0:
-        return None
-    draw = torch.rand(len(x), layout.in_features, device=x.device)
-    return (draw >= dropout).to(x.dtype) / (1 - dropout)

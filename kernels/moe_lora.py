@@ -186,6 +186,14 @@ class _BorderedLinear(torch.autograd.Function):
         return None, None, None, dx, d_gates, *(d.to(gates.dtype) for d in d_masters)
 
 
+def dropout_mask(x: Tensor, features: int, dropout: float) -> Tensor | None:
+    """(N, features) of 0 and 1 / (1 - dropout) in x's dtype; None without dropout."""
+    if dropout == 0:
+        return None
+    draw = torch.rand(len(x), features, device=x.device)
+    return (draw >= dropout).to(x.dtype) / (1 - dropout)
+
+
 def bordered_linear(
     layout: Layout,
     bordered: Tensor,
@@ -207,7 +215,5 @@ def bordered_linear(
     Returns:
         one (N, sum of its O_j) tensor per window.
     """
-    keep = None
-    if dropout > 0:
-        keep = (torch.rand_like(x, dtype=torch.float32) >= dropout).to(x.dtype) / (1 - dropout)
+    keep = dropout_mask(x, layout.in_features, dropout)
     return _BorderedLinear.apply(layout, bordered, keep, x, gates, *masters)

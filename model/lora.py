@@ -105,8 +105,8 @@ class LinearGroup(nn.Module):
         for name in self.adapted_names:
             self.lora_A[name] = nn.Parameter(torch.empty(rank, in_features, dtype=master))
             self.lora_B[name] = nn.Parameter(torch.zeros(outs[name], rank, dtype=master))
+        self.dropped = False  # by `drop_masters`
         self._copied: tuple | None = None
-        self.dropped = False  # `drop_masters`
         self._stepped = False  # whether an optimizer may have run since that copy
         if rank:
             self.reset_parameters()
@@ -156,7 +156,7 @@ class LinearGroup(nn.Module):
     def drop_masters(self) -> None:
         """Keep what a forward pass reads alone, in the compute dtype, without M's blocks of zeros:
         no training after this, and nothing to save."""
-        if self.dropped:
+        if self.dropped or not self.adapted_names:
             return
         self._copy_masters(self._masters(), always=True)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
@@ -191,10 +191,9 @@ class LinearGroup(nn.Module):
             return self._base(x).split(sizes, 1)
         if self.dropped:
             windows = moe_lora.forward(self.layout, self._pieces(), x, x, gates)[2]
-            return torch.cat(windows, 1).split(sizes, 1)
-        masters = self._renewed()
-        dropout = self.dropout if self.training else 0.0
-        windows = bordered_linear(self.layout, self.bordered, x, gates, masters, dropout)
+        else:
+            masters, dropout = self._renewed(), self.dropout if self.training else 0.0
+            windows = bordered_linear(self.layout, self.bordered, x, gates, masters, dropout)
         if windows[0].requires_grad:
             windows[0].register_hook(self._mark_stepped)
         split = [sizes] if len(windows) == 1 else [sizes[:1], sizes[1:]]

@@ -128,10 +128,6 @@ class Router(nn.Module):
             return pooled.new_zeros(len(pooled), len(self.routed))
         return self.down(F.silu(self.up(F.rms_norm(pooled, pooled.shape[-1:]))))
 
-    @property
-    def per_token(self) -> bool:
-        return self.config.per_token
-
     def offset(self, tasks: Tensor) -> Tensor | None:
         """(B, routed experts), what training adds to the logits; None for nothing."""
         if not self.training or not (self.config.task_prior or self.config.noise):

@@ -154,7 +154,7 @@ class DecoderLayer(nn.Module):
         x = x if delta is None else x + delta
         normed = self.input_layernorm(x)
         gates = None
-        if router is not None and router.per_token:
+        if router is not None and router.config.per_token:
             weights = router(normed.to(self.scale.dtype), tasks[batch.sequence])
         elif router is not None:
             weights = router(segment_mean(normed, batch), tasks)
@@ -164,14 +164,14 @@ class DecoderLayer(nn.Module):
             assert self.lora is not None
             columns = zip(weights.split(1, 1), self.lora.ranks, strict=True)
             gates = torch.cat([w.expand(-1, rank) for w, rank in columns], 1) * self.scale
-            if router is None or not router.per_token:
+            if router is None or not router.config.per_token:
                 gates = per_token(gates, batch)  # (B, R) -> (N, R)
         x = x + self.self_attn(normed, batch, cos, sin, gates)
         return x, self.mlp(self.post_attention_layernorm(x), gates), weights
 
     def _fused(self, x, delta, batch, cos, sin, tasks, weights, experts: bool, router):
         attn, mlp, segments = self.self_attn, self.mlp, batch.segments
-        per_token = router is not None and router.per_token
+        per_token = router is not None and router.config.per_token
         x, normed, pooled = add_rmsnorm_pool(
             x,
             delta,
@@ -186,8 +186,9 @@ class DecoderLayer(nn.Module):
             tasks = tasks[batch.sequence]
             # The kernel that shrinks for q, k and v finds the weights on its way.
             routing = router.in_kernel(tasks) if attn.qkv.adapted_names else None
-            left = attn.qkv.margins[0]
-            pooled = normed[:, left : left + x.shape[1]].float()
+            if routing is None:
+                left = attn.qkv.margins[0]
+                pooled = normed[:, left : left + x.shape[1]].float()
         if router is not None and routing is None:
             weights = router(pooled, tasks, fused=True)
         mode = TOKEN if per_token else TEXT if weights is not None else ALL if experts else None

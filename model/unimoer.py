@@ -50,7 +50,6 @@ class UniMoER(nn.Module):
         folder = bases.resolve(config.base, config.revision)
         shape = DecoderConfig.read(folder, config.layers, config.causal)
         self.config, self.identity = config, bases.identity(folder)
-        self.compacted = False
         # The yes/no answer is read after the last word of the template, as it was trained.
         options = {"end_token": config.end_token, "pair_end": config.rerank_head != "yes_no"}
         self.tokenizer = Tokenizer(folder, config.prompts, config.document_tokens, **options)
@@ -125,7 +124,6 @@ class UniMoER(nn.Module):
         Results stay the same to rounding; the model can no longer be trained or saved.
         """
         self.decoder.drop_masters()
-        self.compacted = True
         return self
 
     # The two tasks on a packed batch ---------------------------------------------------------
@@ -297,7 +295,7 @@ class UniMoER(nn.Module):
         Raises:
             ValueError: after `compact`.
         """
-        if self.compacted:
+        if any(getattr(module, "dropped", False) for module in self.modules()):
             raise ValueError("compact() dropped what would be saved: save before it, or load again")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

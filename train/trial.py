@@ -101,8 +101,6 @@ class Workbench:
     ):
         self.device, self.cache, self.keep_prefix = device, cache, keep_prefix
         self.kernels = kernels
-        if device.startswith("cuda"):
-            repeatable()
         self.collection: Collection = load(data, cache / "data")
         self._sets: dict[str, TextSet] = {}
         self._evaluation: dict[str, EvaluationSet] = {}

@@ -1,5 +1,6 @@
 """What a card alone can show, in steps: kept, resumed, told apart; without a card it says so."""
 
+import importlib.util
 import json
 import sys
 
@@ -49,4 +50,5 @@ def test_steps(monkeypatch, tmp_path) -> None:
 @pytest.mark.parametrize("step", gpu_all.steps(sys.executable), ids=lambda step: step.name)
 def test_every_step_is_short_and_exists(step: Step) -> None:
     assert step.minutes < 8
-    assert step.command[:2] == [sys.executable, "-m"]
+    python, flag, module, *_ = step.command
+    assert (python, flag) == (sys.executable, "-m") and importlib.util.find_spec(module)

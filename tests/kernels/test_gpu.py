@@ -5,7 +5,6 @@ import resource
 import pytest
 import torch
 
-from kernels.segments import Segments
 from model.packed import pack
 from model.unimoer import ModelConfig, UniMoER
 from tests.kernels.compare import error
@@ -43,8 +42,3 @@ def test_the_weights_go_straight_to_the_card() -> None:
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     table = model.decoder.embed_tokens.weight
     assert grown <= 1.5 * table.numel() * table.element_size()
-
-
-def test_segments_lie_on_the_card() -> None:
-    segments = Segments.of((3, 1, 40), "cuda")
-    assert segments.chunks.is_cuda and segments.starts.tolist() == [0, 3, 4, 44]

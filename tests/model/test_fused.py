@@ -124,6 +124,20 @@ def test_training_mode_draws_the_same_noise(router: RouterConfig) -> None:
         assert error(value, plain[name].double()) < 1e-4, name
 
 
+def test_a_weight_renewed_before_the_backward_pass_is_noticed() -> None:
+    """As on the PyTorch path: an error, not the gradient of other experts."""
+    for fused in (False, True):
+        made = decoder("llama", LORA, RouterConfig(hidden=8), torch.float32, "cpu", fused)
+        first = made(pack(TEXTS))[0].sum()
+        with torch.no_grad():
+            for p in made.parameters():
+                if p.requires_grad:
+                    p.add_(0.1)
+        made(pack(TEXTS))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            first.backward()
+
+
 @torch.no_grad()
 def test_tokens_are_routed_one_by_one() -> None:
     """Each by its own normalised state, whatever text it is part of."""

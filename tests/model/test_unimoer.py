@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from model.lora import LinearGroup, LoRAConfig
 from model.packed import pack
-from model.prefix import TextSet
 from model.router import ROUTES, RouterConfig
 from model.tokens import Prompts
 from model.unimoer import ModelConfig, UniMoER
@@ -89,35 +88,6 @@ def test_saved_folder_holds_the_adapters_and_no_base(model: UniMoER, tmp_path: P
     }
     record = json.loads((tmp_path / "config.json").read_text())
     assert record["model"]["prompts"]["query"] == model.config.prompts.query
-
-
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_compact_serves_the_same_and_saves_no_more(
-    tiny_base: Path, tmp_path: Path, kernels: str
-) -> None:
-    """To rounding: a GEMM adds up in another order where the rows of its matrix lie otherwise."""
-    config = ModelConfig(base=str(tiny_base), lora=LORA, router=RouterConfig(), document_tokens=32)
-    model = UniMoER(config, kernels=kernels)
-    model.load_trained(make(tiny_base).trained(), "test")
-    texts = TextSet(model.tokenizer.documents(TEXTS))
-
-    def results() -> list[torch.Tensor]:
-        pairs = [(QUERY, text) for text in TEXTS]
-        return [model.encode(TEXTS), model.predict(pairs), model.embed_all(texts, base=True)]
-
-    def held() -> int:
-        tensors = [*model.parameters(), *model.buffers()]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    before, size = results(), held()
-    experts = sum(p.numel() for name, p in model.trained().items() if "lora_" in name)
-    assert model.compact() is model and model.compact() is model
-    for a, b in zip(results(), before, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-    assert held() < size - 4 * experts  # the masters, and the zeros of M
-    with pytest.raises(ValueError, match="save before it"):
-        model.save_pretrained(tmp_path / "folder")
-    assert not (tmp_path / "folder").exists()
 
 
 def test_saving_over_an_older_one_replaces_it(tiny_base: Path, tmp_path: Path) -> None:
