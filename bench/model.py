@@ -149,11 +149,11 @@ def _choices() -> str:
     return (
         f"## Small decisions\n\nMicroseconds of one layer on an {card.name}.\n\n"
         + table(head, cells)
-        + "\nAn expert of weight 0 that is skipped saves at most the difference of the two "
+        + "An expert of weight 0 that is skipped saves at most the difference of the two "
         "shrinks, and nothing of dA and dB, which read x and dY whole for the others: so nothing "
         "is skipped. A gradient that arrives beside its spare columns spares both of the next "
         "two. Ranks of 16 x 3 fill 48 columns without padding, and padding them to 64 costs the "
-        "last column.\n"
+        "last column.\n\n"
     )
 
 
