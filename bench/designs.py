@@ -131,8 +131,8 @@ class ConcatLinear(nn.Module):
         self.b = nn.Parameter(torch.empty(out, rank))
 
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
-        s = x @ self.a.t()
-        return torch.addmm(x @ self.w.t(), (gates * s).to(x.dtype), self.b.t())
+        s = x @ self.a.to(x.dtype).t()
+        return torch.addmm(x @ self.w.t(), (gates * s).to(x.dtype), self.b.to(x.dtype).t())
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

@@ -228,9 +228,10 @@ def _copy(size: int, device: str) -> Callable[[], object]:
 def bordered_rows(
     shape_name: str, shape: DecoderConfig, tokens: int, dtypes: tuple[str, ...], rounds: int
 ) -> list[dict]:
-    """The CPU path of the bordered weight against base + `addmm` of the concatenated experts.
+    """The CPU path of the MoE-LoRA linears against base + `addmm` of the concatenated experts.
 
-    All groups of one layer, forward, and with backward; rows as `bench.encoding` makes them.
+    All groups of one layer, forward as it is served (no fp32 masters on either side), and with
+    backward as it is trained (fp32 masters on both); rows as `bench.encoding` makes them.
     """
     d, f, k = shape.hidden_size, shape.intermediate_size, shape.head_dim
     q, kv = shape.num_attention_heads * k, shape.num_key_value_heads * k
@@ -244,28 +245,33 @@ def bordered_rows(
     for dtype in dtypes:
         own = DTYPES[dtype]
         groups = [LinearGroup(size, outs, lora_config((16, 16, 16)), own) for size, outs in layer]
+        rivals = []
         for group in groups:
             randomise(group)
+            rivals.append(_concatenated(group))
         inputs = [torch.randn(tokens, size, dtype=own).requires_grad_() for size, _ in layer]
         gates = torch.rand(tokens, 48).requires_grad_()
-        rivals = [_concatenated(group) for group in groups]
+        modules = [*groups, *rivals]
+        wanted = [*inputs, gates, *(p for module in modules for p in module.parameters())]
+        upstream = [
+            torch.randn(tokens, out, dtype=own) for _, outs in layer for out in outs.values()
+        ]
 
-        def ours(groups=groups, inputs=inputs, gates=gates) -> Tensor:
-            made = [group(x, gates) for group, x in zip(groups, inputs, strict=True)]
-            return sum((y.float().sum() for ys in made for y in ys), torch.zeros(()))
+        def ours(groups=groups, inputs=inputs, gates=gates) -> list[Tensor]:
+            made = (group(x, gates) for group, x in zip(groups, inputs, strict=True))
+            return [y for ys in made for y in ys]
 
-        def theirs(rivals=rivals, inputs=inputs, gates=gates) -> Tensor:
-            made = [
-                linear(x, gates)
-                for rival, x in zip(rivals, inputs, strict=True)
-                for linear in rival.values()
-            ]
-            return sum((y.float().sum() for y in made), torch.zeros(()))
+        def theirs(rivals=rivals, inputs=inputs, gates=gates) -> list[Tensor]:
+            pairs = zip(rivals, inputs, strict=True)
+            return [linear(x, gates) for rival, x in pairs for linear in rival.values()]
 
-        trained = [p for part in (*groups, *rivals) for p in part.parameters()]
-        for mode in ("forward", "forward + backward"):
+        for mode in ("forward + backward", "forward"):  # the second drops the masters
+            if mode == "forward":
+                for group, rival in zip(groups, rivals, strict=True):
+                    group.drop_masters()
+                    rival.to(own)
             pair = {
-                name: _mode(run, [*inputs, gates, *trained], mode)
+                name: _linears(run, wanted, upstream, mode)
                 for name, run in (("ours", ours), ("theirs", theirs))
             }
             times = timing.seconds(
@@ -285,14 +291,31 @@ def bordered_rows(
     return rows
 
 
+def _linears(
+    run: Callable[[], list[Tensor]], inputs: list[Tensor], upstream: list[Tensor], mode: str
+) -> Callable[[], object]:
+    """Nothing but the linears: the gradients of their outputs are at hand."""
+
+    @torch.no_grad()
+    def forward() -> None:
+        run()
+
+    def both() -> None:
+        for t in inputs:
+            t.grad = None
+        torch.autograd.backward(run(), upstream)
+
+    return forward if mode == "forward" else both
+
+
 @torch.no_grad()
 def _concatenated(group: LinearGroup) -> nn.ModuleDict:
-    """The same linears in the rival's way, by name."""
+    """The same linears in the rival's way, by name, with the same masters."""
     made = nn.ModuleDict()
     for name, out in group.outs.items():
         linear = ConcatLinear(group.layout.in_features, out, group.layout.rank)
-        linear.w.copy_(group.weight(name))
+        linear.w.data = group.weight(name).clone()
         linear.a.copy_(group.lora_A[name])
         linear.b.copy_(group.lora_B[name])
         made[name] = linear
-    return made.to(group.bordered.dtype)
+    return made

@@ -1,4 +1,4 @@
-"""The MoE-LoRA linear as one bordered weight: base and all weighted deltas in one GEMM.
+"""The MoE-LoRA linear as one bordered weight: its layout, and the path without kernels.
 
 For linears that share an input x, frozen W, experts A_i, B_i, gates w_i, s_i = alpha_i / r_i:
 
@@ -11,14 +11,15 @@ their ranks. One buffer M = [[W, B], [A, 0]] then gives
     backward   dX = [dY | dS] [[W], [A]]   with  dS = g (dY B)
                dB = dY' (g S),   dA = dS' x,   dg = (dY B) S summed over the group's linears
 
-so base and delta share one GEMM and one accumulator. A group of linears (q, k, v; gate, up) is one
-buffer whose linears look at overlapping windows of [S_first | x | S_rest]: two of them touch x from
-both sides, and k and v share a window with one zero block.
+so base and delta share one GEMM and one accumulator (`kernels.bordered`). A group of linears (q, k,
+v; gate, up) is one buffer whose linears look at overlapping windows of [S_first | x | S_rest]: two
+of them touch x from both sides, and k and v share a window with one zero block.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -109,79 +110,85 @@ class Pieces:
         windows = tuple(bordered[window.rows, window.cols] for window in layout.windows)
         return cls(windows, bordered[layout.out_features :, layout.x])
 
-    def base(self, layout: Layout, x: Tensor) -> Tensor:
-        """x W' (N, O) of all linears, experts left out."""
-        parts = []
+    def linears(self, layout: Layout) -> list[tuple[Tensor, Tensor]]:
+        """W (O, D) and B (O, R padded) of each linear; B has no column where it has no experts."""
+        made = []
         for window, m in zip(layout.windows, self.windows, strict=True):
-            start = layout.x.start - window.cols.start
-            parts.append(x @ m[:, start : start + layout.in_features].t())
-        return torch.cat(parts, 1)
+            first, left = window.rows.start, window.cols.start
+            for linear in layout.linears:
+                if window.rows.start <= linear.rows.start < window.rows.stop:
+                    rows = m[linear.rows.start - first : linear.rows.stop - first]
+                    x, spare = layout.x, linear.spare
+                    made.append((rows[:, x.start - left : x.stop - left],
+                                 rows[:, spare.start - left : spare.stop - left]))  # fmt: skip
+        return made
 
 
 def forward(
     layout: Layout, pieces: Pieces, x_lora: Tensor, x: Tensor, gates: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """S (N, P), the wide buffer [g S | x | g S ...], and y of each window."""
-    rank = layout.rank
-    s = x_lora @ pieces.a.t()
-    wide = x.new_empty(len(x), layout.shape[1])
-    wide[:, layout.x] = x
-    for linear in layout.adapted:
-        at, start = linear.rank_rows.start - layout.out_features, linear.spare.start
-        wide[:, start : start + rank] = gates * s[:, at : at + rank]
-        wide[:, start + rank : linear.spare.stop] = 0
-    outputs = (
-        wide[:, window.cols] @ m.t()
-        for window, m in zip(layout.windows, pieces.windows, strict=True)
-    )
-    return s, wide, tuple(outputs)
+    """S and g S (N, J, R padded) of the J linears that have experts, and y of every linear.
+
+    Without a kernel that writes g S beside x, [x | g S] would be a copy of x, which costs more than
+    it saves. So the second GEMM adds to what the first has written, in place; backward likewise.
+    """
+    linears = len(layout.adapted)
+    s = (x_lora @ pieces.a.t()).unflatten(1, (linears, layout.padded))
+    gated = (_padded(gates, layout) * s).to(x.dtype)
+    outputs, i = [], 0
+    for w, b in pieces.linears(layout):
+        if b.shape[1]:
+            outputs.append((x @ w.t()).addmm_(gated[:, i], b.t()))
+            i += 1
+        else:
+            outputs.append(x @ w.t())
+    return s, gated, tuple(outputs)
+
+
+def _padded(gates: Tensor, layout: Layout) -> Tensor:
+    """(N or 1, R) -> (N or 1, 1, R padded), zeros in the padding."""
+    spare = layout.padded - layout.rank
+    return (F.pad(gates, (0, spare)) if spare else gates)[:, None]
 
 
 class _BorderedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layout: Layout, bordered: Tensor, keep: Tensor | None, x, gates, *masters):
         x_lora = x if keep is None else x * keep
-        s, wide, outputs = forward(layout, Pieces.of(layout, bordered), x_lora, x, gates)
-        ctx.save_for_backward(bordered, keep, gates, s, wide)
+        s, gated, outputs = forward(layout, Pieces.of(layout, bordered), x_lora, x, gates)
+        ctx.save_for_backward(bordered, keep, x, gates, s, gated)
         ctx.layout, ctx.needs_gates = layout, gates.requires_grad
         return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor):
-        bordered, keep, gates, s, wide = ctx.saved_tensors
+        bordered, keep, x, gates, s, gated = ctx.saved_tensors
         layout: Layout = ctx.layout
-        rank, out = layout.rank, layout.out_features
-        x = wide[:, layout.x]
-        wide_grad = x.new_empty(len(x), layout.shape[0])  # [dY | dS]
-        torch.cat(grads, 1, out=wide_grad[:, :out])
-        d_gates = torch.zeros_like(gates) if ctx.needs_gates else None
-        d_bs = []
-        for linear in layout.adapted:
-            at = linear.rank_rows.start
-            spare = slice(linear.spare.start, linear.spare.start + rank)
-            dy = wide_grad[:, linear.rows]
-            t = dy @ bordered[linear.rows, spare]  # dY B: (N, R)
-            wide_grad[:, at : at + rank] = gates * t
-            wide_grad[:, at + rank : linear.rank_rows.stop] = 0
-            if d_gates is not None:
-                product = t.to(gates.dtype) * s[:, at - out : at - out + rank]
-                d_gates += product.sum_to_size(gates.shape)
-            d_bs.append(dy.t() @ wide[:, spare])
-        ds = wide_grad[:, out:]
-        if keep is None:
-            dx = wide_grad @ bordered[:, layout.x] if ctx.needs_input_grad[3] else None
-            d_a = ds.t() @ x
-        else:
-            dx = None
-            if ctx.needs_input_grad[3]:
-                dx = wide_grad[:, :out] @ bordered[:out, layout.x]
-                dx += keep * (ds @ bordered[out:, layout.x])
-            d_a = ds.t() @ (x * keep)
+        linears = list(zip(layout.linears, grads, strict=True))
+        t, d_bs = torch.empty_like(gated), []  # t = dY B
+        for linear, dy in linears:
+            if linear in layout.adapted:
+                i = len(d_bs)
+                torch.mm(dy, bordered[linear.rows, linear.spare], out=t[:, i])
+                d_bs.append(dy.t() @ gated[:, i, : layout.rank])
+        ds = (_padded(gates, layout) * t).to(x.dtype).flatten(1)
+        d_gates = None
+        if ctx.needs_gates:
+            product = (t.to(gates.dtype) * s).sum(1)[:, : layout.rank]
+            d_gates = product.sum_to_size(gates.shape)
+        dx = None
+        if ctx.needs_input_grad[3]:
+            (first, dy), *others = linears
+            dx = dy @ bordered[first.rows, layout.x]
+            for linear, dy in others:
+                dx.addmm_(dy, bordered[linear.rows, layout.x])
+            a = bordered[layout.out_features :, layout.x]
+            dx = dx.addmm_(ds, a) if keep is None else dx.addcmul_(keep, ds @ a)
+        d_a = ds.t() @ (x if keep is None else x * keep)
         d_masters = []
-        for linear, d_b in zip(layout.adapted, d_bs, strict=True):
-            at = linear.rank_rows.start - out
-            d_masters += [d_a[at : at + rank], d_b]
+        for i, d_b in enumerate(d_bs):
+            d_masters += [d_a[i * layout.padded :][: layout.rank], d_b]
         # The masters are wider than the GEMMs (fp32 beside bf16): hand back their dtype.
         return None, None, None, dx, d_gates, *(d.to(gates.dtype) for d in d_masters)
 
@@ -202,7 +209,7 @@ def bordered_linear(
     masters: list[Tensor],
     dropout: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """All linears of a group with their experts, one GEMM per window.
+    """All linears of a group with their experts, in plain PyTorch.
 
     Args:
         layout: how the group lies in `bordered`.
@@ -213,7 +220,7 @@ def bordered_linear(
             borders were copied from; they receive the gradients.
         dropout: probability with which an element of x is dropped on its way to A.
     Returns:
-        one (N, sum of its O_j) tensor per window.
+        one (N, O_j) tensor per linear.
     """
     keep = dropout_mask(x, layout.in_features, dropout)
     return _BorderedLinear.apply(layout, bordered, keep, x, gates, *masters)

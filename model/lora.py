@@ -186,25 +186,20 @@ class LinearGroup(nn.Module):
         Returns:
             one (N, O) tensor per linear.
         """
-        sizes = list(self.outs.values())
         if gates is None or not self.adapted_names:
-            return self._base(x).split(sizes, 1)
+            return self._base(x).split(list(self.outs.values()), 1)
         if self.dropped:
-            windows = moe_lora.forward(self.layout, self._pieces(), x, x, gates)[2]
-        else:
-            masters, dropout = self._renewed(), self.dropout if self.training else 0.0
-            windows = bordered_linear(self.layout, self.bordered, x, gates, masters, dropout)
-        if windows[0].requires_grad:
-            windows[0].register_hook(self._mark_stepped)
-        split = [sizes] if len(windows) == 1 else [sizes[:1], sizes[1:]]
-        return tuple(
-            y for window, outs in zip(windows, split, strict=True) for y in window.split(outs, 1)
-        )
+            return moe_lora.forward(self.layout, self._pieces(), x, x, gates)[2]
+        masters, dropout = self._renewed(), self.dropout if self.training else 0.0
+        outputs = bordered_linear(self.layout, self.bordered, x, gates, masters, dropout)
+        if outputs[0].requires_grad:
+            outputs[0].register_hook(self._mark_stepped)
+        return outputs
 
     def _base(self, x: Tensor) -> Tensor:
         """x W' (N, O), experts left out."""
         if self.dropped:
-            return self._pieces().base(self.layout, x)
+            return torch.cat([x @ w.t() for w, _ in self._pieces().linears(self.layout)], 1)
         return x @ self.bordered[: self.layout.out_features, self.layout.x].t()
 
     # On wide buffers, by kernels -------------------------------------------------------------

@@ -49,8 +49,8 @@ class Case:
 
     def by_rank(self, x: Tensor, gates: Tensor, *masters: Tensor, dropout: float = 0.0) -> Tensor:
         """(N, all outputs) of bordered_linear; `gates` are w_i s_i repeated over the ranks."""
-        windows = bordered_linear(self.layout, self.bordered(), x, gates, list(masters), dropout)
-        return torch.cat(windows, 1)
+        outputs = bordered_linear(self.layout, self.bordered(), x, gates, list(masters), dropout)
+        return torch.cat(outputs, 1)
 
     def fast(self, x: Tensor, gates: Tensor, *masters: Tensor, dropout: float = 0.0) -> Tensor:
         return self.by_rank(x, repeated(gates), *masters, dropout=dropout)

@@ -108,9 +108,11 @@ def test_fused_model(case: str, device: str, dtype: torch.dtype) -> None:
             torch.cat([t[name].double().cpu().flatten() for name in names] or [torch.zeros(0)])
             for t in (found, same, truth)
         )
-        # All router gradients follow from two numbers a text and layer: their error is still half
-        # chance. Over 12 seeds the ratio is 1.2 in the mean and 2.1 at most.
-        limit = (4 if kind == "router" else 1.5) * error(b, c) + FLOOR[dtype]
+        # Errors of a whole model's gradients go together, so their ratio is still half chance: 0.8
+        # to 1.6 for the experts over 6 draws of the weights. All router gradients follow from two
+        # numbers a text and layer: 1.2 in the mean and 2.1 at most over 12.
+        factor = {"hidden": 1.5, "routing": 1.5, "router": 4.0}.get(kind, 2.0)
+        limit = factor * error(b, c) + FLOOR[dtype]
         assert error(a, c) <= limit, f"{kind}: {error(a, c):.2e}, allowed {limit:.2e}"
 
 
