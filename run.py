@@ -15,7 +15,7 @@ from typing import get_origin
 import torch
 
 import experiments
-from analysis import report, sweep
+from analysis import compare, conflict, gradients, report, scale, sweep
 from eval import metrics
 from experiments import Config
 from kernels.choice import KERNELS, use_triton
@@ -35,7 +35,13 @@ from train.trial import (
 )
 
 ROOT = Path(__file__).parent
-REPORTS = {"verdict": report, "sweep": sweep}  # each has write(folder) and summary(what it wrote)
+REPORTS = {  # each has write(folder) and summary(what it wrote)
+    "verdict": report,
+    "sweep": sweep,
+    "compare": compare,
+    "conflict": conflict,
+    "scale": scale,
+}
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -78,6 +84,42 @@ def show_row(arm: str, seed: int | None, scores: dict) -> None:
     print(f"{name:<24} retrieval {cells[0]:>7}   reranking {cells[1]:>7}", flush=True)
 
 
+def taken_over(path: Path, config: Config, bench: Workbench) -> dict | None:
+    """The same trial of another experiment: its result, the trained model linked beside `path`.
+
+    The same means config, sources, base, data and device.
+    """
+    folder = path.parent.parent
+    for other in sorted(folder.parent.parent.glob(f"*/{folder.name}/*/{path.name}")):
+        result = json.loads(other.read_text())
+        same = result["config"] == json.loads(json.dumps(config.to_json()))
+        same &= result["sources"] == sources() and result["device"] == device_name(bench.device)
+        model = other.with_suffix(".model")
+        if (
+            same
+            and result["data"]["fingerprint"] == bench.collection.fingerprint
+            and model.exists()
+        ):
+            target = path.with_suffix(".model")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(model, target, copy_function=os.link)
+            print(f"{path.parent.name} seed {config.seed} is the same trial as {other}")
+            return result | {"arm": path.parent.name}
+    return None
+
+
+def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> None:
+    """Their rows, computed where the file is not there."""
+    of = f", {plain.layers} layers" if size else ""
+    if (result := stored(path, plain)) is None:
+        result = run_baselines(plain, bench, lambda arm, s: show_row(arm + of, None, s))
+        write_json(path, result)
+        return
+    show_row("bm25", None, result["bm25"])
+    show_row("untrained base" + of, None, result["untrained"])
+
+
 def command_run(args: argparse.Namespace) -> None:
     overrides = {
         key: value
@@ -85,9 +127,9 @@ def command_run(args: argparse.Namespace) -> None:
         if value
     }
     overrides |= dict(_override(text) for text in args.set)
-    chosen = experiments.arms(args.experiment, args.controls, args.aa)
+    chosen = experiments.arms(args.experiment, args.controls, args.aa, args.scale)
     if args.arms:
-        known = experiments.arms(args.experiment, True, True)
+        known = experiments.arms(args.experiment, True, True, args.scale)
         unknown = [arm for arm in args.arms if arm not in known]
         if unknown:
             raise ValueError(f"unknown arms {unknown}: {args.experiment} has {list(known)}")
@@ -112,19 +154,21 @@ def command_run(args: argparse.Namespace) -> None:
         model_config(config)
     check_training(bench.collection, first)
     print(f"{args.experiment} {folder.name}: {len(trials)} trials on {device_name(device)}")
-    plain = experiments.plain(args.experiment, args.scale, **overrides)
-    plain = replace(plain, dtype=resolve_dtype(plain.dtype))
-    baselines = folder / "baselines.json"
-    if (result := stored(baselines, plain)) is None:
-        write_json(baselines, run_baselines(plain, bench, lambda arm, s: show_row(arm, None, s)))
-    else:
-        show_row("bm25", None, result["bm25"])
-        show_row("untrained base", None, result["untrained"])
+    sizes: dict[str, dict] = {"baselines.json": {}}
+    for arm in chosen:
+        size = experiments.size_of(args.experiment, arm, args.scale)
+        sizes[experiments.baselines_name(size)] = size
+    for name, size in sizes.items():
+        plain = experiments.plain(args.experiment, args.scale, **{**size, **overrides})
+        plain = replace(plain, dtype=resolve_dtype(plain.dtype))
+        show_baselines(folder / name, plain, bench, size)
     for arm, config in trials:
         place = folder / arm / f"seed{config.seed}"
         path = place.with_suffix(".json")
         if (result := stored(path, config)) is None:
-            result = run_trial(config, arm, place, bench)
+            result = taken_over(path, config, bench) or run_trial(
+                config, arm, place, bench, gradients.watch
+            )
             write_json(path, result)
         forget(place)
         show_row(arm, config.seed, result["scores"])
@@ -164,7 +208,7 @@ def command_status(args: argparse.Namespace) -> None:
     """Which trials of a setting are finished, begun or missing."""
     folder = setting_folder(args)
     seeds = args.seeds or experiments.EXPERIMENTS[args.experiment].seeds
-    for arm in experiments.arms(args.experiment, args.controls, args.aa):
+    for arm in experiments.arms(args.experiment, args.controls, args.aa, args.scale):
         for seed in range(seeds):
             path = folder / arm / f"seed{seed}.json"
             begun = path.with_suffix(".log.jsonl").exists()

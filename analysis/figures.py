@@ -3,6 +3,7 @@
 The figures are sized for a two-column paper, and the same trials give the same bytes.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,11 @@ def label(arm: str) -> str:
     """An arm's name as the tables and figures print it: `joint-moe` -> `Joint-MoE`."""
     if arm.endswith("-aa"):
         return f"{label(arm[:-3])} (A/A)"
-    words = {"moe": "MoE", "2r": "2r", "3r": "3r"}
-    return "-".join(words.get(word, word.capitalize()) for word in arm.split("-"))
+    words = {"moe": "MoE", "pcgrad": "PCGrad", "entmax15": "entmax-1.5"}
+    return "-".join(
+        words.get(word, word if re.fullmatch(r"r\d+", word) else word.capitalize())
+        for word in arm.split("-")
+    )
 
 
 def write(folder: Path, verdict: dict[str, Any], arms: Arms) -> list[str]:
@@ -310,7 +314,7 @@ def arms_tables(verdict: dict[str, Any]) -> str:
         other.append([text, *_others(found)])
     for arm, row in verdict["arms"].items():
         absent = {t: "missing" if t in row["tasks"] else "-" for t in TASKS}
-        cells = [_score(row["scores"][t]) if t in row["scores"] else absent[t] for t in TASKS]
+        cells = [score(row["scores"][t]) if t in row["scores"] else absent[t] for t in TASKS]
         late = f" (missing: {', '.join(map(str, row['missing_seeds']))})"
         cells.append(f"{len(row['seeds'])}{late if row['missing_seeds'] else ''}")
         cost = [f"{row['trainable_parameters'] or 0:,}", f"{row['training_seconds'] or 0:,.0f}"]
@@ -322,7 +326,7 @@ def arms_tables(verdict: dict[str, Any]) -> str:
     )
 
 
-def _score(found: dict[str, Any]) -> str:
+def score(found: dict[str, Any]) -> str:
     spread = "" if found["seed_sd"] is None else f" ± {100 * found['seed_sd']:.2f}"
     return f"{100 * found[METRIC]:.2f}{spread} {span(found['interval'], 100)}"
 

@@ -26,10 +26,10 @@ ORIGIN = ("commit", "sources", "device", "versions")  # one of each, or the repo
 
 def load(folder: Path) -> tuple[dict, dict[str, dict[int, dict]]]:
     """(baselines, arm -> seed -> trial), arms in the study's order; raises as `write`."""
-    baselines = _read(folder / "baselines.json")
+    baselines = read(folder / "baselines.json")
     found: dict[str, dict[int, dict]] = {}
     for path in sorted(folder.glob("*/seed[0-9]*.json")):
-        trial = _read(path)
+        trial = read(path)
         same = {name: trial[name] == baselines[name] for name in ("base", "data")}
         for task, rows in trial["scores"].items():
             same[f"{task} queries"] = rows.keys() == baselines["untrained"][task].keys()
@@ -44,11 +44,11 @@ def load(folder: Path) -> tuple[dict, dict[str, dict[int, dict]]]:
     rule = [folder / a / f"seed{min(found[a])}.json" for a in (*NEEDED, MOE) if a in found]
     for path in rule[1:]:
         _comparable(path, rule[0], BY_ARM)
-    order = dict.fromkeys([*_planned(folder.parent.name), *found])
+    order = dict.fromkeys([*planned(folder), *found])
     return baselines, {arm: dict(sorted(found[arm].items())) for arm in order if arm in found}
 
 
-def _read(path: Path) -> dict:
+def read(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -59,7 +59,7 @@ def _read(path: Path) -> dict:
 
 def _comparable(path: Path, other: Path, free: tuple[str, ...]) -> None:
     """Raise ValueError if two trials differ in a field of their config that is not `free`."""
-    mine, theirs = (_read(file)["config"] for file in (path, other))
+    mine, theirs = (read(file)["config"] for file in (path, other))
     for name in mine.keys() | theirs.keys():
         if name not in free and mine.get(name) != theirs.get(name):
             raise ValueError(
@@ -68,10 +68,11 @@ def _comparable(path: Path, other: Path, free: tuple[str, ...]) -> None:
             )
 
 
-def _planned(experiment: str, extras: bool = True) -> dict[str, dict]:
-    """The arms of an experiment, with controls and A/A or without; none if it is not known."""
-    known = experiment in experiments.EXPERIMENTS
-    return experiments.arms(experiment, extras, extras) if known else {}
+def planned(folder: Path, extras: bool = True) -> dict[str, dict]:
+    """The arms of a folder's experiment, with controls and A/A or without; none if not known."""
+    name, scale = folder.parent.name, folder.name.split("-")[0]
+    known = name in experiments.EXPERIMENTS
+    return experiments.arms(name, extras, extras, scale) if known else {}
 
 
 def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> dict[str, Any]:
@@ -85,16 +86,11 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
     present = [set(arms[arm]) for arm in NEEDED if arm in arms]
     common = sorted(set.intersection(*present)) if present else []
     used = {a: {s: t for s, t in arms[a].items() if not common or s in common} for a in arms}
-    base, labels, y = {}, {}, {}
-    for task in TASKS:
-        rows = baselines["untrained"][task]
-        base[task] = np.array([row[METRIC] for row in rows.values()])
-        labels[task] = [baselines["clusters"][query] for query in rows]
-        y[task] = {
-            arm: np.array([[t["scores"][task][q][METRIC] for q in rows] for t in trials.values()])
-            for arm, trials in used.items()
-            if trials and all(task in trial["scores"] for trial in trials.values())
-        }
+    y, labels = arrays(baselines, used)
+    base = {
+        task: np.array([row[METRIC] for row in baselines["untrained"][task].values()])
+        for task in TASKS
+    }
     wide = [t for t in TASKS if len(set(labels[t])) > 1]  # one cluster gives no interval
     ready = [t for t in wide if common and {SPECIALIST[t], JOINT} <= y[t].keys()]
     found: dict[str, Any] = {"seeds": len(common), "alpha": None, "tasks": {}}
@@ -114,20 +110,13 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         """One arm in the tables."""
         trials, scores, against = used.get(arm, {}), {}, {}
         for task in (task for task in TASKS if arm in y[task]):
-            means = y[task][arm].mean(axis=1)
-            interval = stats.arm_mean(y[task], labels[task], arm).interval if task in wide else None
-            scores[task] = {
-                **_means([r for t in trials.values() for r in t["scores"][task].values()]),
-                "by_seed": means.tolist(),
-                "seed_sd": float(means.std(ddof=1)) if len(means) > 1 else None,
-                "interval": interval,
-            }
+            scores[task] = score_row(y[task], labels[task], arm, trials, task)
             if task in ready and arm not in NEEDED and not arm.endswith("-aa"):
                 against[task] = _against(y[task], labels[task], arm, task, found["tasks"][task])
         first = next(iter(trials.values()), {})
         train = [t["seconds"]["train"] for t in trials.values()]
         return {
-            "tasks": first["config"]["tasks"] if trials else planned[arm].get("tasks", list(TASKS)),
+            "tasks": first["config"]["tasks"] if trials else rows[arm].get("tasks", list(TASKS)),
             "seeds": list(trials),
             "missing_seeds": [s for s in every if s not in arms.get(arm, {})],
             "scores": scores,
@@ -137,7 +126,7 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
             "rates": {k: first["config"][k] for k in ("learning_rate", "clip")} if trials else None,
         }
 
-    planned, every = _planned(experiment), sorted({s for a in arms.values() for s in a})
+    rows, every = planned(folder), sorted({s for a in arms.values() for s in a})
     files = {"baselines.json": baselines} | {
         f"{arm}/seed{seed}.json": trial for arm in used for seed, trial in used[arm].items()
     }
@@ -149,7 +138,7 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         "seeds_compared": common,
         "seeds_planned": study.seeds if study else None,
         **{"tasks": found["tasks"], "aa": aa},
-        "arms": {arm: row(arm) for arm in dict.fromkeys([*_planned(experiment, False), *arms])},
+        "arms": {arm: row(arm) for arm in dict.fromkeys([*planned(folder, False), *arms])},
         "references": {
             name: {task: _means(list(rows.values())) for task, rows in baselines[name].items()}
             for name in REFERENCE_ROWS
@@ -161,8 +150,38 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         "config": next(iter(used.get(JOINT, {}).values()), baselines)["config"],
         "seconds": sum(sum(file["seconds"].values()) for file in files.values()),
         "peak_bytes": max(file["peak_bytes"] for file in files.values()),
-        **_origin(files),
+        **origin(files),
         "trials": list(files),
+    }
+
+
+def arrays(
+    baselines: dict, arms: dict[str, dict[int, dict]]
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, list[str]]]:
+    """(task -> arm -> nDCG@10 (S, Q), task -> the cluster of each of the Q queries)."""
+    labels, y = {}, {}
+    for task in TASKS:
+        rows = baselines["untrained"][task]
+        labels[task] = [baselines["clusters"][query] for query in rows]
+        y[task] = {
+            arm: np.array([[t["scores"][task][q][METRIC] for q in rows] for t in trials.values()])
+            for arm, trials in arms.items()
+            if trials and all(task in trial["scores"] for trial in trials.values())
+        }
+    return y, labels
+
+
+def score_row(
+    y: dict[str, np.ndarray], labels: list[str], arm: str, trials: dict[int, dict], task: str
+) -> dict[str, Any]:
+    """One arm's means on a task, the spread over its seeds, and the interval."""
+    means = y[arm].mean(axis=1)
+    wide = len(set(labels)) > 1  # one cluster gives no interval
+    return {
+        **_means([row for t in trials.values() for row in t["scores"][task].values()]),
+        "by_seed": means.tolist(),
+        "seed_sd": float(means.std(ddof=1)) if len(means) > 1 else None,
+        "interval": stats.arm_mean(y, labels, arm).interval if wide else None,
     }
 
 
@@ -185,7 +204,7 @@ def _against(
     }
 
 
-def _origin(files: dict[str, dict]) -> dict[str, Any]:
+def origin(files: dict[str, dict]) -> dict[str, Any]:
     """Where the results come from, and a warning where that is not one place."""
     facts = [{**file, "commit": file["git"]["commit"]} for file in files.values()]
     seen = {name: sorted({json.dumps(fact[name]) for fact in facts}) for name in ORIGIN}

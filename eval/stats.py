@@ -116,7 +116,7 @@ def _checked(arms: Arms, needed: Sequence[str]) -> dict[str, np.ndarray]:
     return checked
 
 
-def _estimate(
+def estimate(
     value: float, gradient: Mapping[str, float], arms: Arms, clusters: Clusters, fixed: Any = 0.0
 ) -> Estimate:
     """Interval of f(means) from its gradient (module docstring); `fixed` (Q,) is added to u."""
@@ -148,14 +148,14 @@ def arm_mean(arms: Arms, clusters: Clusters, arm: str) -> Estimate:
     cluster: also in the four functions below.
     """
     y = _checked(arms, [arm])
-    return _estimate(float(y[arm].mean()), {arm: 1.0}, y, clusters)
+    return estimate(float(y[arm].mean()), {arm: 1.0}, y, clusters)
 
 
 def arm_difference(arms: Arms, clusters: Clusters, arm: str, other: str) -> Estimate:
     """100 * (mean_arm - mean_other), in points (0.01 nDCG)."""
     y = _checked(arms, [arm, other])
     value = 100 * float(y[arm].mean() - y[other].mean())
-    return _estimate(value, {arm: 100.0, other: -100.0}, y, clusters)
+    return estimate(value, {arm: 100.0, other: -100.0}, y, clusters)
 
 
 def interference(arms: Arms, clusters: Clusters, specialist: str, joint: str) -> Estimate:
@@ -167,7 +167,7 @@ def interference(arms: Arms, clusters: Clusters, specialist: str, joint: str) ->
     p, j = float(y[specialist].mean()), float(y[joint].mean())
     if p <= 0:
         raise ValueError(f"mean of {specialist!r} is {p}; a relative loss needs a positive mean")
-    return _estimate(100 * (p - j) / p, {specialist: 100 * j / p**2, joint: -100 / p}, y, clusters)
+    return estimate(100 * (p - j) / p, {specialist: 100 * j / p**2, joint: -100 / p}, y, clusters)
 
 
 def gain_normalised(
@@ -184,7 +184,7 @@ def gain_normalised(
         raise ValueError(f"specialist and base both score {p}; there is no gain to normalise by")
     value = (p - j) / gain
     gradient = {specialist: (1 - value) / gain, joint: -1 / gain}
-    return _estimate(value, gradient, y, clusters, value / gain * b[0])
+    return estimate(value, gradient, y, clusters, value / gain * b[0])
 
 
 def won_back(arms: Arms, clusters: Clusters, specialist: str, joint: str, other: str) -> Estimate:
@@ -199,7 +199,7 @@ def won_back(arms: Arms, clusters: Clusters, specialist: str, joint: str, other:
         raise ValueError(f"{specialist!r} and {joint!r} both score {p}; nothing to win back")
     value = (m - j) / loss
     gradient = {other: 1 / loss, specialist: -value / loss, joint: (value - 1) / loss}
-    return _estimate(value, gradient, y, clusters)
+    return estimate(value, gradient, y, clusters)
 
 
 def paired_randomisation(

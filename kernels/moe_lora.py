@@ -17,6 +17,7 @@ of them touch x from both sides, and k and v share a window with one zero block.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -57,11 +58,11 @@ class Layout:
     rank: int
     padded: int
 
-    @property
+    @cached_property
     def out_features(self) -> int:
         return self.linears[-1].rows.stop
 
-    @property
+    @cached_property
     def adapted(self) -> list[Linear]:
         return [linear for linear in self.linears if linear.spare.start != linear.spare.stop]
 
@@ -168,7 +169,7 @@ class _BorderedLinear(torch.autograd.Function):
         linears = list(zip(layout.linears, grads, strict=True))
         t, d_bs = torch.empty_like(gated), []  # t = dY B
         for linear, dy in linears:
-            if linear in layout.adapted:
+            if linear.spare.start < linear.spare.stop:
                 i = len(d_bs)
                 torch.mm(dy, bordered[linear.rows, linear.spare], out=t[:, i])
                 d_bs.append(dy.t() @ gated[:, i, : layout.rank])

@@ -1,4 +1,4 @@
-"""The learned router of one layer: one set of expert weights per text."""
+"""The router of one layer: one set of expert weights per text, or per token."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.bordered import Routing
+from kernels.entmax import entmax15
 from kernels.route import route
 from kernels.sparsegen import sparsegen
 from model.weights import draw_into
@@ -35,14 +36,58 @@ def route_sparsegen(router: "Router", logits: Tensor, tasks: Tensor) -> Tensor:
     return sparsegen(logits, router.c)
 
 
+def route_entmax15(router: "Router", logits: Tensor, tasks: Tensor) -> Tensor:
+    return entmax15(logits)
+
+
+def route_tsallis(router: "Router", logits: Tensor, tasks: Tensor) -> Tensor:
+    """Soft where the softmax p is undecided, top-p where it is sure (DynMoLE, arXiv 2504.00661).
+
+    Undecided: Tsallis' entropy S_q = (1 - sum p^q) / (q - 1) above TSALLIS_THRESHOLD of its
+    maximum. Else the most likely experts whose p add up to at most TSALLIS_TOP_P, at least one,
+    renormalised. The choice is constant in the gradient. The mean of S_q is `Router.penalty`.
+    """
+    p = logits.softmax(-1)
+    entropy = tsallis_entropy(p)
+    router.penalty = entropy.mean()
+    experts = p.shape[-1]
+    most = tsallis_entropy(torch.full_like(p[:1], 1 / experts))
+    ordered, order = p.sort(-1, descending=True)
+    kept = ordered.cumsum(-1) <= TSALLIS_TOP_P
+    kept[:, 0] = True
+    kept = kept.gather(-1, order.argsort(-1)) | (entropy > TSALLIS_THRESHOLD * most)[:, None]
+    chosen = p * kept
+    return chosen / chosen.sum(-1, keepdim=True)
+
+
+TSALLIS_Q, TSALLIS_TOP_P = 1.1, 0.75
+# The paper's 0.9 is for 8 experts, where S_q is at most 1.877; over 3 it is at most 1.04.
+TSALLIS_THRESHOLD = 0.9 / 1.877
+
+
+def tsallis_entropy(p: Tensor) -> Tensor:
+    """S_q (...) of rows p (..., E), which need not be strictly positive."""
+    return (1 - p.clamp(min=1e-20).pow(TSALLIS_Q).sum(-1)) / (TSALLIS_Q - 1)
+
+
+def route_similarity(router: "Router", logits: Tensor, tasks: Tensor) -> Tensor:
+    """Hard: the expert whose pilots are most similar to the text; see `Router.logits`."""
+    return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+
+
 # A new router is one function and one line here, and one arm in experiments.py.
 ROUTES = {
     "task": route_task,
     "uniform": route_uniform,
     "softmax": route_softmax,
     "sparsegen": route_sparsegen,
+    "entmax15": route_entmax15,
+    "tsallis": route_tsallis,
+    "similarity-mean": route_similarity,
+    "similarity-max": route_similarity,
 }
-NOT_LEARNED = ("task", "uniform")  # these look at no logits; every other router has an MLP
+SIMILARITY = ("similarity-mean", "similarity-max")
+NOT_LEARNED = ("task", "uniform", *SIMILARITY)  # every other router has an MLP
 
 
 @dataclass(frozen=True)
@@ -55,6 +100,8 @@ class RouterConfig:
     expert_dropout: probability of dropping an expert, the others renormalised.
     task_prior: added to the logit of the expert that has the task's name, scaled by
     `Router.anneal`. Noise, dropout and prior act in training alone.
+    init_std: standard deviation of the last layer's first weights. frozen: they stay as they are,
+    a router at random. pilots: of each expert, for routing by similarity.
     """
 
     kind: str = "sparsegen"
@@ -64,14 +111,23 @@ class RouterConfig:
     expert_dropout: float = 0.0
     task_prior: float = 0.0
     per_token: bool = False
+    init_std: float = 0.02
+    frozen: bool = False
+    pilots: int = 4
 
     def __post_init__(self):
         if self.kind not in ROUTES:
             raise ValueError(f"router must be one of {sorted(ROUTES)}, got {self.kind!r}")
         if not 0 <= self.expert_dropout < 1:
             raise ValueError(f"expert_dropout must lie in [0, 1), got {self.expert_dropout}")
-        if self.noise < 0:
-            raise ValueError(f"noise is a standard deviation, got {self.noise}")
+        if self.noise < 0 or self.init_std < 0:
+            raise ValueError(
+                f"noise and init_std are standard deviations, got {self.noise} and {self.init_std}"
+            )
+        if self.kind in SIMILARITY and self.per_token:
+            raise ValueError(f"{self.kind} compares texts, so it cannot route per token")
+        if self.pilots < 1:
+            raise ValueError(f"pilots must be at least 1, got {self.pilots}")
 
 
 class Router(nn.Module):
@@ -89,28 +145,43 @@ class Router(nn.Module):
         self.routed = tuple(name for name in experts if name != config.always_on)
         if not self.routed:
             raise ValueError(f"no expert of {experts} is left to be routed beside always_on")
-        if config.kind == "task" or config.task_prior:
+        if config.kind in ("task", *SIMILARITY) or config.task_prior:
             missing = [task for task in TASKS if task not in self.routed]
             if missing:
                 raise ValueError(
                     f"routing by task needs experts named {TASKS}, {missing} not in {self.routed}"
                 )
+        if config.kind in SIMILARITY and len(self.routed) != len(TASKS):
+            raise ValueError(
+                f"{config.kind} has pilots for {TASKS} alone, but is to route {self.routed}: "
+                "leave the others out or make one always_on"
+            )
         self.anneal = 1.0  # the training loop takes it from 1 to 0
         if config.kind not in NOT_LEARNED:
             self.up = nn.Linear(features, config.hidden)
             self.down = nn.Linear(config.hidden, len(self.routed))
         if config.kind == "sparsegen":
             self.v = nn.Parameter(torch.empty(()))
-        if config.kind not in NOT_LEARNED:
-            self.reset_parameters()
+        if config.kind in SIMILARITY:
+            size = (len(self.routed), config.pilots, features)
+            self.pilots = nn.Parameter(torch.zeros(size), requires_grad=False)
+        self.penalty: Tensor | None = None  # of the last call, for kinds that have one
+        self.reset_parameters()
+        if config.frozen:
+            self.requires_grad_(False)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Small logits, so every expert starts with a share and a gradient."""
+        if self.config.kind in NOT_LEARNED:
+            return
         draw_into(
             self.up.weight,
             lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5), generator=generator),
         )
-        draw_into(self.down.weight, lambda w: nn.init.normal_(w, std=0.02, generator=generator))
+        draw_into(
+            self.down.weight,
+            lambda w: nn.init.normal_(w, std=self.config.init_std, generator=generator),
+        )
         nn.init.zeros_(self.up.bias)
         nn.init.zeros_(self.down.bias)
         if self.config.kind == "sparsegen":
@@ -123,7 +194,17 @@ class Router(nn.Module):
         return 0.1 + F.softplus(self.v)
 
     def logits(self, pooled: Tensor) -> Tensor:
-        """(B, D) -> (B, routed experts); zeros where nothing is learned."""
+        """(B, D) -> (B, routed experts); zeros where nothing is learned.
+
+        By similarity it is the cosine with an expert's pilots: their mean, as RouterRetriever is
+        described, or the largest, as its code does (arXiv 2409.02685).
+        """
+        if self.config.kind in SIMILARITY:
+            if not self.pilots.any():
+                raise ValueError(f"{self.config.kind} has no pilots yet: train.pilots makes them")
+            pilots = F.normalize(self.pilots.to(pooled.dtype), dim=-1)
+            cosine = torch.einsum("bd,ekd->bek", F.normalize(pooled, dim=-1), pilots)
+            return cosine.mean(-1) if self.config.kind == "similarity-mean" else cosine.amax(-1)
         if self.config.kind in NOT_LEARNED:
             return pooled.new_zeros(len(pooled), len(self.routed))
         return self.down(F.silu(self.up(F.rms_norm(pooled, pooled.shape[-1:]))))

@@ -19,7 +19,7 @@ from kernels.swiglu import swiglu as fused_swiglu
 from model.config import DecoderConfig
 from model.lora import LinearGroup, LoRAConfig
 from model.packed import Packed, per_token, segment_mean
-from model.router import Router, RouterConfig
+from model.router import SIMILARITY, Router, RouterConfig
 
 
 class RMSNorm(nn.Module):
@@ -234,11 +234,14 @@ class Decoder(nn.Module):
             _weight=torch.zeros(config.vocab_size, config.hidden_size, dtype=dtype),
             _freeze=True,
         )
+        # By similarity the first routed layer, whose input is the base's, decides for all.
+        self.routes_once = router is not None and router.kind in SIMILARITY
         self.layers = nn.ModuleList()
         for i in range(config.num_hidden_layers):
             mine = lora if lora is not None and i >= lora.first_layer else None
             gate = None
-            if mine is not None and router is not None:
+            first = mine is not None and i == mine.first_layer
+            if mine is not None and router is not None and (first or not self.routes_once):
                 gate = Router(config.hidden_size, mine.experts, router)
                 gate = gate.double() if dtype == torch.float64 else gate
             self.layers.append(DecoderLayer(config, mine, gate, dtype))
@@ -325,6 +328,8 @@ class Decoder(nn.Module):
                 x, delta, used = layer(*inputs)
             if used is not None:
                 routing.append(used)
+            if self.routes_once and weights is None:
+                weights = used
         if self.fused and norm:
             weight, eps = self.norm.weight, self.norm.eps
             return add_rmsnorm_pool(x, delta, weight, eps, batch.segments)[1], routing

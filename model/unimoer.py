@@ -94,8 +94,7 @@ class UniMoER(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, LinearGroup | Router | LinearScore | YesNoScore):
-                if not isinstance(module, Router) or hasattr(module, "up"):
-                    module.reset_parameters(generator)
+                module.reset_parameters(generator)
 
     @property
     def device(self) -> torch.device:
@@ -116,6 +115,12 @@ class UniMoER(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """Every trainable parameter: experts, routers, head."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def kept(self) -> dict[str, nn.Parameter]:
+        """What is saved: all that is trained, and what routers have that is not."""
+        return {
+            name: p for name, p in self.named_parameters() if p.requires_grad or ".router." in name
+        }
 
     def compact(self) -> "UniMoER":
         """Keep what serving needs: no fp32 masters, two thirds of the experts' bytes in
@@ -299,7 +304,7 @@ class UniMoER(nn.Module):
             raise ValueError("compact() dropped what would be saved: save before it, or load again")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach() for name, p in self.trained().items()}
+        tensors = {name: p.detach() for name, p in self.kept().items()}
         heads = {name: t for name, t in tensors.items() if name.startswith("head.")}
         adapters = {name: t for name, t in tensors.items() if name not in heads}
         (folder / "config.json").unlink(missing_ok=True)
@@ -358,7 +363,7 @@ class UniMoER(nn.Module):
     @torch.no_grad()
     def load_trained(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Copy experts, routers and head; names and shapes must match exactly."""
-        mine = self.trained()
+        mine = self.kept()
         problems = [f"missing: {name}" for name in mine.keys() - tensors.keys()]
         problems += [f"unexpected: {name}" for name in tensors.keys() - mine.keys()]
         problems += [

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     (name, arm, scale)
     for name in EXPERIMENTS
-    for arm in experiments.arms(name, controls=True, aa=True)
     for scale in SCALES
+    for arm in experiments.arms(name, controls=True, aa=True, scale=scale)
 ]
 # What an arm may differ in; everything else is the same for all, so that they can be compared.
 ARM_FIELDS = {"tasks", "experts", "ranks", "router", "router_noise", "expert_dropout"}
@@ -90,6 +90,13 @@ def test_the_sweep_decides_for_an_arm_and_its_controls(monkeypatch):
         name: row for e in EXPERIMENTS.values() for name, row in {**e.controls, **e.aa}.items()
     }
     assert all(row["tuned_as"] in EXPERIMENTS["kill_gate"].arms for row in every.values())
+    changed = [
+        row.get("tuned_as", arm) in experiments.ARMS
+        for e in EXPERIMENTS.values()
+        if e.report != "sweep"
+        for arm, row in e.arms.items()
+    ]
+    assert all(changed), "every arm takes the rates that a sweep has settled"
 
 
 def test_the_sweep_tries_every_arm_on_dev():
@@ -164,3 +171,43 @@ def test_it_needs_the_standard_library_alone():
         [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.stdout.strip(), done.stderr) == (str(len(EXPERIMENTS)), "")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_ladder_has_all_three_arms_at_each_size(scale):
+    arms = experiments.arms("scale_study", scale=scale)
+    sizes = {}
+    for arm in arms:
+        made = experiments.config("scale_study", arm, scale, 0)
+        sizes.setdefault((made.layers, made.adapter_layers), []).append(arm)
+        size = experiments.size_of("scale_study", arm, scale)
+        plain = experiments.plain("scale_study", scale, **size)
+        assert (plain.layers, plain.adapter_layers) == (made.layers, made.adapter_layers)
+    assert all(len(members) == 3 for members in sizes.values())
+    assert len({experiments.baselines_name(experiments.size_of("scale_study", arm, scale))
+                for arm in arms}) == len(sizes)  # fmt: skip
+    if scale == "small":
+        assert [layers for layers, _ in sizes] == [8, 12, 16, 24, 30]
+        assert all(layers - first == 4 for layers, first in sizes)
+
+
+def test_soft_and_hard_have_as_many_ranks():
+    """What the arms differ in is how the same capacity is weighed."""
+    arms = experiments.arms("soft_vs_hard", controls=True)
+    ranks = {
+        arm: sum(experiments.config("soft_vs_hard", arm, "small", 0).ranks)
+        for arm, row in arms.items()
+        if row.get("router")
+    }
+    assert len(ranks) == 13 and set(ranks.values()) == {48}
+
+
+def test_what_is_the_same_trial_in_two_experiments_has_the_same_config():
+    def made(experiment: str, arm: str) -> Config:
+        return experiments.config(experiment, arm, "small", 1)
+
+    for arm in experiments.SIZED:
+        assert made("kill_gate", arm) == made("soft_vs_hard", arm) == made("remedies", arm)
+        assert made("kill_gate", arm) == made("scale_study", f"{arm}-16l")
+    assert made("kill_gate", "joint-moe") == made("soft_vs_hard", "sparsegen")
+    assert made("kill_gate", "joint-moe") == made("rank_sweep", "all-r16")

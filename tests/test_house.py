@@ -22,7 +22,11 @@ OUTSIDE = ("bench", "tests")  # may import anything, and nothing imports them
 OURS = {*ORDER, LEAF, *OUTSIDE}
 ONLY_IN = {"mteb": "eval"}  # pulls transformers in
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-MODULES = {"pytrec_eval_terrier": "pytrec_eval", "pystemmer": "Stemmer"}  # distribution -> module
+MODULES = {  # distribution -> module
+    "pytrec_eval_terrier": "pytrec_eval",
+    "pystemmer": "Stemmer",
+    "scikit_learn": "sklearn",
+}
 LINES = 400
 
 

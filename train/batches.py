@@ -123,18 +123,18 @@ class TrainingData:
                 pairs.append((collection.queries[query], collection.corpus[document]))
         self.reranking_texts = states(tokenizer.pairs(pairs), "training pairs")
 
-    def _batch_queries(self, task: str, step: int, size: int) -> list[str]:
+    def _batch_queries(self, task: str, step: int, size: int, seed: int | None) -> list[str]:
         """The step's queries: each epoch is a permutation of its own."""
         order = list(self.used[task])
         per_epoch = len(order) // size
         epoch, at = divmod(step, per_epoch)
-        seed = self.config.seed + self.config.seed_offset
+        seed = self.config.seed + self.config.seed_offset if seed is None else seed
         random.Random(f"{seed} {task} {epoch}").shuffle(order)
         return order[at * size : (at + 1) * size]
 
-    def embedding(self, step: int) -> EmbeddingBatch:
-        """The embedding micro-batch of a step."""
-        queries = self._batch_queries("embedding", step, self.config.embedding_batch)
+    def embedding(self, step: int, seed: int | None = None) -> EmbeddingBatch:
+        """The embedding micro-batch of a step; seed: of the order, if not the config's."""
+        queries = self._batch_queries("embedding", step, self.config.embedding_batch, seed)
         hard = [d for q in queries for d in self.negatives[q][: self.config.hard_negatives]]
         # A document that serves two queries appears once: it is no negative of its own query.
         documents = list(dict.fromkeys([self.positive[q] for q in queries] + hard))
@@ -157,9 +157,9 @@ class TrainingData:
             ids=queries,
         )
 
-    def reranking(self, step: int) -> RerankingBatch:
+    def reranking(self, step: int, seed: int | None = None) -> RerankingBatch:
         """The reranking micro-batch of a step."""
-        queries = self._batch_queries("reranking", step, self.config.reranking_batch)
+        queries = self._batch_queries("reranking", step, self.config.reranking_batch, seed)
         size = self.config.group_size
         return RerankingBatch(
             pairs=[self.group_at[q] + i for q in queries for i in range(size)],

@@ -16,12 +16,14 @@ from experiments import Config
 from kernels.info_nce import info_nce
 from model import weights
 from model.prefix import TextSet
+from model.router import NOT_LEARNED
 from model.unimoer import UniMoER
-from train import losses
+from train import losses, pcgrad
 from train.batches import TrainingData
 from train.optim import adamw, schedule
 
-# Called after each step with the step and its log line; what an analysis watches is passed in.
+# Called after each step with the step and its log line, to which it may add before it is written:
+# what is in the log is there after a kill. What an analysis watches is passed in.
 Callback = Callable[[int, dict], None]
 
 
@@ -39,10 +41,13 @@ def _ordered(texts: TextSet, indices: list[int], model: UniMoER):
 
 
 def embedding_loss(
-    model: UniMoER, data: TrainingData, step: int
+    model: UniMoER, data: TrainingData, step: int, seed: int | None = None
 ) -> tuple[Tensor, list[Tensor], list[str]]:
-    """InfoNCE of the step's embedding micro-batch, its routing weights by layer, its query ids."""
-    rows, c = data.embedding(step), data.config
+    """InfoNCE of the step's embedding micro-batch, its routing weights by layer, its query ids.
+
+    seed: of the order of the batches, if not the config's.
+    """
+    rows, c = data.embedding(step, seed), data.config
     batch, states, back = _ordered(data.embedding_texts, rows.queries + rows.documents, model)
     vectors, routing = model.embed(batch, states)
     vectors = vectors[back]
@@ -58,10 +63,10 @@ def embedding_loss(
 
 
 def reranking_loss(
-    model: UniMoER, data: TrainingData, step: int
+    model: UniMoER, data: TrainingData, step: int, seed: int | None = None
 ) -> tuple[Tensor, list[Tensor], list[str]]:
     """Listwise or pointwise loss of the step's reranking micro-batch; else as above."""
-    rows = data.reranking(step)
+    rows = data.reranking(step, seed)
     batch, states, back = _ordered(data.reranking_texts, rows.pairs, model)
     scores, routing = model.score(batch, states)
     loss = losses.RERANKING[data.config.reranking_loss](scores[back].view(-1, rows.size))
@@ -122,6 +127,7 @@ def train(
     optimizer = adamw(
         parameters, config.learning_rate, config.head_learning_rate, config.weight_decay
     )
+    routers = list(model.routers().values())
     seed = config.seed + config.seed_offset
     log_path, folder = _log_path(place), _checkpoint_folder(place)
     start, log = _resume(model, optimizer, parameters, config, folder, log_path)
@@ -135,26 +141,35 @@ def train(
             share = schedule(step, config.steps, config.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
-            for router in model.routers().values():
+            for router in routers:
                 router.anneal = 1 - step / config.steps
             line: dict = {"step": step, "learning_rate": config.learning_rate * share}
-            total = torch.zeros((), device=model.device)
+            rest = torch.zeros((), device=model.device)  # losses of no task
             routing, ids = {}, {}
+            penalties: list[Tensor] = []
+            weighted: dict[str, Tensor] = {}
             for task in config.tasks:
                 loss, routing[task], ids[task] = TASK_LOSS[task](model, data, step)
-                total = total + task_weight[task] * loss
+                weighted[task] = task_weight[task] * loss
+                penalties += [r.penalty for r in routers if r.penalty is not None]
                 line[f"loss_{task}"] = loss.item()
-            if model.routers():
+            if routing[config.tasks[0]]:
                 routed = [name != config.always_on for name in config.experts]
                 layers = zip(*routing.values(), strict=True)
                 mixed = [torch.cat(layer)[:, routed] for layer in layers]  # (B, routed experts)
                 aux = losses.balance(mixed, config.balance)
-                total = total + config.balance_weight * aux
+                rest = rest + config.balance_weight * aux
                 line["loss_balance"] = aux.item()
-                # Routed by task, the shared expert is idle by design.
-                line |= routing_line(routing, config.experts, alarm=config.router != "task")
+                if penalties:
+                    rest = rest + config.penalty_weight * torch.stack(penalties).mean()
+                # Where the router learns nothing, an idle expert is so by design.
+                line |= routing_line(routing, config.experts, config.router not in NOT_LEARNED)
             optimizer.zero_grad(set_to_none=True)
-            total.backward()
+            total = torch.stack(list(weighted.values())).sum() + rest
+            if config.pcgrad:
+                pcgrad.backward(weighted, rest, list(parameters.values()))
+            else:
+                total.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip).item()
             line["gradient_norm"] = norm
             if not (math.isfinite(total.item()) and math.isfinite(norm)):
@@ -165,11 +180,11 @@ def train(
                     "Lower learning_rate or clip, or look at these texts"
                 )
             optimizer.step()
+            if callback is not None:
+                callback(step, line)
             log.append(line)
             log_file.write(json.dumps(line) + "\n")
             log_file.flush()
-            if callback is not None:
-                callback(step, line)
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 os.fsync(log_file.fileno())  # the log is never behind its checkpoint
                 _save(optimizer, parameters, config, folder, step + 1)

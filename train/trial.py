@@ -21,11 +21,12 @@ from eval.protocol import EvaluationSet
 from experiments import Config
 from model.lora import LoRAConfig
 from model.prefix import TextSet, prefix_states
-from model.router import RouterConfig
+from model.router import SIMILARITY, RouterConfig
 from model.tokens import Prompts
 from model.unimoer import ModelConfig, UniMoER
 from train.batches import TrainingData
-from train.loop import train
+from train.loop import Callback, train
+from train.pilots import fit_pilots
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = 1
@@ -74,6 +75,10 @@ def model_config(config: Config) -> ModelConfig:
             noise=config.router_noise,
             expert_dropout=config.expert_dropout,
             task_prior=config.task_prior,
+            per_token=config.per_token,
+            init_std=config.router_std,
+            frozen=config.router_frozen,
+            pilots=config.pilots,
         )
     return ModelConfig(
         base=config.base,
@@ -153,17 +158,30 @@ class Workbench:
         return self._evaluation[key]
 
 
-def run_trial(config: Config, arm: str, place: Path, bench: Workbench) -> dict:
+# Makes a callback of the training loop for a trial, or None.
+Watch = Callable[[UniMoER, TrainingData, Config], Callback | None]
+
+
+def run_trial(
+    config: Config, arm: str, place: Path, bench: Workbench, watch: Watch | None = None
+) -> dict:
     """Train and evaluate one arm with one seed; the result as it is stored.
 
+    watch: what is to be measured during training; its numbers go into the curve.
     The trained model lies beside it as `<place>.model`, for `UniMoER.from_pretrained`.
     """
     started = time.perf_counter()
     model = bench.model(config)
     data = TrainingData(bench.collection, model.tokenizer, config, bench.states(model, config))
+    if config.router in SIMILARITY:
+        fit_pilots(model, data)
     prepared = time.perf_counter()
 
+    watched = watch(model, data, config) if watch else None
+
     def after_step(step: int, line: dict) -> None:
+        if watched is not None:
+            watched(step, line)
         if step % TRIM_EVERY == 0:
             _trim_heap()
 
@@ -230,6 +248,7 @@ def _record(config: Config, arm: str, bench: Workbench, model: UniMoER) -> dict:
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "numpy", "tokenizers", "bm25s")},
         },
+        "body_parameters": _body_parameters(model),
         "device": device_name(bench.device),
         "kernels": "triton" if model.decoder.fused else "torch",
     }
@@ -262,6 +281,12 @@ def device_name(device: str) -> str:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     processor = (models or [platform.processor() or platform.machine()])[0]
     return f"{processor}, {torch.get_num_threads()} threads"
+
+
+def _body_parameters(model: UniMoER) -> int:
+    """Of the base, the embeddings left out."""
+    weights = model.decoder.named_weights().items()
+    return sum(t.numel() for name, t in weights if "embed_tokens" not in name)
 
 
 def _trim_heap() -> None:

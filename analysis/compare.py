@@ -1,0 +1,339 @@
+"""The arms of an experiment against one of them -> comparison.json, report.md and a figure.
+
+The family of Holm's correction is every difference that the report shows: all arms but the
+reference and the specialists, on all tasks.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import experiments
+from analysis import figures, judge
+from analysis.figures import METRIC, TASKS, label, p_value, span, table
+from analysis.page import provenance, warnings, write_folder
+from eval import stats
+
+SPECIALISTS = tuple(stats.SPECIALIST.values())
+PAGE = """# {title}
+
+**Question.** {v[question]}
+
+**Expected, before the first run.** {v[expected]}
+{notes}
+## Reading
+
+{reading}
+
+## Scores
+
+nDCG@10 × 100, {v[split]} split: the mean over {seeds} seeds ± their standard deviation, and its
+95 % interval over seeds and queries ({queries}). Collapsed: the share of seeds in whose last step
+an expert carried under 1 % of the weight in more than half of the layers.
+
+{scores}## Differences to {reference}
+
+In points of nDCG@10 with 95 % intervals over seeds and queries; above 0 the arm is the better one.
+Holm: p adjusted over all {family} differences of this table. Detectable: the smallest difference
+that this run would find with 80 % power at Holm's first step.
+
+{differences}{picture}## Where the weights went
+
+Mean expert weights over the last training batch, all layers and seeds.
+
+{routing}
+## What could not be concluded
+
+{limits}
+
+## Provenance
+
+{provenance}
+"""
+CAPTION = (
+    "Difference of each arm to {reference} in points of nDCG@10: mean over seeds (large dot) with "
+    "its 95 % interval over seeds and queries, and single seeds (small dots), each held against "
+    "the reference's seed of that number; orange: told from chance after Holm's correction."
+)
+
+
+def write(folder: Path) -> dict[str, Any]:
+    """Write the report of runs/<experiment>/<setting> into it; return what comparison.json holds.
+
+    Arms, seeds or a reference that are missing are shown as missing. Raises ValueError as
+    `judge.load`, and if there is no trial at all.
+    """
+    folder = folder.resolve()
+    baselines, arms = judge.load(folder)
+    if not arms:
+        raise ValueError(f"{folder} has no trial yet: `python -m run run` makes them")
+    found = compare(folder, baselines, arms)
+    drawn = {"differences": draw(found)} if found["differences"] else {}
+    write_folder(folder, {"comparison.json": found}, markdown(found), drawn)
+    return found
+
+
+def compare(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> dict[str, Any]:
+    """Every number of the report."""
+    study = experiments.EXPERIMENTS[folder.parent.name]
+    reference, planned = study.reference, judge.planned(folder, False)
+    y, labels = judge.arrays(baselines, arms)
+    every = sorted({seed for trials in arms.values() for seed in trials} | set(range(study.seeds)))
+    rows = {}
+    for arm in dict.fromkeys([*planned, *arms]):
+        trials = arms.get(arm, {})
+        first = next(iter(trials.values()), None)
+        rows[arm] = {
+            "seeds": list(trials),
+            "missing_seeds": [seed for seed in every if seed not in trials],
+            "scores": {
+                task: judge.score_row(y[task], labels[task], arm, trials, task)
+                for task in TASKS
+                if arm in y[task]
+            },
+            "tasks": first["config"]["tasks"] if first else planned[arm].get("tasks", list(TASKS)),
+            "trainable_parameters": first["trainable_parameters"] if first else None,
+            "training_seconds": _mean([t["seconds"]["train"] for t in trials.values()]),
+            "experts": list(first["config"]["experts"]) if first else [],
+            "routing": _routing(list(trials.values())),
+            "collapsed": _mean(["alarm" in t["curve"][-1] for t in trials.values()])
+            if first and first["config"]["router"]
+            else None,
+        }
+    differences = []
+    for task in TASKS:
+        if len(set(labels[task])) < 2 or reference not in y[task]:
+            continue
+        for arm in y[task]:
+            if arm == reference or arm in SPECIALISTS:
+                continue
+            e = stats.arm_difference(y[task], labels[task], arm, reference)
+            both = [s for s in arms[arm] if s in arms[reference]]
+            at = {a: [list(arms[a]).index(s) for s in both] for a in (arm, reference)}
+            paired = y[task][arm][at[arm]] - y[task][reference][at[reference]]
+            differences.append({
+                "arm": arm, "task": task, "difference": e.value, "interval": e.interval,
+                "p": e.p if e.interval else None, "se": e.se if e.interval else None, "df": e.df,
+                "by_seed": (100 * paired.mean(axis=1)).tolist(),
+            })  # fmt: skip
+    known = [row for row in differences if row["p"] is not None]
+    for row, p in zip(known, stats.holm([row["p"] for row in known]), strict=True):
+        level = stats.ALPHA / len(known)
+        row["p_holm"] = p
+        row["detectable"] = stats.smallest_detectable_effect(row["se"], row["df"], level)
+    for row in differences:
+        row.pop("df")
+    files = {"baselines.json": baselines} | {
+        f"{arm}/seed{seed}.json": trial for arm in arms for seed, trial in arms[arm].items()
+    }
+    return {
+        "experiment": folder.parent.name,
+        "setting": folder.name,
+        "question": study.question,
+        "expected": study.expected,
+        "reference": reference,
+        "split": baselines["config"]["split"],
+        "arms": rows,
+        "differences": differences,
+        "references": {
+            name: {
+                task: float(np.mean([row[METRIC] for row in found.values()]))
+                for task, found in baselines[name].items()
+            }
+            for name in figures.REFERENCE_ROWS
+        },
+        "queries": {task: len(labels[task]) for task in TASKS},
+        "clusters": {task: len(set(labels[task])) for task in TASKS},
+        "seconds": sum(sum(file["seconds"].values()) for file in files.values()),
+        "peak_bytes": max(file["peak_bytes"] for file in files.values()),
+        "base": baselines["base"],
+        "data": baselines["data"],
+        **judge.origin(files),
+        "files": list(files),
+    }
+
+
+def _mean(values: list) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _routing(trials: list[dict]) -> dict[str, list[float]]:
+    """task -> mean weight of each expert in the last step."""
+    last = [trial["curve"][-1] for trial in trials]
+    return {
+        task: np.mean([line[f"weights_{task}"] for line in last], axis=0).tolist()
+        for task in TASKS
+        if last and all(f"weights_{task}" in line for line in last)
+    }
+
+
+def reading(v: dict[str, Any]) -> str:
+    """What follows from the differences, in one paragraph."""
+    shown = [row for row in v["differences"] if row.get("p_holm") is not None]
+    if not shown:
+        return "There is nothing to compare yet."
+    said = []
+    sure = [row for row in shown if row["p_holm"] <= stats.ALPHA]
+    for row in sure:
+        word = "above" if row["difference"] > 0 else "below"
+        said.append(
+            f"On {TASKS[row['task']]}, {label(row['arm'])} is {abs(row['difference']):.2f} points "
+            f"{word} {label(v['reference'])} (Holm p {p_value(row['p_holm'])})."
+        )
+    unsure = [row for row in shown if row not in sure]
+    if unsure:
+        least, most = (f([row["detectable"] for row in unsure]) for f in (min, max))
+        said.append(
+            f"{'The' if not sure else 'The other'} {len(unsure)} differences to "
+            f"{label(v['reference'])} cannot be told from chance; what could have been seen is "
+            f"{least:.1f} to {most:.1f} points."
+        )
+    for task in TASKS:
+        best = _best(v, task)
+        if best:
+            said.append(f"The highest mean on {TASKS[task]} is that of {label(best)}.")
+    return " ".join(said)
+
+
+def _best(v: dict[str, Any], task: str) -> str | None:
+    scores = {a: r["scores"][task][METRIC] for a, r in v["arms"].items() if task in r["scores"]}
+    return max(scores, key=lambda arm: scores[arm]) if scores else None
+
+
+def limits(v: dict[str, Any]) -> list[str]:
+    said = []
+    missing = [
+        f"{label(arm)} {', '.join(map(str, row['missing_seeds']))}"
+        for arm, row in v["arms"].items()
+        if row["missing_seeds"]
+    ]
+    if missing:
+        said.append(f"Anything that needs what is missing (arm, seeds): {'; '.join(missing)}.")
+    sizes = {r["trainable_parameters"] for a, r in v["arms"].items() if a not in SPECIALISTS}
+    if len(sizes - {None}) > 1:
+        said.append(
+            "Whether a difference comes from the mechanism or from the number of trainable "
+            "parameters, where the table shows that these differ."
+        )
+    wide = [row for row in v["differences"] if (row.get("detectable") or 0) > 1]
+    if wide:
+        said.append(
+            f"Differences of one point: {len(wide)} of {len(v['differences'])} comparisons could "
+            "not have found one."
+        )
+    return [*said, f"Other collections than {v['data']['name']}, other bases than this one."]
+
+
+def markdown(v: dict[str, Any]) -> str:
+    reference = label(v["reference"])
+    shown = {len(row["seeds"]) for row in v["arms"].values() if row["seeds"]}
+    return PAGE.format(
+        v=v,
+        title=f"{v['experiment'].replace('_', ' ').capitalize()}: {v['setting']}",
+        notes=warnings(v),
+        reading=reading(v),
+        seeds=" or ".join(map(str, sorted(shown))),
+        queries=", ".join(
+            f"{v['queries'][task]:,} queries in {v['clusters'][task]} clusters for {name}"
+            for task, name in TASKS.items()
+        ),
+        scores=scores_table(v),
+        reference=reference,
+        family=sum(row["p"] is not None for row in v["differences"]),
+        differences=differences_table(v),
+        picture=f"![differences](differences.png)\n\n*{CAPTION.format(reference=reference)}*\n\n"
+        if v["differences"]
+        else "",
+        routing=_weights(v),
+        limits="\n".join(f"- {text}" for text in limits(v)),
+        provenance=provenance(v),
+    )
+
+
+def scores_table(v: dict[str, Any]) -> str:
+    rows = []
+    for name, text in figures.REFERENCE_ROWS.items():
+        found = v["references"][name]
+        cells = [f"{100 * found[task]:.2f}" if task in found else "-" for task in TASKS]
+        rows.append([text, *cells, "-", "-", "-", "-"])
+    for arm, row in v["arms"].items():
+        absent = {task: "missing" if task in row["tasks"] else "-" for task in TASKS}
+        cells = [
+            figures.score(row["scores"][task]) if task in row["scores"] else absent[task]
+            for task in TASKS
+        ]
+        count, seconds = row["trainable_parameters"], row["training_seconds"]
+        rows.append([
+            label(arm), *cells, str(len(row["seeds"])),
+            "-" if row["collapsed"] is None else f"{100 * row['collapsed']:.0f} %",
+            "-" if count is None else f"{count:,}",
+            "-" if seconds is None else f"{seconds:,.0f}",
+        ])  # fmt: skip
+    head = ["", *TASKS.values(), "seeds", "collapsed", "trainable parameters", "training, s"]
+    return table(head, rows)
+
+
+def differences_table(v: dict[str, Any]) -> str:
+    rows = [
+        [
+            label(row["arm"]),
+            TASKS[row["task"]],
+            f"{row['difference']:+.2f} {span(row['interval'])}",
+            p_value(row["p"]),
+            p_value(row.get("p_holm")),
+            f"{row['detectable']:.2f}" if row.get("detectable") is not None else "-",
+        ]
+        for row in v["differences"]
+    ]
+    head = ["arm", "task", "difference, points", "p", "Holm p", "detectable"]
+    return (
+        table(head, rows) if rows else f"{label(v['reference'])} has no trial to hold against.\n\n"
+    )
+
+
+def _weights(v: dict[str, Any]) -> str:
+    rows = [
+        [label(arm), TASKS[task], ", ".join(f"{name} {w:.2f}" for name, w in
+                                            zip(row["experts"], weights, strict=True))]
+        for arm, row in v["arms"].items()
+        for task, weights in row["routing"].items()
+    ]  # fmt: skip
+    return table(["arm", "task", "weights"], rows) if rows else "No arm has a router.\n"
+
+
+def draw(v: dict[str, Any]) -> Figure:
+    """A panel a task: each arm's difference to the reference."""
+    with matplotlib.rc_context(figures.STYLE):
+        count = max(sum(row["task"] == task for row in v["differences"]) for task in TASKS)
+        size = (figures.WIDTH, 0.22 * count + 0.85)
+        figure = Figure(figsize=size, layout="constrained")
+        for axes, task in zip(figure.subplots(1, 2), TASKS, strict=True):
+            _panel(axes, [row for row in v["differences"] if row["task"] == task], task)
+            axes.set_xlabel(f"nDCG@10 (× 100) against {label(v['reference'])}")
+        return figure
+
+
+def _panel(axes: Axes, rows: list[dict[str, Any]], task: str) -> None:
+    for at, row in enumerate(rows):
+        sure = (row.get("p_holm") or 1) <= stats.ALPHA
+        colour = figures.COLOURS["joint-single"] if sure else figures.COLOURS["emb-only"]
+        if row["interval"]:
+            axes.plot(row["interval"], [at, at], color=colour, linewidth=1.2)
+        axes.plot(row["difference"], at, "o", color=colour, markersize=4.2)
+        axes.plot(row["by_seed"], [at + 0.28] * len(row["by_seed"]), "o", color=colour,
+                  markersize=2.2, alpha=0.6, markeredgewidth=0)  # fmt: skip
+    axes.axvline(0, color="black", linewidth=0.6, zorder=0)
+    axes.set_title(TASKS[task].capitalize(), fontweight="bold")
+    axes.set_yticks(range(len(rows)), [label(row["arm"]) for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def summary(v: dict[str, Any]) -> str:
+    """The reading, for a terminal."""
+    done = sum(len(row["seeds"]) for row in v["arms"].values())
+    return f"{v['experiment']} {v['setting']}, {done} trials: {reading(v)}"

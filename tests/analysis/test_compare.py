@@ -1,0 +1,99 @@
+"""The comparison of arms: what was planted is found, and nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from analysis import compare
+from eval import stats
+from tests.analysis.made import Maker
+
+SAME = {"embedding": 0.6, "reranking": 0.5}
+ARMS = ("task", "task-shared", "similarity-mean", "uniform")
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Maker:
+    """The reference, specialists, and no other arm yet."""
+    maker = Maker(tmp_path / "soft_vs_hard" / "smoke")
+    maker.baselines()
+    maker.arm("emb-only", {"embedding": 0.65})
+    maker.arm("rank-only", {"reranking": 0.55})
+    maker.arm("sparsegen", SAME)
+    return maker
+
+
+def differences(found: dict) -> dict[tuple[str, str], dict]:
+    return {(row["arm"], row["task"]): row for row in found["differences"]}
+
+
+def test_a_planted_difference_is_found_and_no_other(made: Maker) -> None:
+    for arm in ARMS:
+        made.arm(arm, {**SAME, "reranking": 0.47} if arm == "task" else SAME)
+    found = compare.write(made.folder)
+    rows = differences(found)
+    assert rows.keys() == {(arm, task) for arm in ARMS for task in SAME}
+    sure = {at for at, row in rows.items() if row["p_holm"] <= stats.ALPHA}
+    assert sure == {("task", "reranking")}
+    planted = rows["task", "reranking"]
+    assert planted["difference"] == pytest.approx(-3, abs=0.5)
+    low, high = planted["interval"]
+    assert low < -3 + 0.5 and high < 0 and len(planted["by_seed"]) == 3
+    assert planted["detectable"] < 3 and planted["p_holm"] > planted["p"]
+    text = (made.folder / "report.md").read_text()
+    assert "On reranking, Task is" in text and "below Sparsegen" in text
+    assert "The other 7 differences to Sparsegen cannot be told from chance" in text
+    assert json.loads((made.folder / "comparison.json").read_text()) == found
+    assert (made.folder / "differences.png").exists() and (made.folder / "differences.svg").exists()
+
+
+def test_under_the_null_at_most_a_few_comparisons_are_sure(tmp_path: Path) -> None:
+    """Holm over 8 comparisons: over 60 made-up studies any false one is rare."""
+    false = 0
+    for seed in range(60):
+        maker = Maker(tmp_path / f"{seed}" / "soft_vs_hard" / "smoke", seed=seed)
+        maker.baselines()
+        for arm in ("sparsegen", *ARMS):
+            maker.arm(arm, SAME)
+        baselines, arms = compare.judge.load(maker.folder)
+        rows = compare.compare(maker.folder, baselines, arms)["differences"]
+        false += any(row["p_holm"] <= stats.ALPHA for row in rows)
+    # 5 % of 60 is 3; P(more than 8) is under 1 % even if the rate were 7 %
+    assert false <= 8
+
+
+def test_missing_arms_and_seeds_are_shown_as_missing(made: Maker) -> None:
+    made.arm("task", SAME, seeds=2)
+    found = compare.write(made.folder)
+    assert found["arms"]["task"]["missing_seeds"] == [2]
+    assert found["arms"]["uniform"]["seeds"] == []
+    text = (made.folder / "report.md").read_text()
+    assert "| Uniform | missing | missing | 0 |" in text
+    assert "Task 2; Task-Shared 0, 1, 2" in text
+
+
+def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
+    maker = Maker(tmp_path / "soft_vs_hard" / "smoke")
+    maker.baselines()
+    for arm in ("sparsegen", "task"):
+        maker.arm(arm, SAME, seeds=1)
+    found = compare.write(maker.folder)
+    assert all(row["p"] is None and "p_holm" not in row for row in found["differences"])
+    assert "There is nothing to compare yet." in (maker.folder / "report.md").read_text()
+
+
+def test_collapse_is_counted(made: Maker) -> None:
+    curve = [{"step": 5, "alarm": "collapse: shared carry no weight"}]
+    made.arm("uniform", SAME, curve=curve)
+    found = compare.write(made.folder)
+    assert found["arms"]["uniform"]["collapsed"] == 1
+    assert found["arms"]["sparsegen"]["collapsed"] == 0
+    assert found["arms"]["emb-only"]["collapsed"] is None
+
+
+def test_no_trial_is_an_error(tmp_path: Path) -> None:
+    maker = Maker(tmp_path / "soft_vs_hard" / "smoke")
+    maker.baselines()
+    with pytest.raises(ValueError, match="no trial yet"):
+        compare.write(maker.folder)

@@ -1,0 +1,165 @@
+"""Gradient conflict, planted: the cosine that was put in comes out, in the layers it was put in."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import experiments
+from analysis import gradients
+from analysis.conflict import over_seeds, pick, summarise
+from analysis.gradients import HALVES, PAIRS, conflict, pooled, statistics
+from tests.train.tiny import build, tiny_config, write_collection
+from train.loop import train
+
+OUT, D, R = 12, 20, 4
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_collection(tmp_path_factory.mktemp("data") / "tiny")
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def linear() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A, B, W."""
+    return normal(R, D, seed=0), normal(OUT, R, seed=1), normal(OUT, D, seed=2)
+
+
+def grams(a: torch.Tensor, b: torch.Tensor, w: torch.Tensor, scale: float = 2.0) -> dict:
+    """Of the adapter's gradients for two gradients of the weight, G_0 and G_1."""
+    g = [normal(OUT, D, seed=s) for s in (7, 8)]
+    d_a, d_b = [scale * b.t() @ x for x in g], [scale * x @ a.t() for x in g]
+    return conflict(a, b, d_a, d_b, scale, w)
+
+
+def test_the_induced_gradient_is_the_projection_onto_the_tangent_space() -> None:
+    a, b, w = linear()
+    p_a = a.t() @ torch.linalg.inv(a @ a.t()) @ a
+    p_b = b @ torch.linalg.inv(b.t() @ b) @ b.t()
+    g = [normal(OUT, D, seed=s) for s in (7, 8)]
+    step = [p_b @ x + x @ p_a - p_b @ x @ p_a for x in g]
+    unit = w / w.norm(dim=1, keepdim=True)
+    along = [(s * unit).sum(1, keepdim=True) * unit for s in step]
+    across = [s - t for s, t in zip(step, along, strict=True)]
+    found = grams(a, b, w)
+    for space, (x, y) in {"w": step, "along": along, "across": across}.items():
+        expected = torch.stack([torch.stack([(p * q).sum() for q in (x, y)]) for p in (x, y)])
+        torch.testing.assert_close(found[space], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_induced_gradient_has_no_gauge() -> None:
+    """A -> TA, B -> B inv(T) is the same adapter: only (A, B) coordinates tell them apart."""
+    a, b, w = linear()
+    t = torch.eye(R, dtype=torch.float64) + 0.5 * normal(R, R, seed=9)
+    one, other = grams(a, b, w), grams(t @ a, b @ torch.linalg.inv(t), w)
+    for space in ("w", "along", "across"):
+        torch.testing.assert_close(one[space], other[space], rtol=1e-6, atol=1e-6)
+    assert (one["ab"] - other["ab"]).abs().max() > 1
+
+
+@pytest.mark.parametrize("degrees", [0, 60, 90, 120, 180])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_planted_angle_is_found(degrees: float, noise: float) -> None:
+    """Noise of the halves pulls the raw cosine to 0; the corrected one stays at the angle."""
+    n, angle = 40_000, math.radians(degrees)
+    e = normal(n, seed=0)
+    e /= e.norm()
+    across = normal(n, seed=1)
+    across -= (across @ e) * e
+    r = math.cos(angle) * e + math.sin(angle) * across / across.norm()
+    halves = [
+        v + noise * normal(n, seed=2 + i) / n**0.5 for i, v in enumerate((e, e, 3 * r, 3 * r))
+    ]
+    found = statistics([(halves[i] @ halves[j]).item() for i, j in PAIRS])
+    assert found["corrected"] == pytest.approx(math.cos(angle), abs=0.03)
+    assert found["ratio"] == pytest.approx(1 / 3, abs=0.05)
+    assert found["similarity"] == pytest.approx(0.6, abs=0.05)
+    assert found["removed"] == pytest.approx(max(-found["cosine"], 0))  # type: ignore[operator]
+    if noise:
+        # e: |e|^2 = 1 + noise^2 / 2 after averaging the halves; r: 9 + noise^2 / 2
+        shrunk = math.cos(angle) / math.sqrt((1 + noise**2 / 2) * (1 + noise**2 / 18))
+        assert found["cosine"] == pytest.approx(shrunk, abs=0.03)
+    else:
+        assert found["cosine"] == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+def test_noise_alone_has_no_corrected_cosine() -> None:
+    halves = [normal(4000, seed=i) for i in range(4)]
+    found = statistics([(halves[i] @ halves[j]).item() for i, j in PAIRS])
+    assert found["corrected"] is None and abs(found["cosine"]) < 0.1  # type: ignore[arg-type]
+
+
+def test_a_gradient_of_zero_has_no_cosine() -> None:
+    """B = 0: dA is 0 whatever the task."""
+    assert set(statistics([0.0] * 10).values()) == {None}
+
+
+def planted(angles: dict[int, float]) -> list[dict]:
+    """Rows of layers whose gradients stand at the given angles in degrees."""
+    rows = []
+    for layer, degrees in angles.items():
+        at = math.radians(degrees)
+        v = {"e": torch.tensor([1.0, 0.0]), "r": torch.tensor([math.cos(at), math.sin(at)])}
+        gram = [float(v[HALVES[i][0]] @ v[HALVES[j][0]]) for i, j in PAIRS]
+        place = {"layer": layer, "projection": "q_proj", "expert": "all"}
+        rows += [{**place, "space": space, "gram": gram} for space in gradients.SPACES]
+    return rows
+
+
+def test_conflict_is_found_in_the_layers_it_was_planted_in() -> None:
+    rows = planted({0: 60, 1: 90, 2: 150})
+    found = summarise({0: [(1, rows)], 1: [(1, rows)]})
+    cosines = [found["layers"][layer] for layer in ("0", "1", "2")]
+    assert cosines == pytest.approx([0.5, 0, -(3**0.5) / 2], abs=1e-6)
+    assert found["spaces"]["w"]["conflicts"] == pytest.approx(1 / 3, abs=0.34)  # 90 may be either
+    assert found["cells"]["2"] == {"q_proj": pytest.approx(cosines[2])}
+    together = statistics(pooled(pick(rows, "w")))["cosine"]
+    assert found["spaces"]["w"]["cosine"]["mean"] == pytest.approx(together)
+
+
+def test_over_seeds_is_students_interval() -> None:
+    """1, 2, 3: mean 2, s / sqrt n = 1 / sqrt 3, t(2) = 4.3027."""
+    found = over_seeds([1.0, None, 2.0, 3.0])
+    assert found["mean"] == 2 and found["interval"] == pytest.approx([-0.4841, 4.4841], abs=1e-4)
+    assert over_seeds([1.0])["interval"] is None and over_seeds([None])["mean"] is None
+
+
+@pytest.mark.parametrize("arm", ["joint-single", "joint-moe"])
+def test_watching_changes_nothing_and_survives_in_the_log(
+    arm: str, tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    row = {**experiments.ARMS[arm], "ranks": (4,) if arm == "joint-single" else (4, 3, 2)}
+    config = tiny_config(tiny_base, tiny_data, **row, lora_dropout=0.1, steps=4, probes=1)
+    logs = []
+    for probes in (0, 1):
+        made = replace(config, probes=probes)
+        model, data = build(made)
+        watched = gradients.watch(model, data, made)
+        logs.append(train(model, data, made, tmp_path / f"{probes}", callback=watched))
+    plain = [{k: v for k, v in line.items() if k != "gradients"} for line in logs[1]]
+    assert plain == logs[0]
+    rows = logs[1][-1]["gradients"]
+    experts = {row["expert"] for row in rows}
+    assert experts == ({"all"} if arm == "joint-single" else {"all", *config.experts})
+    cells = {(row["layer"], row["projection"]) for row in rows}
+    assert len(cells) == 2 * 7 and {layer for layer, _ in cells} == {2, 3}
+    # The first seed's gradients of the whole model, straight from autograd
+    model.eval()
+    name = "decoder.layers.3.self_attn.o.lora_B.o_proj"
+    e = gradients.task_gradient(model, data, "embedding", [0])[name]
+    loss = gradients.TASK_LOSS["embedding"](model, data, 0, gradients.PROBE_SEED)[0]
+    (expected,) = torch.autograd.grad(loss, [model.trained()[name]])
+    torch.testing.assert_close(e, expected)
+
+
+def test_memory_does_not_grow_with_the_probes() -> None:
+    """At Qwen3-0.6B's size, 3 experts of rank 16, what is held beside the model: four gradients of
+    the adapters (630,784 parameters a unit of rank) and a fifth while one is made."""
+    assert 5 * 48 * 630_784 * 4 < 0.7e9
