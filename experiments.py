@@ -83,6 +83,7 @@ class Config:
     retrieval_depth: int = 100
     candidates: int = 100  # BM25's own top k per query, nothing forced in
     reranking_queries: int = 0  # 0: all
+    measured: int = 500  # texts of each kind on which a trained model is looked into
     probes: int = 0  # batches of each task, in each half, whose gradients are watched
 
     def __post_init__(self):
@@ -112,7 +113,8 @@ class Experiment:
     controls: further arms, run with CONTROLS=1; aa: those of AA=1. common: what all arms share.
     report: what is made of the trials, a key of run.REPORTS.
 
-    by_scale: scale -> the arms that take the place of `arms` there.
+    by_scale: scale -> the arms that take the place of `arms` there. measures: what is measured of
+    every trained model, keys of run.MEASURES.
 
     Two keys of an arm are not fields of Config: `steps_factor` multiplies the scale's number of
     steps, `tuned_as` names the arm whose row of TUNED it takes, if not its own.
@@ -128,10 +130,12 @@ class Experiment:
     expected: str = ""
     reference: str = ""
     by_scale: dict[str, dict[str, dict]] = field(default_factory=dict)
+    measures: tuple[str, ...] = ()
 
 
 MOE = {"experts": ("embedding", "reranking", "shared"), "ranks": (16, 16, 16)}
 PAIR = {"experts": ("embedding", "reranking"), "ranks": (24, 24)}  # without shared, as many ranks
+BARE = {"query_prompt": "{query}", "pair_prompt": "{query}\n{document}"}  # no templates
 SPARSEGEN = {**MOE, "router": "sparsegen", "router_noise": 0.1, "expert_dropout": 0.1}
 
 ARMS = {
@@ -153,7 +157,7 @@ SCALES = {
         "layers": 2, "adapter_layers": 1, "embedding_pooling": "mean", "reranking_pooling": "mean",
         "document_tokens": 32, "steps": 6, "train_queries": 64, "embedding_batch": 8,
         "reranking_batch": 4, "group_size": 4, "negatives_depth": 20, "learning_rate": 1e-3,
-        "checkpoint_every": 3, "candidates": 5, "reranking_queries": 40,
+        "checkpoint_every": 3, "candidates": 5, "reranking_queries": 40, "measured": 16,
     },
     # Two CPU cores, half an hour: docs/pilot.md tells what was tried.
     "small": {
@@ -161,6 +165,7 @@ SCALES = {
         "reranking_pooling": "mean", "document_tokens": 64, "steps": 80, "train_queries": 1280,
         "embedding_batch": 16, "reranking_batch": 8, "group_size": 4, "negatives_depth": 20,
         "learning_rate": 3e-3, "checkpoint_every": 20, "candidates": 10, "reranking_queries": 200,
+        "measured": 200,
     },
     # One GPU: every layer, longer texts, more steps.
     "full": {
@@ -207,65 +212,30 @@ def _ladder(sizes) -> dict[str, dict]:
     }  # fmt: skip
 
 
+def _like(arm: str, rows: dict[str, dict]) -> dict[str, dict]:
+    """Arms that take the rates of `arm` in TUNED."""
+    return {name: {**row, "tuned_as": arm} for name, row in rows.items()}
+
+
+# fmt: off
 EXPERIMENTS = {
     "kill_gate": Experiment(
         question="Does training one model for retrieval and reranking cost either task?",
         arms=ARMS,
         controls={
-            "joint-half": {"steps_factor": 0.5, "tuned_as": "joint-single"},
-            "emb-only-double": {
-                "tasks": ("embedding",),
-                "steps_factor": 2.0,
-                "tuned_as": "emb-only",
-            },
-            "rank-only-double": {
-                "tasks": ("reranking",),
-                "steps_factor": 2.0,
-                "tuned_as": "rank-only",
-            },
-            "joint-2r": {"ranks": (32,), "tuned_as": "joint-single"},
-            "joint-3r": {"ranks": (48,), "tuned_as": "joint-single"},
-            "uniform-moe": {**MOE, "router": "uniform", "tuned_as": "joint-moe"},
-            "oracle-moe": {**MOE, "router": "task", "tuned_as": "joint-moe"},
+            **_like("joint-single", {"joint-half": {"steps_factor": 0.5}}),
+            **_like("emb-only", {"emb-only-double": {**ARMS["emb-only"], "steps_factor": 2.0}}),
+            **_like("rank-only", {"rank-only-double": {**ARMS["rank-only"], "steps_factor": 2.0}}),
+            **_like("joint-single", {"joint-2r": {"ranks": (32,)}, "joint-3r": {"ranks": (48,)}}),
+            **_like("joint-moe", {
+                "uniform-moe": {**MOE, "router": "uniform"},
+                "oracle-moe": {**MOE, "router": "task"},
+            }),
         },
         aa={
-            "emb-only-aa": {"tasks": ("embedding",), "seed_offset": 1000, "tuned_as": "emb-only"},
-            "rank-only-aa": {"tasks": ("reranking",), "seed_offset": 1000, "tuned_as": "rank-only"},
+            **_like("emb-only", {"emb-only-aa": {**ARMS["emb-only"], "seed_offset": 1000}}),
+            **_like("rank-only", {"rank-only-aa": {**ARMS["rank-only"], "seed_offset": 1000}}),
         },
-    ),
-    "soft_vs_hard": Experiment(
-        question="Does it matter how the experts are weighed: by task, by similarity, softly?",
-        expected="Soft routing is said to let the tasks share what they have in common, so "
-        "Sparsegen should beat the hard switches. But the kill gate saw its router weigh the "
-        "experts alike for both tasks, so no difference to Uniform would surprise nobody.",
-        arms={
-            **{arm: ARMS[arm] for arm in SIZED},
-            **{
-                arm: {**row, "tuned_as": "joint-moe"}
-                for arm, row in {
-                    "task": {**PAIR, "router": "task"},
-                    "task-shared": {**MOE, "router": "task", "always_on": "shared"},
-                    "similarity-mean": {**PAIR, "router": "similarity-mean"},
-                    "similarity-max": {**PAIR, "router": "similarity-max"},
-                    "sparsegen": SPARSEGEN,
-                    "uniform": {**MOE, "router": "uniform"},
-                }.items()
-            },
-        },
-        controls={
-            arm: {**row, "tuned_as": "joint-moe"}
-            for arm, row in {
-                "softmax": {**SPARSEGEN, "router": "softmax"},
-                "tsallis": {**SPARSEGEN, "router": "tsallis"},
-                "entmax15": {**SPARSEGEN, "router": "entmax15"},
-                "token": {**SPARSEGEN, "per_token": True},
-                "always-on": {**SPARSEGEN, "always_on": "shared"},
-                "random": {**MOE, "router": "sparsegen", "router_frozen": True, "router_std": 1.0},
-                "oracle": {**MOE, "router": "task"},
-            }.items()
-        },
-        report="compare",
-        reference="sparsegen",
     ),
     "scale_study": Experiment(
         question="Does interference fade as the model grows?",
@@ -285,32 +255,62 @@ EXPERIMENTS = {
         expected="If sharing hurts because gradients conflict, their cosine should be negative in "
         "Joint-Single, less so between experts that a router has parted, and PCGrad should help.",
         arms={
-            "joint-single": ARMS["joint-single"],
-            "joint-moe": ARMS["joint-moe"],
-            "pcgrad": {"pcgrad": True, "tuned_as": "joint-single"},
+            **{arm: ARMS[arm] for arm in ("joint-single", "joint-moe")},
+            **_like("joint-single", {"pcgrad": {"pcgrad": True}}),
         },
         common={"probes": 4},
         report="conflict",
         reference="joint-single",
     ),
+    "soft_vs_hard": Experiment(
+        question="Does it matter how the experts are weighed: by task, by similarity, softly?",
+        expected="Soft routing is said to let the tasks share what they have in common, so "
+        "Sparsegen should beat the hard switches. But the kill gate saw its router weigh the "
+        "experts alike for both tasks, so no difference to Uniform would surprise nobody.",
+        arms={
+            **{arm: ARMS[arm] for arm in SIZED},
+            **_like("joint-moe", {
+                "task": {**PAIR, "router": "task"},
+                "task-shared": {**MOE, "router": "task", "always_on": "shared"},
+                "similarity-mean": {**PAIR, "router": "similarity-mean"},
+                "similarity-max": {**PAIR, "router": "similarity-max"},
+                "sparsegen": SPARSEGEN,
+                "uniform": {**MOE, "router": "uniform"},
+            }),
+        },
+        controls=_like("joint-moe", {
+            "softmax": {**SPARSEGEN, "router": "softmax"},
+            "tsallis": {**SPARSEGEN, "router": "tsallis"},
+            "entmax15": {**SPARSEGEN, "router": "entmax15"},
+            "token": {**SPARSEGEN, "per_token": True},
+            "always-on": {**SPARSEGEN, "always_on": "shared"},
+            "random": {**MOE, "router": "sparsegen", "router_frozen": True, "router_std": 1.0},
+            "oracle": {**MOE, "router": "task"},
+        }),
+        report="compare",
+        reference="sparsegen",
+    ),
+    "routing": Experiment(
+        question="What does the router read: the task, its template, the domain?",
+        expected="The templates differ, so a router could tell the tasks apart by them alone; the "
+        "kill gate's did not use it. Without templates it should tell even less.",
+        arms=_like("joint-moe", {"joint-moe": SPARSEGEN, "bare-moe": {**SPARSEGEN, **BARE}}),
+        report="routes",
+        reference="joint-moe",
+        measures=("routing",),
+    ),
     "rank_sweep": Experiment(
         question="How much rank does each expert need?",
         expected="Little: one rank is said to be enough for a reranker (arXiv 2504.08780).",
-        arms={
+        arms=_like("joint-moe", {
+            **{f"all-r{r}": {**SPARSEGEN, "ranks": (r,) * 3} for r in (1, 4, 8, 16, 32)},
             **{
-                f"all-r{rank}": {**SPARSEGEN, "ranks": (rank,) * 3, "tuned_as": "joint-moe"}
-                for rank in (1, 4, 8, 16, 32)
+                f"{name}-r{r}": {**SPARSEGEN, "ranks": tuple(
+                    r if name == other else 16 for other in MOE["experts"]
+                )}
+                for name in MOE["experts"] for r in (1, 4, 8, 32)
             },
-            **{
-                f"{name}-r{rank}": {
-                    **SPARSEGEN,
-                    "ranks": tuple(rank if name == other else 16 for other in MOE["experts"]),
-                    "tuned_as": "joint-moe",
-                }
-                for name in MOE["experts"]
-                for rank in (1, 4, 8, 32)
-            },
-        },
+        }),
         report="compare",
         reference="all-r16",
     ),
@@ -320,15 +320,15 @@ EXPERIMENTS = {
         "the losses wins some of it back without one more parameter.",
         arms={
             **ARMS,
-            "pcgrad": {"pcgrad": True, "tuned_as": "joint-single"},
-            **{
-                f"weight-{share}": {
-                    "embedding_weight": share / 50,
-                    "reranking_weight": (100 - share) / 50,
-                    "tuned_as": "joint-single",
-                }
-                for share in (10, 25, 75, 90)
-            },
+            **_like("joint-single", {
+                "pcgrad": {"pcgrad": True},
+                **{
+                    f"weight-{share}": {
+                        "embedding_weight": share / 50, "reranking_weight": 2 - share / 50,
+                    }
+                    for share in (10, 25, 75, 90)
+                },
+            }),
         },
         report="compare",
         reference="joint-single",
@@ -345,6 +345,7 @@ EXPERIMENTS = {
         report="sweep",
     ),
 }
+# fmt: on
 
 
 def arms(

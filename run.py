@@ -15,12 +15,13 @@ from typing import get_origin
 import torch
 
 import experiments
-from analysis import compare, conflict, gradients, report, scale, sweep
+from analysis import compare, conflict, gradients, report, routes, routing, scale, sweep
 from eval import metrics
 from experiments import Config
 from kernels.choice import KERNELS, use_triton
 from model import bases
 from model.config import DTYPES
+from model.unimoer import UniMoER
 from train.batches import check_training
 from train.loop import NonFiniteLoss, forget
 from train.trial import (
@@ -40,8 +41,12 @@ REPORTS = {  # each has write(folder) and summary(what it wrote)
     "sweep": sweep,
     "compare": compare,
     "conflict": conflict,
+    "routes": routes,
     "scale": scale,
 }
+
+# name -> (model, evaluation set, texts of each kind) -> what <arm>/<name>-seed<k>.json holds
+MEASURES = {"routing": routing.measure}
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -109,6 +114,18 @@ def taken_over(path: Path, config: Config, bench: Workbench) -> dict | None:
     return None
 
 
+def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
+    """Measure a trained model, unless that was done; nothing where there is nothing to measure."""
+    path = place.with_name(f"{name}-{place.name}.json")
+    if path.exists():
+        return
+    saved = place.with_name(f"{place.name}.model")
+    model = UniMoER.from_pretrained(saved, bench.device, kernels=bench.kernels)
+    found = MEASURES[name](model, bench.evaluation(model, config), config.measured)
+    if found is not None:
+        write_json(path, {"sources": sources(), **found})
+
+
 def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> None:
     """Their rows, computed where the file is not there."""
     of = f", {plain.layers} layers" if size else ""
@@ -172,6 +189,8 @@ def command_run(args: argparse.Namespace) -> None:
             write_json(path, result)
         forget(place)
         show_row(arm, config.seed, result["scores"])
+        for name in experiments.EXPERIMENTS[args.experiment].measures:
+            look_into(place, name, config, bench)
     command_report(args)
 
 

@@ -48,14 +48,14 @@ class EvaluationSet:
         }
         self.pairs = [(q, d) for q in chosen for d in self.candidates[q]]
         self.clusters = {q: collection.domain.get(q, q) for q in self.queries}
-        self._texts = collection
-        self._tokenizer, self._states = tokenizer, states
+        self.collection = collection
+        self.tokenizer, self._states = tokenizer, states
         self._sets: dict[str, TextSet] = {}
 
     def _set(self, task: str) -> TextSet:
         """The tokenized texts of a task, made when first needed."""
         if task not in self._sets:
-            c, tokenizer = self._texts, self._tokenizer
+            c, tokenizer = self.collection, self.tokenizer
             if task == "embedding":
                 ids = tokenizer.queries([c.queries[q] for q in self.queries])
                 ids += tokenizer.documents([c.corpus[d] for d in self.documents])

@@ -123,7 +123,7 @@ def test_the_split_decides_queries_and_pool(make, collection):
     dev = make(split="dev")
     assert dev.queries == list(collection.qrels["dev"])
     own = replace(collection, pools={**collection.pools, "dev": ["d24", "d25", "d0"]})
-    evaluation = EvaluationSet(own, dev._tokenizer, dev.config, tokens_only)
+    evaluation = EvaluationSet(own, dev.tokenizer, dev.config, tokens_only)
     assert evaluation.documents == ["d24", "d25", "d0"]
     assert {d for _, d in evaluation.pairs} <= {"d24", "d25", "d0"}
     with pytest.raises(ValueError, match="tiny has no final split"):
@@ -191,7 +191,7 @@ def test_the_untrained_rows_ignore_what_was_trained(make, model, config):
     assert rows == evaluation.untrained(fresh)
     assert rows["embedding"] == evaluation.retrieval(fresh, base=True)
     assert rows["embedding"] != evaluation.retrieval(model)
-    collection = evaluation._texts
+    collection = evaluation.collection
     ids = model.tokenizer.pairs(
         [(collection.queries[q], collection.corpus[d]) for q, d in evaluation.pairs]
     )

@@ -1,0 +1,234 @@
+"""What routers do -> routing.json, report.md and figures; the numbers are `analysis.routing`'s."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis import compare, figures, judge
+from analysis.figures import TASKS, label, table
+from analysis.page import provenance, warnings, write_folder
+from eval import stats
+
+KINDS = {"query": "queries", "document": "documents", "pair": "pairs"}
+PAGE = """# {title}
+
+**Question.** {v[question]}
+
+**Expected, before the first run.** {v[expected]}
+{notes}
+## Reading
+
+{reading}
+
+## Does routing follow the task?
+
+Mean over layers and seeds ({texts} texts a kind). Information: what the expert, drawn with a text's
+weights, tells about its task, in bits of at most 1, beside its mean when the labels are
+shuffled; sure: the share of layers and seeds in which chance is ruled out (200 shuffles, Holm over
+layers and seeds). Shift: total variation between mean weights: of the two tasks; of the pair with
+and without its template (`template`, the same words); of the bare pair and the document alone
+(`content`, no template in either).
+
+{task}## Expert by expert
+
+Mean weight over layers and seeds. Dead: layers whose mean weight over both tasks is under 1 %, of
+all layers and seeds. Role: the task that the expert is matched to (Hungarian, on the mean weight),
+in how many seeds.
+
+{experts}{layers}## Does routing follow the domain?
+
+Information on the domain of a text ({domains}), in bits, by kind of text; else as above.
+
+{domain}## Along training
+
+{along}## What could not be concluded
+
+{limits}
+
+## Provenance
+
+{provenance}
+"""
+LAYERS = (
+    "Mean expert weights by layer and kind of text: mean over seeds in a band from the lowest to "
+    "the highest; grey: uniform."
+)
+
+
+def write(folder: Path) -> dict[str, Any]:
+    """Write the report of runs/routing/<setting>; return what routing.json holds.
+
+    Raises ValueError as `judge.load`, and if no trial's routing was measured.
+    """
+    folder = folder.resolve()
+    baselines, arms = judge.load(folder)
+    measured = {
+        arm: {seed: judge.read(path) for seed in trials
+              if (path := folder / arm / f"routing-seed{seed}.json").exists()}
+        for arm, trials in arms.items()
+    }  # fmt: skip
+    measured = {arm: found for arm, found in measured.items() if found}
+    if not measured:
+        raise ValueError(f"{folder} has no measured routing yet: `make routing` makes it")
+    found = compare.compare(folder, baselines, arms)
+    found["measured"] = {arm: summarise(trials) for arm, trials in measured.items()}
+    drawn = {"layers": draw(found, measured)}
+    with matplotlib.rc_context(figures.STYLE):
+        curves = figures.routing(arms)
+    if curves is not None:
+        drawn["along"] = curves
+    write_folder(folder, {"routing.json": found}, markdown(found, "along" in drawn), drawn)
+    return found
+
+
+def summarise(trials: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """One arm: means over layers and seeds, and how often something is sure."""
+    first = next(iter(trials.values()))
+    every = list(trials.values())
+
+    def told(rows: Callable[[dict[str, Any]], list[dict[str, float]]]) -> dict[str, float]:
+        flat = [row for trial in every for row in rows(trial)]
+        adjusted = stats.holm([row["p"] for row in flat])
+        return {
+            "nats": float(np.mean([row["nats"] for row in flat])),
+            "by_chance": float(np.mean([row["by_chance"] for row in flat])),
+            "sure": float(np.mean([p <= stats.ALPHA for p in adjusted])),
+        }
+
+    dead = [name for trial in every for layer in trial["dead"] for name in layer]
+    depth = sum(len(trial["dead"]) for trial in every)
+    return {
+        "seeds": list(trials),
+        "first_layer": first["first_layer"],
+        "experts": first["experts"],
+        "texts": first["texts"],
+        "task": told(lambda trial: trial["task"]),
+        "domain": {kind: told(lambda trial, k=kind: trial["domain"][k]) for kind in KINDS},
+        "shift": {
+            name: float(np.mean([trial["shift"][name] for trial in every]))
+            for name in first["shift"]
+        },
+        "entropy": {t: float(np.mean([trial["entropy"][t] for trial in every])) for t in TASKS},
+        "within": float(np.mean([trial["within"] for trial in every])),
+        "between": float(np.mean([trial["between"] for trial in every])),
+        "weights": {
+            kind: np.mean([np.mean(trial["means"][kind], 0) for trial in every], 0).tolist()
+            for kind in first["means"]
+        },
+        "dead": {name: dead.count(name) / depth for name in first["experts"]},
+        "roles": {
+            name: {task: sum(trial["roles"].get(task) == name for trial in every) for task in TASKS}
+            for name in first["experts"]
+        },
+    }
+
+
+BIT = float(np.log(2))
+
+
+def reading(v: dict[str, Any]) -> str:
+    said = []
+    for arm, found in v["measured"].items():
+        task, shift = found["task"], found["shift"]
+        text = (
+            f"{label(arm)}'s routing tells {task['nats'] / BIT:.3f} bits of the task's 1 "
+            f"({task['by_chance'] / BIT:.3f} by chance), sure in {100 * task['sure']:.0f} % of the "
+            f"layers and seeds; the mean weights of the two tasks lie {100 * shift['task']:.1f} % "
+            "apart"
+        )
+        if shift["template"] >= 0.005 or shift["content"] >= 0.005:
+            more, less = ("template", "content") if shift["template"] > shift["content"] else (
+                "content", "template")  # fmt: skip
+            text += (
+                f", the {more} shifting them more ({100 * shift[more]:.1f} %) than the {less} "
+                f"({100 * shift[less]:.1f} %)"
+            )
+        said.append(f"{text}.")
+        idle = [name for name, share in found["dead"].items() if share > 0.5]
+        if idle:
+            said.append(f"In most layers no text uses {', '.join(idle)}.")
+    said.append(compare.reading(v))
+    return " ".join(said)
+
+
+def markdown(v: dict[str, Any], curves: bool) -> str:
+    task, experts, domain = [], [], []
+    for arm, found in v["measured"].items():
+        shift = [f"{100 * found['shift'][name]:.1f} %" for name in ("task", "template", "content")]
+        task.append([
+            label(arm), *_told(found["task"]), *shift,
+            *(f"{found['entropy'][t]:.2f}" for t in TASKS),
+            f"{found['within']:.4f}", f"{found['between']:.4f}",
+        ])  # fmt: skip
+        for at, name in enumerate(found["experts"]):
+            roles = [f"{t} {n}" for t, n in found["roles"][name].items() if n]
+            experts.append([
+                label(arm), name, *(f"{found['weights'][kind][at]:.3f}" for kind in KINDS),
+                f"{100 * found['dead'][name]:.0f} %", ", ".join(roles) or "-",
+            ])  # fmt: skip
+        for kind, text in KINDS.items():
+            domain.append([label(arm), text, *_told(found["domain"][kind])])
+    one = next(iter(v["measured"].values()))
+    limits = compare.limits(v)
+    limits.insert(0, "Whether an expert does what its name says: weights say who is used, not what "
+                     "for; the probes of each expert's output would.")  # fmt: skip
+    head = ["arm", "information (bits)", "by chance", "sure"]
+    return PAGE.format(
+        v=v,
+        title=f"{v['experiment'].replace('_', ' ').capitalize()}: {v['setting']}",
+        notes=warnings(v),
+        reading=reading(v),
+        texts=next(iter(one["texts"].values())),
+        task=table([*head, "shift: task", "template", "content", "entropy, retrieval (nats)",
+                    "entropy, reranking", "variance within a task", "between tasks"], task),
+        experts=table(["arm", "expert", *KINDS.values(), "dead", "role (seeds)"], experts),
+        layers=f"![layers](layers.png)\n\n*{LAYERS}*\n\n",
+        domains=f"{v['clusters']['embedding']} of them among the queries",
+        domain=table([head[0], "texts", *head[1:]], domain),
+        along="![along](along.png)\n\n*" + figures.CAPTIONS["routing"] + "*\n\n"
+        if curves
+        else "Not drawn: Joint-MoE was not run.\n\n",
+        limits="\n".join(f"- {text}" for text in limits),
+        provenance=provenance(v),
+    )  # fmt: skip
+
+
+def _told(found: dict[str, float]) -> list[str]:
+    return [f"{found['nats'] / BIT:.3f}", f"{found['by_chance'] / BIT:.3f}",
+            f"{100 * found['sure']:.0f} %"]  # fmt: skip
+
+
+def draw(v: dict[str, Any], measured: dict[str, dict[int, dict[str, Any]]]) -> Figure:
+    """A row an arm, a panel a kind of text: the weight of each expert by layer."""
+    with matplotlib.rc_context(figures.STYLE):
+        size = (figures.WIDTH, 1.7 * len(measured) + 0.4)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(measured), len(KINDS), sharey=True, squeeze=False)
+        for line, (arm, trials) in zip(grid, measured.items(), strict=True):
+            first = next(iter(trials.values()))
+            for axes, (kind, text) in zip(line, KINDS.items(), strict=True):
+                w = np.array([trial["means"][kind] for trial in trials.values()])  # (S, layers, E)
+                at = first["first_layer"] + np.arange(w.shape[1])
+                for e, name in enumerate(first["experts"]):
+                    colour, dash = figures.EXPERTS[e], figures.DASHES[e % 4]
+                    axes.plot(at, w[:, :, e].mean(0), color=colour, linestyle=dash, label=name)
+                    axes.fill_between(at, w[:, :, e].min(0), w[:, :, e].max(0), color=colour,
+                                      alpha=0.15, linewidth=0)  # fmt: skip
+                axes.axhline(1 / len(first["experts"]), color=figures.GREY, linewidth=0.6, zorder=0)
+                axes.set_title(f"{label(arm)}, {text}", fontweight="bold")
+                axes.set_xticks(at)
+                axes.set_ylim(0, 1)
+            line[0].set_ylabel("mean weight")
+        for axes in grid[-1]:
+            axes.set_xlabel("layer")
+        grid[0][-1].legend(loc="upper right")
+        return figure
+
+
+def summary(v: dict[str, Any]) -> str:
+    """The reading, for a terminal."""
+    return f"{v['experiment']} {v['setting']}: {reading(v)}"

@@ -1,0 +1,158 @@
+"""What the routers of a trained model do: with task, template, domain and layer.
+
+The expert of a text is taken as drawn with its weights, Z ~ w(text), so that soft and hard routers
+have one measure: I(Z; Y) = H(mean w) - sum_y p(y) H(mean w given y), in nats. It is 0 when all
+groups of texts are weighed alike and H(Y) at most. Estimated from a sample it is above 0 by chance,
+so it stands beside its mean under shuffled labels, and the share of shuffles that reach it.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from eval.protocol import EvaluationSet
+from model.prefix import TextSet
+from model.router import TASKS
+from model.unimoer import UniMoER
+
+SHUFFLES = 200
+# kind of input -> the task whose forward pass sees it
+KINDS = {
+    "query": "embedding",
+    "document": "embedding",
+    "pair": "reranking",
+    "bare pair": "embedding",  # the words of the pair without its template
+}
+OF_TASK = {"embedding": ("query", "document"), "reranking": ("pair",)}
+
+
+def inputs(evaluation: EvaluationSet, count: int) -> tuple[dict[str, list[list[int]]], list[str]]:
+    """Token ids of each kind, `count` of each at most and text i from query i; their domains."""
+    texts, tokenizer = evaluation.collection, evaluation.tokenizer
+    order = sorted(evaluation.queries, key=lambda query: random.Random(query).random())[:count]
+    queries = [texts.queries[q] for q in order]
+    best = [max(evaluation.qrels[q], key=lambda d, q=q: evaluation.qrels[q][d]) for q in order]
+    documents = [texts.corpus[d] for d in best]
+    pairs = list(zip(queries, documents, strict=True))
+    found = {
+        "query": tokenizer.queries(queries),
+        "document": tokenizer.documents(documents),
+        "pair": tokenizer.pairs(pairs),
+        "bare pair": tokenizer.documents([f"{q}\n{d}" for q, d in pairs]),
+    }
+    return found, [evaluation.clusters[q] for q in order]
+
+
+def weigh(model: UniMoER, ids: list[list[int]], task: str) -> np.ndarray:
+    """(n, layers, E) weights; the mean over a text's tokens where tokens are routed."""
+    step = model.embed if task == "embedding" else model.score
+    kept: list[np.ndarray] = []
+
+    def watched(batch, states, base):
+        result, routing = step(batch, states, base)
+        rows = np.stack([w.float().cpu().numpy() for w in routing], 1)  # (B or N, layers, E)
+        if len(rows) != len(batch.lengths):
+            ends = np.cumsum(batch.lengths)
+            rows = np.stack([part.mean(0) for part in np.split(rows, ends[:-1])])
+        kept.append(rows)
+        return result, routing
+
+    order = [i for indices, _ in model.over(TextSet(ids), watched) for i in indices]
+    return np.concatenate(kept)[np.argsort(order)]
+
+
+def entropy(w: np.ndarray) -> np.ndarray:
+    """Of weights (..., E), in nats."""
+    safe = np.where(w > 0, w, 1.0)
+    return -(safe * np.log(safe)).sum(-1)
+
+
+def information(
+    w: np.ndarray, labels: Sequence[Any] | np.ndarray, seed: int = 0
+) -> dict[str, float]:
+    """I(Z; label) of weights (n, E), its mean under `SHUFFLES` shuffles, and p."""
+    _, ids = np.unique(np.asarray(labels), return_inverse=True)
+    rng = np.random.default_rng(seed)
+    w = w / w.sum(-1, keepdims=True)  # an always-on expert weighs 1 beside the others' simplex
+    share = np.bincount(ids) / len(ids)
+
+    def value(of: np.ndarray) -> float:
+        sums = np.zeros((len(share), w.shape[1]))
+        np.add.at(sums, of, w)
+        means = sums / np.bincount(of)[:, None]
+        return float(entropy(w.mean(0)) - (share * entropy(means)).sum())
+
+    found = value(ids)
+    shuffled = [value(rng.permutation(ids)) for _ in range(SHUFFLES)]
+    reached = sum(other >= found - 1e-12 for other in shuffled)
+    return {
+        "nats": max(found, 0.0),
+        "by_chance": float(np.mean(shuffled)),
+        "p": (1 + reached) / (1 + SHUFFLES),
+    }
+
+
+def roles(by_task: dict[str, np.ndarray], experts: Sequence[str]) -> dict[str, str]:
+    """Each task's own expert, no expert twice: what favours it most against the other tasks.
+
+    Hungarian assignment on the mean weight of an expert in the task less its mean over tasks.
+    """
+    mean = np.stack([by_task[task] for task in by_task])
+    rows, columns = linear_sum_assignment(-(mean - mean.mean(0)))
+    found = zip(rows.tolist(), columns.tolist(), strict=True)
+    return {list(by_task)[int(i)]: experts[int(j)] for i, j in found}
+
+
+def summarise(
+    weights: dict[str, np.ndarray], domains: Sequence[str], experts: Sequence[str]
+) -> dict[str, Any]:
+    """Every statistic of the weights (n, layers, E) of each kind in `KINDS`; by layer in lists."""
+    of_task = {t: np.concatenate([weights[k] for k in OF_TASK[t]]) for t in TASKS}
+    # As many texts of each task, so that the label's entropy is ln 2.
+    size = min(map(len, of_task.values()))
+    rng = np.random.default_rng(0)
+    even = {t: w[rng.permutation(len(w))[:size]] for t, w in of_task.items()}
+    both, labels = np.concatenate(list(even.values())), np.repeat(TASKS, size)
+    layers = range(both.shape[1])
+    means = {kind: w.mean(0) for kind, w in weights.items()}  # (layers, E)
+    by_task = {t: w.mean(0) for t, w in of_task.items()}
+    shift = {  # total variation between mean weights
+        "template": _distance(means["pair"], means["bare pair"]),
+        "content": _distance(means["bare pair"], means["document"]),
+        "task": _distance(by_task["embedding"], by_task["reranking"]),
+    }
+    mixed = both.mean(0)
+    return {
+        "experts": list(experts),
+        "texts": {kind: len(w) for kind, w in weights.items()},
+        "means": {kind: m.round(5).tolist() for kind, m in means.items()},
+        "entropy": {t: entropy(w).mean(0).tolist() for t, w in of_task.items()},
+        "dead": [[experts[e] for e in np.flatnonzero(row < 0.01).tolist()] for row in mixed],
+        "within": np.mean([w.var(0).sum(-1) for w in of_task.values()], 0).tolist(),
+        "between": np.stack(list(by_task.values())).var(0).sum(-1).tolist(),
+        "task": [information(both[:, i], labels) for i in layers],
+        "domain": {
+            kind: [information(weights[kind][:, i], domains) for i in layers]
+            for kind in ("query", "document", "pair")
+        },
+        "shift": {name: values.tolist() for name, values in shift.items()},
+        "roles": roles({t: m.mean(0) for t, m in by_task.items()}, experts),
+    }
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.abs(a - b).sum(-1) / 2
+
+
+def measure(model: UniMoER, evaluation: EvaluationSet, count: int) -> dict[str, Any] | None:
+    """The summary of a trained model on `count` texts of each kind; None without a router."""
+    if not model.routers():
+        return None
+    ids, domains = inputs(evaluation, count)
+    weights = {kind: weigh(model, ids[kind], task) for kind, task in KINDS.items()}
+    assert model.config.lora is not None
+    found = summarise(weights, domains, model.config.lora.experts)
+    return {"first_layer": model.config.lora.first_layer, **found}

@@ -1,0 +1,142 @@
+"""CKA, spectra and STIR at values that are known."""
+
+import math
+
+import pytest
+import torch
+
+from analysis import spectra
+from analysis.cka import CKA, cka, hsic
+from analysis.subspace import rank_for, stir
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def rotation(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.linalg.qr(normal(n, n, seed=seed))[0]
+
+
+# CKA -------------------------------------------------------------------------------------------
+
+
+def test_cka_of_rotated_features_is_one() -> None:
+    x = normal(200, 12)
+    assert cka(x, 3 * x @ rotation(12) + 5, batch=64) == pytest.approx(1)
+
+
+def test_cka_of_unrelated_features_is_zero_even_where_they_are_wide() -> None:
+    """The biased estimate is far from 0 here: 50 inputs of 400 features."""
+    values = [cka(normal(50, 400, seed=i), normal(50, 400, seed=100 + i)) for i in range(20)]
+    assert sum(values) / 20 == pytest.approx(0, abs=0.02)  # type: ignore[arg-type]
+    k, l = (t @ t.t() for t in (normal(50, 400), normal(50, 400, seed=1)))  # noqa: E741
+    centre = torch.eye(50, dtype=torch.float64) - 1 / 50
+    k, l = centre @ k @ centre, centre @ l @ centre  # noqa: E741
+    assert (k * l).sum() / (k.norm() * l.norm()) > 0.8
+
+
+def test_hsic_is_unbiased() -> None:
+    """Its mean over samples of 5 is the population's squared covariance, here 1 for y = x."""
+    found = [
+        hsic(*(t @ t.t() for t in (x, x))) for x in (normal(5, 1, seed=s) for s in range(4000))
+    ]
+    assert torch.stack(found).mean().item() == pytest.approx(1, abs=0.15)
+
+
+def test_minibatches_are_averaged_before_the_ratio() -> None:
+    x, y = normal(128, 6), normal(128, 6) + normal(128, 6, seed=1)
+    made = CKA()
+    for a, b in zip(x.split(32), y.split(32), strict=True):
+        made.add(a, b)
+    parts = [[hsic(p @ p.t(), q @ q.t()) for p, q in zip(u.split(32), v.split(32), strict=True)]
+             for u, v in ((x, y), (x, x), (y, y))]  # fmt: skip
+    cross, first, second = (torch.stack(p).sum() for p in parts)
+    assert made.value == pytest.approx((cross / (first * second).sqrt()).item())
+    assert cka(x[:100], y[:100], batch=33) == cka(x[:99], y[:99], batch=33)  # a rest of one
+
+
+def test_cka_of_what_does_not_vary() -> None:
+    assert cka(torch.ones(10, 3), normal(10, 3)) is None
+    with pytest.raises(ValueError, match="at least 4"):
+        CKA().add(normal(3, 2), normal(3, 2))
+    with pytest.raises(ValueError, match="must be the same"):
+        CKA().add(normal(5, 2), normal(6, 2))
+
+
+# Spectra ---------------------------------------------------------------------------------------
+
+
+def test_singular_values_are_those_of_the_product() -> None:
+    a, b = normal(4, 30), normal(20, 4, seed=1)
+    expected = torch.linalg.svdvals(b @ a)[:4]
+    torch.testing.assert_close(spectra.singular_values(a, b), expected)
+    assert spectra.singular_values(a, torch.zeros(20, 4)).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("values", "effective", "stable"),
+    [([1, 1, 1, 1], 4, 4), ([1, 0, 0, 0], 1, 1), ([2, 1, 1, 0], 2 * math.sqrt(2), 1.5),
+     ([0, 0, 0, 0], 0, 0)],
+)  # fmt: skip
+def test_ranks(values: list[float], effective: float, stable: float) -> None:
+    made = torch.tensor(values, dtype=torch.float64)
+    assert spectra.effective_rank(made) == pytest.approx(effective)
+    assert spectra.stable_rank(made) == pytest.approx(stable)
+
+
+def test_principal_angles_are_those_that_were_planted() -> None:
+    """Three directions: shared, turned by 60 degrees, orthogonal."""
+    q = rotation(10)
+    x = q[:, :3]
+    turned = q[:, 1] * math.cos(math.pi / 3) + q[:, 4] * math.sin(math.pi / 3)
+    y = torch.stack((q[:, 0], turned, q[:, 5]), 1) @ normal(3, 3)
+    assert spectra.principal_cosines(x, y).tolist() == pytest.approx([1, 0.5, 0], abs=1e-9)
+    found = spectra.overlap(x, y)
+    assert found["overlap"] == pytest.approx(1.25 / 3) and found["by_chance"] == 0.3
+
+
+def test_random_spaces_overlap_by_chance() -> None:
+    found = [spectra.overlap(normal(40, 4, seed=i), normal(40, 6, seed=99 + i)) for i in range(200)]
+    assert sum(row["overlap"] for row in found) / 200 == pytest.approx(6 / 40, abs=0.01)
+    assert found[0]["by_chance"] == 6 / 40
+
+
+def test_experts_are_compared_in_pairs() -> None:
+    a, b = normal(3, 12), normal(8, 3, seed=1)
+    found = spectra.experts({"one": (a, b, 2.0), "twin": (a, 3 * b, 2.0), "other":
+                             (normal(3, 12, seed=2), torch.zeros(8, 3), 2.0)})  # fmt: skip
+    twin = found["pairs"][0]
+    assert twin["experts"] == ["one", "twin"] and twin["cosine"] == pytest.approx(1)
+    assert twin["inputs"]["overlap"] == pytest.approx(1) == twin["outputs"]["overlap"]
+    assert found["alone"]["twin"]["norm"] == pytest.approx(3 * found["alone"]["one"]["norm"])
+    assert found["alone"]["one"]["norm"] == pytest.approx((2 * b @ a).norm().item())
+    assert found["pairs"][1]["cosine"] is None and found["alone"]["other"]["norm"] == 0
+
+
+# STIR ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [0, 3, 6])
+def test_stir_has_its_closed_values(shared: int) -> None:
+    """k = 6 of d = 30 directions with equal energy, of which the tasks share some."""
+    k, d, n = 6, 30, 20_000
+    q = rotation(d)
+    e = normal(n, k, seed=1) @ q[:, :k].t()
+    r = normal(n, k, seed=2) @ q[:, k - shared : 2 * k - shared].t()
+    found = stir(e, r, k=k, draws=200)
+    expected = (shared / k - k / d) / (1 - k / d)
+    assert found["stir"] == pytest.approx(expected, abs=0.03)
+    assert found["within"] == pytest.approx(1, abs=0.01)
+    assert found["null"] == pytest.approx(k / d, abs=0.02)
+
+
+def test_stir_takes_the_rank_that_holds_the_energy() -> None:
+    values = torch.tensor([5.0, 4.0, 0.6, 0.4], dtype=torch.float64)
+    c = rotation(4) @ torch.diag(values) @ rotation(4).t()
+    assert (rank_for(c), rank_for(c, 0.95), rank_for(c, most=1)) == (2, 3, 1)
+    x = normal(400, 4) @ torch.diag(values.sqrt())
+    assert stir(x, x)["k"] in (2, 3) and stir(x, x)["stir"] == pytest.approx(1, abs=0.05)
+    with pytest.raises(ValueError, match="8 inputs"):
+        stir(normal(4, 3), normal(40, 3))

@@ -1,0 +1,104 @@
+"""Routing statistics where the answer is known: it reads the task, or it cannot."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import experiments
+from analysis import routing
+from eval.collections import load
+from eval.protocol import EvaluationSet
+from tests.train.tiny import build, tiny_config, tokens_only, write_collection
+
+EXPERTS = ("embedding", "reranking", "shared")
+N, LAYERS = 80, 2
+DOMAINS = [f"m{i % 4}" for i in range(N)]
+
+
+def weights(**means: tuple[float, float, float]) -> dict[str, np.ndarray]:
+    """(N, LAYERS, 3) around the mean of each kind, on the simplex."""
+    rng = np.random.default_rng(0)
+    return {
+        kind: rng.dirichlet(200 * np.array(means.get(kind.replace(" ", "_"), (1 / 3,) * 3)) + 1e-9,
+                            (N, LAYERS))
+        for kind in routing.KINDS
+    }  # fmt: skip
+
+
+def test_a_router_that_reads_the_task_carries_all_of_it() -> None:
+    one = {"embedding": (1.0, 0.0, 0.0), "reranking": (0.0, 1.0, 0.0)}
+    found = routing.summarise(
+        {kind: np.tile(one[task], (N, LAYERS, 1)) for kind, task in routing.KINDS.items()},
+        DOMAINS, EXPERTS,
+    )  # fmt: skip
+    for row in found["task"]:
+        assert row["nats"] == pytest.approx(math.log(2)) and row["p"] < 0.01
+    assert found["dead"] == [["shared"]] * LAYERS
+    assert found["within"] == [0, 0] and found["between"] == pytest.approx([0.5, 0.5])
+    assert found["roles"] == {"embedding": "embedding", "reranking": "reranking"}
+    assert found["entropy"]["embedding"] == [0, 0]
+    # With one-hot weights the pair without its template is routed like any embedding input.
+    assert found["shift"]["template"] == [1, 1] and found["shift"]["content"] == [0, 0]
+
+
+def test_a_router_that_cannot_read_the_task_carries_nothing() -> None:
+    found = routing.summarise(weights(), DOMAINS, EXPERTS)
+    for row in found["task"]:
+        assert row["nats"] < 1e-3 and row["p"] > 0.01
+        assert row["nats"] == pytest.approx(row["by_chance"], abs=1e-3)
+    assert found["entropy"]["reranking"] == pytest.approx([math.log(3)] * 2, abs=0.01)
+
+
+def test_a_router_that_reads_the_template_alone() -> None:
+    """Only what stands in the pair's template is weighed otherwise."""
+    found = routing.summarise(weights(pair=(0.2, 0.6, 0.2)), DOMAINS, EXPERTS)
+    assert found["shift"]["template"] == pytest.approx([0.267] * 2, abs=0.02)
+    assert found["shift"]["content"] == pytest.approx([0, 0], abs=0.02)
+    assert all(row["p"] < 0.01 for row in found["task"])
+    assert found["roles"]["reranking"] == "reranking"
+
+
+def test_domains_are_told_from_chance() -> None:
+    made = weights()
+    odd = np.array([d == "m1" for d in DOMAINS])
+    made["query"][odd] = np.array([0.8, 0.1, 0.1])
+    found = routing.summarise(made, DOMAINS, EXPERTS)["domain"]
+    assert all(row["p"] < 0.01 and row["nats"] > 0.05 for row in found["query"])
+    assert all(row["p"] > 0.01 for row in found["document"])
+
+
+def test_p_is_uniform_without_information() -> None:
+    rng = np.random.default_rng(0)
+    ps = [
+        routing.information(rng.dirichlet((5, 5, 5), 40), np.arange(40) % 3, seed=i)["p"]
+        for i in range(100)
+    ]
+    assert sum(p <= 0.05 for p in ps) <= 12 and 0.35 < np.mean(ps) < 0.65
+
+
+@pytest.mark.parametrize("changes", [{}, {"per_token": True}, {"always_on": "shared"}])
+def test_weights_of_a_model_are_those_of_its_texts(
+    changes: dict, tiny_base: Path, tmp_path: Path
+) -> None:
+    data = write_collection(tmp_path / "tiny")
+    row = {**experiments.SPARSEGEN, "ranks": (4, 4, 4), **changes}
+    config = tiny_config(tiny_base, data, **row)
+    model, _ = build(config)
+    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only)
+    found = routing.measure(model, evaluation, 6)
+    assert found is not None and found["texts"] == dict.fromkeys(routing.KINDS, 6)
+    assert len(found["means"]["pair"]) == 2 and found["first_layer"] == 2
+    ids, _ = routing.inputs(evaluation, 6)
+    alone = [routing.weigh(model, [row], "reranking")[0] for row in ids["pair"]]
+    together = routing.weigh(model, ids["pair"], "reranking")
+    np.testing.assert_allclose(together, np.stack(alone), atol=1e-5)
+
+
+def test_a_model_without_a_router_has_no_routing(tiny_base: Path, tmp_path: Path) -> None:
+    data = write_collection(tmp_path / "tiny")
+    config = tiny_config(tiny_base, data)
+    model, _ = build(config)
+    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only)
+    assert routing.measure(model, evaluation, 4) is None

@@ -1,0 +1,94 @@
+"""run.py over several experiments: shared trials, baselines of each size, looks into models."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import experiments
+import run
+from model.unimoer import UniMoER
+from tests.train.tiny import write_collection
+
+STEPS = ["--set", "steps=2", "--set", "dtype=float32", "--set", "measured=6"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_collection(tmp_path_factory.mktemp("study") / "Tiny")
+
+
+@pytest.fixture
+def go(tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """go(experiment, *arms) -> the setting's folder, after a run of one seed."""
+    monkeypatch.setenv("UNIMOER_CACHE", str(tmp_path / "cache"))
+    stub = SimpleNamespace(write=lambda folder: {}, summary=lambda found: "summary")
+    monkeypatch.setattr(run, "REPORTS", dict.fromkeys(run.REPORTS, stub))
+
+    def go(experiment: str, *arms: str) -> Path:
+        line = ["run", experiment, "--scale", "smoke", "--base", str(tiny_base), "--data",
+                str(data), "--runs", str(tmp_path / "runs"), "--seeds", "1", "--device", "cpu",
+                *STEPS, "--arms", *arms]  # fmt: skip
+        assert run.main(line) == 0
+        setting = experiments.setting_name("smoke", str(tiny_base), str(data))
+        return tmp_path / "runs" / experiment / setting
+
+    return go
+
+
+def forbidden(*args: object) -> None:
+    raise AssertionError("this was to be taken over, not computed")
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_the_same_trial_of_another_experiment_is_taken_over(
+    go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    first = go("kill_gate", "joint-moe")
+    monkeypatch.setattr(run, "run_trial", forbidden)
+    second = go("soft_vs_hard", "sparsegen")
+    assert "is the same trial as" in capsys.readouterr().out
+    old, new = read(first / "joint-moe/seed0.json"), read(second / "sparsegen/seed0.json")
+    assert (old.pop("arm"), new.pop("arm")) == ("joint-moe", "sparsegen")
+    assert old == new
+    models = [UniMoER.from_pretrained(folder / "seed0.model")
+              for folder in (first / "joint-moe", second / "sparsegen")]  # fmt: skip
+    assert models[0].predict([("a", "b")]).tolist() == models[1].predict([("a", "b")]).tolist()
+
+
+@pytest.mark.parametrize("change", ["sources", "device", "config"])
+def test_what_differs_is_not_taken_over(
+    change: str, go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = go("kill_gate", "emb-only") / "emb-only/seed0.json"
+    other = read(path)
+    other[change] = {**other["config"], "clip": 9.0} if change == "config" else "another"
+    path.write_text(json.dumps(other))
+    monkeypatch.setattr(run, "run_trial", forbidden)
+    with pytest.raises(AssertionError, match="not computed"):
+        go("soft_vs_hard", "emb-only")
+
+
+def test_each_size_has_its_own_baselines(go: Callable[..., Path]) -> None:
+    folder = go("scale_study", "emb-only-2l", "emb-only-3l")
+    small, large = read(folder / "baselines.json"), read(folder / "baselines-3l.json")
+    assert (small["config"]["layers"], large["config"]["layers"]) == (2, 3)
+    assert large["body_parameters"] == pytest.approx(1.5 * small["body_parameters"], rel=0.01)
+    assert small["untrained"] != large["untrained"] and small["bm25"] == large["bm25"]
+    assert read(folder / "emb-only-3l/seed0.json")["body_parameters"] == large["body_parameters"]
+
+
+def test_a_look_into_a_model_is_kept(
+    go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = go("routing", "joint-moe", "bare-moe")
+    for arm in ("joint-moe", "bare-moe"):
+        found = read(folder / arm / "routing-seed0.json")
+        assert found["texts"]["pair"] == 6 and len(found["means"]["pair"]) == 1
+    monkeypatch.setattr(run, "MEASURES", {"routing": forbidden})
+    assert go("routing", "joint-moe") == folder
