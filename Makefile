@@ -9,8 +9,9 @@
 #   VENV_PYTHON=   the Python that makes .venv; python3 if not given
 
 .DEFAULT_GOAL := help
-.PHONY: help setup base kill-gate scale-study gradient-conflict soft-vs-hard routing rank-sweep \
-  remedies study sweep bench bench-model kernels-report gpu-all report test test-gpu lint format clean
+.PHONY: help setup base kill-gate scale-study gradient-conflict soft-vs-hard routing \
+  representation rank-sweep remedies study sweep bench bench-model kernels-report gpu-all report \
+  test test-gpu lint format clean
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -55,13 +56,17 @@ soft-vs-hard: base  ## The routers side by side; more of them with CONTROLS=1
 routing: base  ## What the router reads: task, template, domain
 	$(STUDY)
 
+representation: base  ## What the models and their experts make of the same texts: CKA, spectra, STIR
+	$(STUDY)
+
 rank-sweep: base  ## Quality against the rank of each expert
 	$(STUDY)
 
 remedies: base  ## What else could win the loss back: PCGrad, weights of the losses
 	$(STUDY)
 
-study: kill-gate scale-study gradient-conflict soft-vs-hard routing rank-sweep remedies  ## All experiments
+STUDIES = kill-gate scale-study gradient-conflict soft-vs-hard routing representation rank-sweep remedies
+study: $(STUDIES)  ## All experiments
 
 sweep: base  ## Try learning rates and clippings of each arm on dev; the choice goes into experiments.py
 	$(PY) -m run run sweep $(strip $(SETTING) $(TRIALS))

@@ -259,8 +259,7 @@ EXPERIMENTS = {
             **_like("joint-single", {"pcgrad": {"pcgrad": True}}),
         },
         common={"probes": 4},
-        report="conflict",
-        reference="joint-single",
+        report="conflict", reference="joint-single",
     ),
     "soft_vs_hard": Experiment(
         question="Does it matter how the experts are weighed: by task, by similarity, softly?",
@@ -287,17 +286,21 @@ EXPERIMENTS = {
             "random": {**MOE, "router": "sparsegen", "router_frozen": True, "router_std": 1.0},
             "oracle": {**MOE, "router": "task"},
         }),
-        report="compare",
-        reference="sparsegen",
+        report="compare", reference="sparsegen",
     ),
     "routing": Experiment(
         question="What does the router read: the task, its template, the domain?",
         expected="The templates differ, so a router could tell the tasks apart by them alone; the "
         "kill gate's did not use it. Without templates it should tell even less.",
         arms=_like("joint-moe", {"joint-moe": SPARSEGEN, "bare-moe": {**SPARSEGEN, **BARE}}),
-        report="routes",
-        reference="joint-moe",
-        measures=("routing",),
+        report="routes", reference="joint-moe", measures=("routing",),
+    ),
+    "representation": Experiment(
+        question="Do the tasks share a subspace, and do the experts part it?",
+        expected="Experts of one task should read and write in spaces of their own, the shared one "
+        "between them; without routing the tasks' changes should overlap more.",
+        arms={**ARMS, **_like("joint-moe", {"uniform-moe": {**MOE, "router": "uniform"}})},
+        report="representations", reference="joint-single", measures=("representation",),
     ),
     "rank_sweep": Experiment(
         question="How much rank does each expert need?",
@@ -311,8 +314,7 @@ EXPERIMENTS = {
                 for name in MOE["experts"] for r in (1, 4, 8, 32)
             },
         }),
-        report="compare",
-        reference="all-r16",
+        report="compare", reference="all-r16",
     ),
     "remedies": Experiment(
         question="Do simpler remedies than routing win back what sharing costs?",
@@ -330,8 +332,7 @@ EXPERIMENTS = {
                 },
             }),
         },
-        report="compare",
-        reference="joint-single",
+        report="compare", reference="joint-single",
     ),
     "sweep": Experiment(
         question="Which learning rate and clipping suit each arm best on the dev split?",

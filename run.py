@@ -15,7 +15,18 @@ from typing import get_origin
 import torch
 
 import experiments
-from analysis import compare, conflict, gradients, report, routes, routing, scale, sweep
+from analysis import (
+    compare,
+    conflict,
+    gradients,
+    report,
+    representation,
+    representations,
+    routes,
+    routing,
+    scale,
+    sweep,
+)
 from eval import metrics
 from experiments import Config
 from kernels.choice import KERNELS, use_triton
@@ -42,11 +53,16 @@ REPORTS = {  # each has write(folder) and summary(what it wrote)
     "compare": compare,
     "conflict": conflict,
     "routes": routes,
+    "representations": representations,
     "scale": scale,
 }
 
-# name -> (model, evaluation set, texts of each kind) -> what <arm>/<name>-seed<k>.json holds
-MEASURES = {"routing": routing.measure}
+# name -> (model, evaluation set, texts of each kind, the trial's place) -> what
+# <arm>/<name>-seed<k>.json holds
+MEASURES = {
+    "routing": lambda model, evaluation, count, place: routing.measure(model, evaluation, count),
+    "representation": representation.measure,
+}
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -120,8 +136,8 @@ def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
     if path.exists():
         return
     saved = place.with_name(f"{place.name}.model")
-    model = UniMoER.from_pretrained(saved, bench.device, kernels=bench.kernels)
-    found = MEASURES[name](model, bench.evaluation(model, config), config.measured)
+    model = UniMoER.from_pretrained(saved, bench.device, kernels="torch")
+    found = MEASURES[name](model, bench.evaluation(model, config), config.measured, place)
     if found is not None:
         write_json(path, {"sources": sources(), **found})
 
@@ -249,7 +265,7 @@ def command_publish(args: argparse.Namespace) -> None:
     target = ROOT / "results" / args.experiment / folder.name
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    ignore = shutil.ignore_patterns("*.checkpoint", "*.log.jsonl", "*.model", ".*")
+    ignore = shutil.ignore_patterns("*.checkpoint", "*.log.jsonl", "*.model", "*.features", ".*")
     shutil.copytree(folder, part, ignore=ignore)
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)

@@ -14,12 +14,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from scipy import stats as scipy_stats
 
 from analysis import compare, figures, judge
 from analysis.figures import label, p_value, span, table
 from analysis.gradients import SPACES, pooled, statistics
-from analysis.page import provenance, warnings, write_folder
+from analysis.page import over_seeds, provenance, warnings, write_folder
 from eval import stats
 from model.lora import PROJECTIONS
 
@@ -116,20 +115,6 @@ def pick(rows: Rows, space: str, expert: str = "all", **where: Any) -> Rows:
         if row["space"] == space and row["expert"] == expert
         and all(row[name] == value for name, value in where.items())
     ]  # fmt: skip
-
-
-def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean, 95 % interval and two-sided p of mean = 0 over seeds; None where there is none."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return {"mean": None, "interval": None, "p": None, "seeds": []}
-    mean, n = float(np.mean(known)), len(known)
-    if n < 2:
-        return {"mean": mean, "interval": None, "p": None, "seeds": known}
-    se = float(np.std(known, ddof=1)) / math.sqrt(n)
-    half = float(scipy_stats.t.isf(0.025, n - 1)) * se
-    p = float(2 * scipy_stats.t.sf(abs(mean) / se, n - 1)) if se else float(mean == 0)
-    return {"mean": mean, "interval": [mean - half, mean + half], "p": p, "seeds": known}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -1,14 +1,18 @@
-"""What the reports of all experiments share: files written whole, provenance, warnings."""
+"""What the reports of all experiments share: files written whole, intervals over seeds,
+provenance, warnings."""
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats as scipy_stats
 
 from analysis import figures
 
@@ -34,6 +38,20 @@ def write_folder(
     for path in sorted(part.iterdir()):
         os.replace(path, folder / path.name)
     part.rmdir()
+
+
+def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean, 95 % interval and two-sided p of mean = 0 over seeds; None where there is none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return {"mean": None, "interval": None, "p": None, "seeds": []}
+    mean, n = float(np.mean(known)), len(known)
+    if n < 2:
+        return {"mean": mean, "interval": None, "p": None, "seeds": known}
+    se = float(np.std(known, ddof=1)) / math.sqrt(n)
+    half = float(scipy_stats.t.isf(0.025, n - 1)) * se
+    p = float(2 * scipy_stats.t.sf(abs(mean) / se, n - 1)) if se else float(mean == 0)
+    return {"mean": mean, "interval": [mean - half, mean + half], "p": p, "seeds": known}
 
 
 def warnings(v: dict[str, Any]) -> str:

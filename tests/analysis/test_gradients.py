@@ -9,8 +9,9 @@ import torch
 
 import experiments
 from analysis import gradients
-from analysis.conflict import over_seeds, pick, summarise
+from analysis.conflict import pick, summarise
 from analysis.gradients import HALVES, PAIRS, conflict, pooled, statistics
+from analysis.page import over_seeds
 from tests.train.tiny import build, tiny_config, write_collection
 from train.loop import train
 

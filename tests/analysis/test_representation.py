@@ -1,13 +1,22 @@
 """CKA, spectra and STIR at values that are known."""
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from analysis import spectra
+import experiments
+from analysis import representation, spectra
 from analysis.cka import CKA, cka, hsic
 from analysis.subspace import rank_for, stir
+from eval.collections import load
+from eval.protocol import EvaluationSet
+from model.packed import pack
+from tests.train.tiny import build, tiny_config, tokens_only, write_collection
+from train.loop import train
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -140,3 +149,70 @@ def test_stir_takes_the_rank_that_holds_the_energy() -> None:
     assert stir(x, x)["k"] in (2, 3) and stir(x, x)["stir"] == pytest.approx(1, abs=0.05)
     with pytest.raises(ValueError, match="8 inputs"):
         stir(normal(4, 3), normal(40, 3))
+
+
+# The measure -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_collection(tmp_path_factory.mktemp("data") / "tiny")
+
+
+def trained(arm: str, base: Path, data: Path, place: Path, **changes):
+    """A model after a few large steps, and what it is measured on."""
+    row = {**experiments.ARMS[arm], "ranks": (4, 3, 2) if arm == "joint-moe" else (4,)}
+    config = tiny_config(base, data, **{**row, "steps": 3, "learning_rate": 5e-2, **changes})
+    model, texts = build(config)
+    train(model, texts, config, place)
+    return model, EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only)
+
+
+def test_features_are_the_means_of_hidden_states(tiny_base: Path, data: Path, tmp_path: Path):
+    model, evaluation = trained("joint-moe", tiny_base, data, tmp_path / "joint-moe" / "seed0")
+    ids = evaluation.tokenizer.pairs([("rare1", "rare1 bako odd1"), ("rare2 mi", "tutu")])
+    found = representation.features(model, ids, "reranking")
+    for i, row in enumerate(ids):
+        batch = pack([row], model.device)
+        tasks = torch.ones(1, dtype=torch.int64)
+        for layer in (2, 3):
+            hidden = model.decoder(batch, tasks, last_layer=layer + 1)[0]
+            torch.testing.assert_close(found[layer - 2, i], hidden.mean(0), rtol=1e-4, atol=1e-5)
+    base = representation.features(model, ids, "reranking", base=True)
+    none = representation.features(model, ids, "reranking", fixed=[0.0, 0.0, 0.0])
+    torch.testing.assert_close(base, none, rtol=1e-4, atol=1e-5)
+    assert (base - found).abs().max() > 1e-3
+
+
+def test_crosstalk_is_the_energy_of_the_written_out_change(
+    tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    model, evaluation = trained("joint-moe", tiny_base, data, tmp_path / "joint-moe" / "seed0")
+    batch = pack(evaluation.tokenizer.documents(["rare1 bako", "tutu"]), model.device)
+    with representation.crosstalk(model) as found:
+        hidden = model.decoder(batch, last_layer=3)[0]
+    row = found[2, "q_proj"]
+    layer: Any = model.decoder.layers[2]
+    x = layer.input_layernorm(model.decoder(batch, last_layer=2)[0])
+    group = layer.self_attn.qkv
+    part = slice(4, 7)  # the second expert
+    change = 2.0 * group.lora_B["q_proj"][:, part] @ group.lora_A["q_proj"][part]
+    assert row["reranking"] == pytest.approx((x @ change.t()).square().sum().item(), rel=1e-4)
+    assert row["tokens"] == len(hidden) and (3, "q_proj") not in found
+
+
+def test_measure_of_two_arms(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    places = {arm: tmp_path / arm / "seed0" for arm in ("joint-single", "joint-moe")}
+    found = {}
+    for arm, place in places.items():
+        model, evaluation = trained(arm, tiny_base, data, place)
+        found[arm] = representation.measure(model, evaluation, 10, place)
+    single, moe = found["joint-single"], found["joint-moe"]
+    assert single["cka_arms"] == {"document": {}, "pair": {}}
+    assert list(moe["cka_arms"]["pair"]) == ["joint-single"]
+    assert len(moe["cka_arms"]["pair"]["joint-single"]) == 2
+    assert len(single["linears"]) == 14 and single["linears"][0]["pairs"] == []
+    assert [len(row["pairs"]) for row in moe["linears"]] == [3] * 14
+    assert len(moe["stir"]) == 2 and set(moe["tsne"]) == {"model", "uniform", "base"}
+    assert {"model | base", "embedding | shared"} <= moe["cka"]["pair"].keys()
+    json.dumps(moe, allow_nan=False)

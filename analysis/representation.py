@@ -1,0 +1,230 @@
+"""What a trained model makes of its inputs, layer by layer and expert by expert.
+
+All views are of the same texts: documents as they are embedded and pairs as they are reranked. The
+features of a layer are the means over a text's tokens of the hidden state behind it. Views of one
+model: `model` as it is, each expert alone (weight 1), `uniform` weights, `base` without experts.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from sklearn.manifold import TSNE
+from torch import Tensor
+
+from analysis import spectra
+from analysis.cka import cka
+from analysis.routing import inputs
+from analysis.subspace import stir
+from eval.protocol import EvaluationSet
+from model import weights
+from model.lora import LinearGroup
+from model.packed import segment_mean
+from model.prefix import TextSet
+from model.router import TASKS
+from model.unimoer import UniMoER
+
+KINDS = {"document": "embedding", "pair": "reranking"}  # -> the task that sees it
+OTHERS = ("emb-only", "rank-only", "joint-single")  # whose features an arm is held against
+Views = dict[str, dict[str, Tensor]]  # kind -> view -> (layers, n, D)
+
+
+def measure(model: UniMoER, evaluation: EvaluationSet, count: int, place: Path) -> dict[str, Any]:
+    """Everything about one trained model; its features are kept as `<place>.features`.
+
+    place: runs/<experiment>/<setting>/<arm>/seed<k>; arms that were measured before lie beside it.
+    """
+    assert model.config.lora is not None
+    ids, _ = inputs(evaluation, count)
+    experts = model.config.lora.experts
+    views: Views = {}
+    energy: dict[str, dict] = {}
+    for kind, task in KINDS.items():
+        with crosstalk(model) as energy[kind]:
+            views[kind] = {"model": features(model, ids[kind], task)}
+        views[kind]["base"] = features(model, ids[kind], task, base=True)
+        if len(experts) > 1:
+            for at, name in enumerate(experts):
+                one = [float(i == at) for i in range(len(experts))]
+                views[kind][name] = features(model, ids[kind], task, fixed=one)
+            even = [1 / len(experts)] * len(experts)
+            views[kind]["uniform"] = features(model, ids[kind], task, fixed=even)
+    kept = {kind: of["model"].half() for kind, of in views.items()}
+    weights.save(kept, place.with_name(f"{place.name}.features"))
+    return {
+        "first_layer": model.config.lora.first_layer,
+        "experts": list(experts),
+        "texts": {kind: of["model"].shape[1] for kind, of in views.items()},
+        "cka": within(views),
+        "cka_arms": against(views, place),
+        "stir": subspaces(views),
+        "linears": linears(model),
+        "crosstalk": energies(energy),
+        "tsne": {view: plane(views, view) for view in ("model", "uniform", "base")
+                 if view in views["pair"]},
+    }  # fmt: skip
+
+
+def features(
+    model: UniMoER,
+    ids: list[list[int]],
+    task: str,
+    *,
+    fixed: Sequence[float] | None = None,
+    base: bool = False,
+) -> Tensor:
+    """(layers, n, D) fp32 of the adapted layers. fixed: weights (E,) in place of the routers'."""
+    assert model.config.lora is not None
+    layers = model.decoder.layers[model.config.lora.first_layer :]
+    width = model.decoder.config.hidden_size
+    out = torch.zeros(len(layers), len(ids), width)
+    now: dict[str, Any] = {}
+
+    def keep(at: int):
+        def hook(layer, given, made) -> None:
+            x, delta = made[:2]
+            hidden = x if delta is None else x + delta[:, :width]
+            now["rows"][at] = segment_mean(hidden, now["batch"]).float().cpu()
+
+        return hook
+
+    def step(batch, states, base):
+        now["batch"], now["rows"] = batch, [torch.empty(0)] * len(layers)
+        tasks = torch.full((len(batch.lengths),), TASKS.index(task), device=model.device)
+        given = None
+        if fixed is not None:
+            given = torch.tensor([fixed] * len(batch.lengths), device=model.device)
+        _, routing = model.decoder(batch, tasks, weights=given, base=base)
+        return torch.stack(now["rows"], 1), routing
+
+    hooks = [layer.register_forward_hook(keep(at)) for at, layer in enumerate(layers)]
+    try:
+        for indices, rows in model.over(TextSet(ids), step, base=base):
+            out[:, indices] = rows.transpose(0, 1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return out
+
+
+def within(views: Views) -> dict[str, dict[str, list[float | None]]]:
+    """kind -> "view | view" -> CKA by layer, of the views of one model."""
+    return {
+        kind: {
+            f"{a} | {b}": [cka(x, y) for x, y in zip(of[a], of[b], strict=True)]
+            for i, a in enumerate(of)
+            for b in list(of)[i + 1 :]
+        }
+        for kind, of in views.items()
+    }
+
+
+def against(views: Views, place: Path) -> dict[str, dict[str, list[float | None]]]:
+    """kind -> other arm -> CKA by layer with the same seed of that arm, where it was measured."""
+    found: dict[str, dict[str, list[float | None]]] = {kind: {} for kind in views}
+    for arm in OTHERS:
+        path = place.parent.parent / arm / f"{place.name}.features"
+        if arm == place.parent.name or not path.exists():
+            continue
+        theirs = load_file(path)
+        for kind, of in views.items():
+            if theirs[kind].shape == of["model"].shape:
+                pairs = zip(of["model"], theirs[kind].float(), strict=True)
+                found[kind][arm] = [cka(x, y) for x, y in pairs]
+    return found
+
+
+def subspaces(views: Views) -> list[dict[str, Any]]:
+    """By layer: STIR of what training added for documents and for pairs, and its sign.
+
+    direction: the cosine of the two mean changes. Tasks that share a subspace may use it alike
+    (near 1: transfer) or against each other (below 0).
+    """
+    rows = []
+    for layer in range(len(views["pair"]["model"])):
+        e, r = (views[kind]["model"][layer] - views[kind]["base"][layer] for kind in KINDS)
+        a, b = e.mean(0), r.mean(0)
+        size = (a.norm() * b.norm()).item()
+        rows.append({**stir(e, r), "direction": (a @ b).item() / size if size > 0 else None})
+    return rows
+
+
+def linears(model: UniMoER) -> list[dict[str, Any]]:
+    """`spectra.experts` of every adapted linear."""
+    assert model.config.lora is not None
+    lora, rows = model.config.lora, []
+    for prefix, group in model.named_modules():
+        if not isinstance(group, LinearGroup):
+            continue
+        for name in group.adapted_names:
+            a, b = group.lora_A[name].detach().cpu(), group.lora_B[name].detach().cpu()
+            parts = {
+                expert: (a[part], b[:, part], alpha / rank)
+                for (expert, part), alpha, rank in zip(
+                    lora.slices().items(), lora.alphas, lora.ranks, strict=True
+                )
+            }
+            at = {"layer": int(prefix.split(".")[2]), "projection": name}
+            rows.append({**at, **spectra.experts(parts)})
+    return rows
+
+
+@contextmanager
+def crosstalk(model: UniMoER) -> Iterator[dict]:
+    """While open, adds up ||s B_i A_i x||^2 over tokens: (layer, projection) -> expert -> sum.
+
+    It sees the inputs of the linears, so the model must run on the PyTorch path.
+    """
+    assert model.config.lora is not None and not model.decoder.fused
+    lora, found, hooks = model.config.lora, {}, []
+    scales = [alpha / rank for alpha, rank in zip(lora.alphas, lora.ranks, strict=True)]
+
+    def watch(layer: int):
+        def hook(group: LinearGroup, given) -> None:
+            x = given[0].float()
+            for name in group.adapted_names:
+                row = found.setdefault((layer, name), dict.fromkeys((*lora.experts, "tokens"), 0.0))
+                row["tokens"] += len(x)
+                a, b = group.lora_A[name].float(), group.lora_B[name].float()
+                for (expert, part), scale in zip(lora.slices().items(), scales, strict=True):
+                    s = x @ a[part].t()  # ||B s||^2 = s' (B'B) s
+                    gram = b[:, part].t() @ b[:, part]
+                    row[expert] += scale**2 * ((s @ gram) * s).sum().item()
+
+        return hook
+
+    for prefix, group in model.named_modules():
+        if isinstance(group, LinearGroup) and group.adapted_names:
+            hooks.append(group.register_forward_pre_hook(watch(int(prefix.split(".")[2]))))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def energies(found: dict[str, dict]) -> list[dict[str, Any]]:
+    """Rows of E ||dW_i x||^2 by expert and kind of text."""
+    return [
+        {"layer": layer, "projection": name, "energy": {
+            expert: {kind: of[layer, name][expert] / of[layer, name]["tokens"]
+                     for kind, of in found.items()}
+            for expert in found["pair"][layer, name] if expert != "tokens"
+        }}
+        for layer, name in found["pair"]
+    ]  # fmt: skip
+
+
+def plane(views: Views, view: str) -> dict[str, list[list[float]]]:
+    """t-SNE of the last layer: kind -> (n, 2), documents and pairs in one map."""
+    rows = {kind: of[view][-1].numpy() for kind, of in views.items()}
+    together = np.concatenate(list(rows.values()))
+    near = min(30.0, (len(together) - 1) / 3)
+    found = TSNE(2, perplexity=near, init="pca", random_state=0).fit_transform(together)
+    ends = np.cumsum([len(x) for x in rows.values()])[:-1]
+    parts = np.split(found.round(3), ends)
+    return {kind: part.tolist() for kind, part in zip(rows, parts, strict=True)}

@@ -1,0 +1,337 @@
+"""Representations -> representation.json, report.md and figures; numbers of the measure's files."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis import compare, figures, judge
+from analysis.figures import label, span, table
+from analysis.page import over_seeds, provenance, warnings, write_folder
+
+KINDS = {"document": "documents (embedding)", "pair": "pairs (reranking)"}
+PAGE = """# {title}
+
+**Question.** {v[question]}
+
+**Expected, before the first run.** {v[expected]}
+{notes}
+## Reading
+
+{reading}
+
+All views are of the same {texts} documents and {texts} pairs: the mean over a text's tokens of the
+hidden state behind each adapted layer. Values are means over seeds.
+
+## How alike are the models?
+
+Unbiased linear CKA of an arm's features with those of another arm of the same seed and with the
+base's, behind the last layer; 1 is the same up to rotation and scale, 0 unrelated.
+
+{models}{layers}## How alike are the experts?
+
+CKA behind the last layer when one expert alone is on, on the same texts.
+
+{views}
+## What do the experts look like?
+
+Over all adapted linears: Frobenius norm of ΔW = s B A, effective rank (exp of the entropy of the
+normalised singular values) and stable rank.
+
+{spectra}Pairs of experts: mean squared cosine of the principal angles of what they read (rows of
+A) and where they write (columns of B), beside what random spaces of their ranks have, and the
+cosine of the two ΔW.
+
+{pairs}{values}## Does an expert act on the other task's texts?
+
+Crosstalk: E ||ΔW x||² on pairs over that on documents, over all linears (geometric mean); 1: the
+expert acts on both alike.
+
+{crosstalk}
+## Do the tasks share a subspace? (STIR)
+
+Of what training added to the features of documents and of pairs: how much one task's leading
+directions hold of the other's variance, 1 for as much as its own other half, 0 for as much as
+random directions. Direction: cosine of the two mean changes; tasks may share a subspace and pull
+apart in it.
+
+{stir}
+{tsne}## What could not be concluded
+
+{limits}
+
+## Provenance
+
+{provenance}
+"""
+CAPTIONS = {
+    "layers": "CKA with the untrained base by layer: mean over seeds in a band from lowest to "
+    "highest.",
+    "spectra": "Singular values of ΔW by expert, each over its linear's largest, mean over linears "
+    "and seeds.",
+    "tsne": "t-SNE of the features behind the last layer, first seed: documents and pairs in one "
+    "map for each view. Distances between clusters and their sizes mean nothing in such a map.",
+}
+
+
+def write(folder: Path) -> dict[str, Any]:
+    """Write the report of runs/representation/<setting>; return what representation.json holds.
+
+    Raises ValueError as `judge.load`, and if no trial was measured.
+    """
+    folder = folder.resolve()
+    baselines, arms = judge.load(folder)
+    measured = {
+        arm: {seed: judge.read(path) for seed in trials
+              if (path := folder / arm / f"representation-seed{seed}.json").exists()}
+        for arm, trials in arms.items()
+    }  # fmt: skip
+    measured = {arm: found for arm, found in measured.items() if found}
+    if not measured:
+        raise ValueError(f"{folder} has no measured model yet: `make representation` makes it")
+    found = compare.compare(folder, baselines, arms)
+    found["measured"] = {arm: summarise(list(trials.values())) for arm, trials in measured.items()}
+    drawn = {"layers": draw_layers(found), "spectra": draw_spectra(measured),
+             "tsne": draw_tsne(measured)}  # fmt: skip
+    write_folder(folder, {"representation.json": found}, markdown(found), drawn)
+    return found
+
+
+def _mean(values) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """One arm over its seeds."""
+    first = trials[0]
+    rows = [row for trial in trials for row in trial["linears"]]
+    energy = [row["energy"] for trial in trials for row in trial["crosstalk"]]
+    pairs: dict[str, list[dict]] = {}
+    for row in rows:
+        for pair in row["pairs"]:
+            pairs.setdefault(" | ".join(pair["experts"]), []).append(pair)
+    return {
+        "first_layer": first["first_layer"],
+        "texts": first["texts"],
+        "base": {
+            kind: [[trial["cka"][kind]["model | base"][i] for trial in trials]
+                   for i in range(len(first["cka"][kind]["model | base"]))]
+            for kind in KINDS
+        },
+        "arms": {
+            kind: {arm: _mean([trial["cka_arms"][kind][arm][-1] for trial in trials
+                               if arm in trial["cka_arms"][kind]])
+                   for arm in first["cka_arms"][kind]}
+            for kind in KINDS
+        },
+        "views": {
+            kind: {name: _mean([trial["cka"][kind][name][-1] for trial in trials])
+                   for name in first["cka"][kind]}
+            for kind in KINDS
+        },
+        "spectra": {
+            expert: {name: float(np.mean([row["alone"][expert][name] for row in rows]))
+                     for name in ("norm", "effective_rank", "stable_rank")}
+            for expert in first["experts"]
+        },
+        "pairs": {
+            name: {
+                **{f"{side}_{key}": float(np.mean([pair[side][key] for pair in found]))
+                   for side in ("inputs", "outputs") for key in ("overlap", "by_chance")},
+                "cosine": _mean([pair["cosine"] for pair in found]),
+            }
+            for name, found in pairs.items()
+        },
+        "crosstalk": {
+            expert: float(np.exp(np.mean(np.log([
+                max(row[expert]["pair"], 1e-300) / max(row[expert]["document"], 1e-300)
+                for row in energy
+            ]))))
+            for expert in first["experts"]
+        },
+        "stir": [
+            {key: over_seeds([trial["stir"][i][key] for trial in trials])
+             for key in ("stir", "direction", "cross", "within", "null", "k")}
+            for i in range(len(first["stir"]))
+        ],
+    }  # fmt: skip
+
+
+def reading(v: dict[str, Any]) -> str:
+    said = []
+    for arm, found in v["measured"].items():
+        last = {kind: _mean(found["base"][kind][-1]) for kind in KINDS}
+        told = " and ".join(
+            f"{value:.2f} on {KINDS[kind].split()[0]}" for kind, value in last.items()
+            if value is not None
+        )  # fmt: skip
+        said.append(f"{label(arm)} ends at CKA {told} with the base.")
+    joint = v["measured"].get("joint-single") or next(iter(v["measured"].values()))
+    last = joint["stir"][-1]
+    if last["stir"]["mean"] is not None:
+        said.append(
+            "Behind the last layer the tasks' changes overlap with STIR "
+            f"{last['stir']['mean']:+.2f} {span(last['stir']['interval'])}, their mean changes at "
+            f"a cosine of {last['direction']['mean']:+.2f}."
+        )
+    moe = v["measured"].get("joint-moe")
+    if moe and moe["pairs"]:
+        most = max(moe["pairs"], key=lambda name: moe["pairs"][name]["outputs_overlap"])
+        pair = moe["pairs"][most]
+        said.append(
+            f"Of Joint-MoE's experts, {most.replace(' | ', ' and ')} write into the most alike "
+            f"spaces: overlap {pair['outputs_overlap']:.2f} against "
+            f"{pair['outputs_by_chance']:.2f} by chance."
+        )
+    return " ".join(said)
+
+
+def markdown(v: dict[str, Any]) -> str:
+    models, views, spectra, pairs, crosstalk, stir = [], [], [], [], [], []
+    for arm, found in v["measured"].items():
+        for kind, text in KINDS.items():
+            with_base = _two(_mean(found["base"][kind][-1]))
+            others = [_two(found["arms"][kind].get(other)) for other in
+                      ("emb-only", "rank-only", "joint-single")]  # fmt: skip
+            models.append([label(arm), text, with_base, *others])
+        for name in found["views"]["pair"]:
+            if "base" not in name and "model" not in name:
+                cells = [_two(found["views"][kind][name]) for kind in KINDS]
+                views.append([label(arm), name.replace(" | ", " with "), *cells])
+        for expert, row in found["spectra"].items():
+            spectra.append([label(arm), expert, *(f"{row[k]:.2f}" for k in row)])
+            crosstalk.append([label(arm), expert, f"{found['crosstalk'][expert]:.2f}"])
+        for name, row in found["pairs"].items():
+            pairs.append([
+                label(arm), name.replace(" | ", " with "),
+                f"{row['inputs_overlap']:.3f}", f"{row['inputs_by_chance']:.3f}",
+                f"{row['outputs_overlap']:.3f}", f"{row['outputs_by_chance']:.3f}",
+                "-" if row["cosine"] is None else f"{row['cosine']:+.3f}",
+            ])  # fmt: skip
+        for i, row in enumerate(found["stir"]):
+            stir.append([
+                label(arm), str(found["first_layer"] + i),
+                f"{_signed(row['stir']['mean'])} {span(row['stir']['interval'])}",
+                _two(row["cross"]["mean"]), _two(row["within"]["mean"]), _two(row["null"]["mean"]),
+                f"{row['k']['mean']:.0f}", _signed(row["direction"]["mean"]),
+            ])  # fmt: skip
+    one = next(iter(v["measured"].values()))
+    limits = compare.limits(v)
+    limits.insert(0, "Whether what differs is used: CKA, overlaps and STIR describe, they do not "
+                     "intervene.")  # fmt: skip
+    none = "No arm has more than one expert.\n"
+    return PAGE.format(
+        v=v,
+        title=f"{v['experiment'].replace('_', ' ').capitalize()}: {v['setting']}",
+        notes=warnings(v),
+        reading=reading(v),
+        texts=one["texts"]["pair"],
+        models=table(["arm", "texts", "base", "Emb-Only", "Rank-Only", "Joint-Single"], models),
+        layers=_picture("layers"),
+        views=table(["arm", "experts", *KINDS.values()], views) if views else none,
+        spectra=table(["arm", "expert", "norm", "effective rank", "stable rank"], spectra),
+        pairs=table(["arm", "experts", "read", "by chance", "write", "by chance", "cosine of ΔW"],
+                    pairs) if pairs else none + "\n",
+        values=_picture("spectra"),
+        crosstalk=table(["arm", "expert", "crosstalk"], crosstalk),
+        stir=table(["arm", "layer", "STIR", "cross", "within", "null", "k", "direction"], stir),
+        tsne=_picture("tsne"),
+        limits="\n".join(f"- {text}" for text in limits),
+        provenance=provenance(v),
+    )  # fmt: skip
+
+
+def _picture(name: str) -> str:
+    return f"![{name}]({name}.png)\n\n*{CAPTIONS[name]}*\n\n"
+
+
+def _two(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"
+
+
+def draw_layers(v: dict[str, Any]) -> Figure:
+    """CKA with the base by layer, a panel a kind of text, a line an arm."""
+    with matplotlib.rc_context(figures.STYLE):
+        figure = Figure(figsize=(figures.WIDTH, 2.4), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        spare = dict(zip([a for a in v["measured"] if a not in figures.COLOURS], figures.SPARE,
+                         strict=False))  # fmt: skip
+        for axes, (kind, text) in zip(panels, KINDS.items(), strict=True):
+            for at, (arm, found) in enumerate(v["measured"].items()):
+                w = np.array(found["base"][kind], dtype=float)  # (layers, seeds)
+                x = found["first_layer"] + np.arange(len(w))
+                colour = figures.COLOURS.get(arm, spare.get(arm, figures.GREY))
+                axes.plot(x, w.mean(1), color=colour, linestyle=figures.DASHES[at % 4],
+                          label=label(arm))  # fmt: skip
+                axes.fill_between(x, w.min(1), w.max(1), color=colour, alpha=0.15, linewidth=0)
+                axes.set_xticks(x)
+            axes.set_title(text.capitalize(), fontweight="bold")
+            axes.set_xlabel("layer")
+        panels[0].set_ylabel("CKA with the base")
+        panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return figure
+
+
+def draw_spectra(measured: dict[str, dict[int, dict[str, Any]]]) -> Figure:
+    """Normalised singular values, a panel an arm, a line an expert."""
+    with matplotlib.rc_context(figures.STYLE):
+        figure = Figure(figsize=(figures.WIDTH, 2.1), layout="constrained")
+        panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
+        for axes, (arm, trials) in zip(panels, measured.items(), strict=True):
+            first = next(iter(trials.values()))
+            for at, expert in enumerate(first["experts"]):
+                values = [row["alone"][expert]["values"] for trial in trials.values()
+                          for row in trial["linears"]]  # fmt: skip
+                scaled = [np.array(x) / x[0] for x in values if x[0] > 0]
+                if scaled:
+                    mean = np.mean(scaled, 0)
+                    axes.plot(np.arange(1, len(mean) + 1), mean, color=figures.EXPERTS[at],
+                              linestyle=figures.DASHES[at % 4], label=expert)  # fmt: skip
+            axes.set_title(label(arm), fontweight="bold")
+            axes.set_xlabel("index")
+            axes.legend(loc="upper right", fontsize=7)
+        panels[0].set_ylabel("singular value / largest")
+        panels[0].set_ylim(0, 1.02)
+        return figure
+
+
+def draw_tsne(measured: dict[str, dict[int, dict[str, Any]]]) -> Figure:
+    """The first seed's maps, a panel an arm and view."""
+    maps = []
+    for arm, trials in measured.items():
+        for view, found in next(iter(trials.values()))["tsne"].items():
+            if view == "base" and any(text == "Untrained base" for text, _ in maps):
+                continue
+            text = {"model": label(arm), "uniform": f"{label(arm)}, weights made equal",
+                    "base": "Untrained base"}[view]  # fmt: skip
+            maps.append((text, found))
+    with matplotlib.rc_context(figures.STYLE):
+        wide = min(3, len(maps))
+        deep = -(-len(maps) // wide)
+        figure = Figure(figsize=(figures.WIDTH, 2.2 * deep + 0.3), layout="constrained")
+        grid = figure.subplots(deep, wide, squeeze=False).flatten()
+        for axes in grid[len(maps) :]:
+            axes.axis("off")
+        for axes, (text, found) in zip(grid, maps, strict=False):
+            for at, kind in enumerate(KINDS):
+                x = np.array(found[kind])
+                axes.plot(x[:, 0], x[:, 1], "o^"[at], color=figures.EXPERTS[at], markersize=2,
+                          markeredgewidth=0, alpha=0.7, label=KINDS[kind])  # fmt: skip
+            axes.set_title(text, fontweight="bold", fontsize=7)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        handles, names = grid[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=2)
+        return figure
+
+
+def summary(v: dict[str, Any]) -> str:
+    """The reading, for a terminal."""
+    return f"{v['experiment']} {v['setting']}: {reading(v)}"
