@@ -3,7 +3,7 @@
 #   SCALE=smoke|small|full  BASE=hub id or folder  DATA=name or folder  SEEDS=  ARMS=  CONTROLS=1  AA=1
 #   ARGS=          more arguments for pytest (test, test-gpu), bench and gpu-all
 #   RUNS=          where trials go; runs/ if not given
-#   EXPERIMENT=    for report; kill_gate if not given
+#   EXPERIMENT=    for report: one alone   LATEX=1  its tables as tables.tex too
 #   PYTHON=path    use this environment and install nothing (container, cluster, no network)
 #   TORCH=cpu      install PyTorch's CPU build instead of PyPI's CUDA build
 #   VENV_PYTHON=   the Python that makes .venv; python3 if not given
@@ -21,7 +21,6 @@ else
   DEV := .venv/.dev-installed
 endif
 VENV_PYTHON ?= python3
-EXPERIMENT ?= kill_gate
 PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check --no-input \
   $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
 
@@ -83,8 +82,10 @@ kernels-report: $(DEV)  ## Compile every kernel for T4, A100 and H100 and read i
 gpu-all: $(DEV) base  ## On a GPU: tests, bench, kill gate at full scale; each in minutes, resumable
 	$(PY) -m bench.gpu_all $(ARGS)
 
-report: $(MAIN)  ## Write an experiment's tables, figures and verdict again from its trials
-	$(PY) -m run report $(EXPERIMENT) $(strip $(SETTING)) $(if $(RUNS),--runs '$(RUNS)')
+report: $(MAIN)  ## Write all reports again from their trials, with an overview; check the published ones
+	$(PY) -m run report $(EXPERIMENT) $(strip $(SETTING)) $(if $(RUNS),--runs '$(RUNS)') \
+	  $(if $(LATEX),--latex)
+	$(PY) -m run check
 
 test: $(DEV) base  ## Run the tests (CPU)
 	TRITON_INTERPRET=1 $(PY) -m pytest $(ARGS)

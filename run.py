@@ -1,4 +1,4 @@
-"""The study's runner: `python -m run list | run | status | report | publish`.
+"""The study's runner: `python -m run list | run | status | report | publish | check`.
 
 One trial is config -> train -> evaluate -> one JSON under runs/<experiment>/<setting>/.
 """
@@ -19,6 +19,7 @@ from analysis import (
     compare,
     conflict,
     gradients,
+    overview,
     report,
     representation,
     representations,
@@ -66,11 +67,15 @@ MEASURES = {
 
 
 def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, allow_nan=False))
+
+
+def write_text(path: Path, text: str) -> None:
     """Whole or not at all: a temporary name, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    with open(part, "w") as file:
-        json.dump(content, file, allow_nan=False)
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -207,7 +212,8 @@ def command_run(args: argparse.Namespace) -> None:
         show_row(arm, config.seed, result["scores"])
         for name in experiments.EXPERIMENTS[args.experiment].measures:
             look_into(place, name, config, bench)
-    command_report(args)
+    print(write_report(args.experiment, folder))
+    print(f"report: {folder / 'report.md'}")
 
 
 def _override(text: str) -> tuple[str, object]:
@@ -250,18 +256,53 @@ def command_status(args: argparse.Namespace) -> None:
             print(f"{path}: {'done' if path.exists() else 'begun' if begun else 'missing'}")
 
 
+def write_report(experiment: str, folder: Path, tables: bool = False) -> str:
+    """Tables, figures and verdict from a setting's trials; what they conclude."""
+    kind = REPORTS[experiments.EXPERIMENTS[experiment].report]
+    found = kind.summary(kind.write(folder))
+    if tables:
+        write_text(folder / "tables.tex", overview.latex((folder / "report.md").read_text()))
+    return found
+
+
 def command_report(args: argparse.Namespace) -> None:
-    """Write an experiment's tables, figures and verdict from its trials."""
-    folder = setting_folder(args)
-    kind = REPORTS[experiments.EXPERIMENTS[args.experiment].report]
-    print(kind.summary(kind.write(folder)))
-    print(f"report: {folder / 'report.md'}")
+    """Write reports from trials: of one experiment, or of all with an overview."""
+    if args.experiment:
+        if args.experiment not in experiments.EXPERIMENTS:
+            known = ", ".join(experiments.EXPERIMENTS)
+            raise ValueError(f"unknown experiment {args.experiment!r}: there are {known}")
+        folder = setting_folder(args)
+        print(write_report(args.experiment, folder, args.latex))
+        print(f"report: {folder / 'report.md'}")
+        return
+    setting, readings = setting_folder(args).name, {}
+    for name in experiments.EXPERIMENTS:
+        folder = Path(args.runs) / name / setting
+        if any(folder.glob("*/seed[0-9]*.json")):
+            readings[name] = write_report(name, folder, args.latex)
+            print(readings[name])
+    if not readings:
+        print(f"no trial of {setting} lies under {args.runs}: `make study` makes them")
+        return
+    path = Path(args.runs) / f"{setting}.md"
+    write_text(path, overview.markdown(setting, readings))
+    print(f"overview: {path}")
+
+
+def command_check(args: argparse.Namespace) -> None:
+    """Fail if a published report no longer follows from its trials."""
+    if found := overview.stale(ROOT / "results", write_report):
+        raise ValueError(
+            f"published reports do not follow from their trials: {', '.join(found)}. Write them "
+            "again with `python -m run report EXPERIMENT --runs results`, and look at what changed"
+        )
+    print("published reports follow from their trials")
 
 
 def command_publish(args: argparse.Namespace) -> None:
     """Copy a finished setting to results/: trials, verdict, report and figures."""
     folder = setting_folder(args)
-    REPORTS[experiments.EXPERIMENTS[args.experiment].report].write(folder)
+    write_report(args.experiment, folder)
     target = ROOT / "results" / args.experiment / folder.name
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -277,6 +318,7 @@ COMMANDS = {
     "run": command_run,
     "status": command_status,
     "report": command_report,
+    "check": command_check,
     "publish": command_publish,
 }
 
@@ -286,9 +328,13 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
         sub = commands.add_parser(name, help=COMMANDS[name].__doc__)
-        if name == "list":
+        if name in ("list", "check"):
             continue
-        sub.add_argument("experiment", choices=list(experiments.EXPERIMENTS))
+        if name == "report":
+            sub.add_argument("experiment", nargs="?", default="", help="none: all that were run")
+            sub.add_argument("--latex", action="store_true", help="the tables as tables.tex too")
+        else:
+            sub.add_argument("experiment", choices=list(experiments.EXPERIMENTS))
         sub.add_argument("--scale", choices=list(experiments.SCALES), default="small")
         sub.add_argument("--base", default="", help="a name from model/bases.py, hub id or folder")
         sub.add_argument("--data", default="", help="stdlib, a BEIR name, msmarco or a folder")

@@ -269,7 +269,7 @@ def draw_layers(v: dict[str, Any]) -> Figure:
                 x = found["first_layer"] + np.arange(len(w))
                 colour = figures.COLOURS.get(arm, spare.get(arm, figures.GREY))
                 axes.plot(x, w.mean(1), color=colour, linestyle=figures.DASHES[at % 4],
-                          label=label(arm))  # fmt: skip
+                          marker="o", markersize=2.5, label=label(arm))  # fmt: skip
                 axes.fill_between(x, w.min(1), w.max(1), color=colour, alpha=0.15, linewidth=0)
                 axes.set_xticks(x)
             axes.set_title(text.capitalize(), fontweight="bold")
@@ -304,14 +304,14 @@ def draw_spectra(measured: dict[str, dict[int, dict[str, Any]]]) -> Figure:
 
 def draw_tsne(measured: dict[str, dict[int, dict[str, Any]]]) -> Figure:
     """The first seed's maps, a panel an arm and view."""
-    maps = []
+    maps, base = [], None
     for arm, trials in measured.items():
-        for view, found in next(iter(trials.values()))["tsne"].items():
-            if view == "base" and any(text == "Untrained base" for text, _ in maps):
-                continue
-            text = {"model": label(arm), "uniform": f"{label(arm)}, weights made equal",
-                    "base": "Untrained base"}[view]  # fmt: skip
-            maps.append((text, found))
+        found = next(iter(trials.values()))["tsne"]
+        base = base or found["base"]
+        maps.append((label(arm), found["model"]))
+        if "uniform" in found and found["uniform"] != found["model"]:
+            maps.append((f"{label(arm)}, weights made equal", found["uniform"]))
+    maps.append(("untrained base", base))
     with matplotlib.rc_context(figures.STYLE):
         wide = min(3, len(maps))
         deep = -(-len(maps) // wide)
@@ -327,6 +327,7 @@ def draw_tsne(measured: dict[str, dict[int, dict[str, Any]]]) -> Figure:
             axes.set_title(text, fontweight="bold", fontsize=7)
             axes.set_xticks([])
             axes.set_yticks([])
+            axes.spines[:].set_visible(False)
         handles, names = grid[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=2)
         return figure

@@ -215,7 +215,8 @@ def draw(v: dict[str, Any], measured: dict[str, dict[int, dict[str, Any]]]) -> F
                 at = first["first_layer"] + np.arange(w.shape[1])
                 for e, name in enumerate(first["experts"]):
                     colour, dash = figures.EXPERTS[e], figures.DASHES[e % 4]
-                    axes.plot(at, w[:, :, e].mean(0), color=colour, linestyle=dash, label=name)
+                    axes.plot(at, w[:, :, e].mean(0), color=colour, linestyle=dash, marker="o",
+                              markersize=2.5, label=name)  # fmt: skip
                     axes.fill_between(at, w[:, :, e].min(0), w[:, :, e].max(0), color=colour,
                                       alpha=0.15, linewidth=0)  # fmt: skip
                 axes.axhline(1 / len(first["experts"]), color=figures.GREY, linewidth=0.6, zorder=0)

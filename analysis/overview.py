@@ -1,0 +1,99 @@
+"""All experiments on one page; published reports against their trials; tables for LaTeX."""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import experiments
+from analysis.figures import table
+
+PAGE = """# The study: {setting}
+
+When does sharing one model between retrieval and reranking hurt, where, and does routing undo it?
+
+{table}
+{missing}"""
+
+
+def markdown(setting: str, readings: Mapping[str, str]) -> str:
+    """readings: experiment -> what its report concludes; experiments without one are missing."""
+    rows = [
+        [f"[{name}]({name}/{setting}/report.md)", experiments.EXPERIMENTS[name].question,
+         " ".join(text.split())]
+        for name, text in readings.items()
+    ]  # fmt: skip
+    absent = [name for name in experiments.EXPERIMENTS if name not in readings]
+    missing = f"Not run in this setting: {', '.join(absent)}.\n" if absent else ""
+    return PAGE.format(setting=setting, missing=missing,
+                       table=table(["experiment", "question", "reading"], rows))  # fmt: skip
+
+
+def stale(results: Path, write: Callable[[str, Path], object]) -> list[str]:
+    """The published reports that no longer follow from the trials beside them.
+
+    Each setting is copied and its report written again; text and JSON have to be the same. The
+    bytes of figures depend on the version of the plotting library and are not compared.
+
+    Args:
+        results: results/<experiment>/<setting>. write: (experiment, folder) -> writes its report.
+    Returns:
+        the files that differ, are new, or are no longer written.
+    """
+    found = []
+    with tempfile.TemporaryDirectory() as place:
+        for folder in sorted(path for path in results.glob("*/*") if path.is_dir()):
+            copy = Path(place) / folder.parent.name / folder.name
+            shutil.copytree(folder, copy)
+            for path in copy.glob("report.md"):
+                path.unlink()
+            write(folder.parent.name, copy)
+            names = {
+                p.name for at in (folder, copy) for k in ("md", "json") for p in at.glob(f"*.{k}")
+            }
+            for name in sorted(names):
+                old, new = folder / name, copy / name
+                if not (old.exists() and new.exists() and old.read_bytes() == new.read_bytes()):
+                    found.append(str(old))
+    return found
+
+
+SPECIAL = {**{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\textasciitilde{}", "±": r"$\pm$",
+           "×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$", "Δ": r"$\Delta$", "²": r"$^2$",
+           "<": "$<$", ">": "$>$", "\u2212": "$-$", "…": r"\dots{}"}  # fmt: skip
+
+
+def latex(report: str) -> str:
+    """Every Markdown table of a report as a booktabs tabular, under its heading as a comment."""
+    made, heading, lines = [], "", report.splitlines()
+    for at, line in enumerate(lines):
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+        if line.startswith("| ") and re.fullmatch(
+            r"\|[ :|-]+\|", lines[min(at + 1, len(lines) - 1)]
+        ):
+            end = at
+            while end < len(lines) and lines[end].startswith("| "):
+                end += 1
+            cells = [_cells(row) for row in (lines[at], *lines[at + 2 : end])]
+            body = [" & ".join(map(_tex, row)) + r" \\" for row in cells]
+            columns = "l" + "r" * (len(cells[0]) - 1)
+            made.append("\n".join([
+                f"% {heading}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0],
+                r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}",
+            ]))  # fmt: skip
+    return "\n\n".join(made) + "\n"
+
+
+def _cells(row: str) -> list[str]:
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip()[1:-1])]
+
+
+def _tex(cell: str) -> str:
+    """One cell: bold stays bold, links keep their text, the rest is escaped."""
+    cell = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", cell).replace(r"\|", "|").replace("`", "")
+    cell = re.sub(r"\*([^*]+)\*", r"\1", cell) if "**" not in cell else cell
+    parts = re.split(r"\*\*", cell)
+    escaped = ["".join(SPECIAL.get(c, c) for c in part) for part in parts]
+    return "".join(rf"\textbf{{{p}}}" if i % 2 else p for i, p in enumerate(escaped))

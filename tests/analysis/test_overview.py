@@ -1,0 +1,101 @@
+"""One page for all experiments, published reports against their trials, tables for LaTeX."""
+
+from pathlib import Path
+
+import pytest
+
+import run
+from analysis import compare, overview
+from tests.analysis.made import Maker
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """results/ with one experiment whose report was written."""
+    maker = Maker(tmp_path / "results" / "soft_vs_hard" / "smoke")
+    maker.baselines()
+    for arm in ("sparsegen", "uniform"):
+        maker.arm(arm, {"embedding": 0.5, "reranking": 0.4})
+    compare.write(maker.folder)
+    return tmp_path / "results"
+
+
+def rewrite(experiment: str, folder: Path) -> None:
+    compare.write(folder)
+
+
+def test_what_this_repository_publishes_follows_from_its_trials() -> None:
+    assert overview.stale(ROOT / "results", run.write_report) == []
+
+
+def test_a_report_that_follows_is_not_stale(published: Path) -> None:
+    assert overview.stale(published, rewrite) == []
+
+
+@pytest.mark.parametrize("name", ["report.md", "comparison.json"])
+def test_a_number_changed_by_hand_is_stale(name: str, published: Path) -> None:
+    path = published / "soft_vs_hard" / "smoke" / name
+    path.write_text(path.read_text().replace("50.", "51.").replace("0.5", "0.6"))
+    assert overview.stale(published, rewrite) == [str(path)]
+
+
+def test_a_trial_that_was_added_makes_the_report_stale(published: Path) -> None:
+    folder = published / "soft_vs_hard" / "smoke"
+    Maker(folder).arm("task", {"embedding": 0.5, "reranking": 0.4})
+    assert {Path(path).name for path in overview.stale(published, rewrite)} == {
+        "report.md", "comparison.json"
+    }  # fmt: skip
+
+
+def test_a_report_that_is_missing_is_stale(published: Path) -> None:
+    path = published / "soft_vs_hard" / "smoke" / "report.md"
+    path.unlink()
+    assert overview.stale(published, rewrite) == [str(path)]
+
+
+def test_the_overview_names_what_was_not_run() -> None:
+    page = overview.markdown("small", {"kill_gate": "Proceed.\nSupported: no."})
+    assert "[kill_gate](kill_gate/small/report.md)" in page and "Proceed. Supported: no." in page
+    assert "Not run in this setting: scale_study" in page
+
+
+def test_latex_tables() -> None:
+    report = """# T
+
+## Scores & more
+
+| arm | *nDCG* |
+| --- | ---: |
+| **A_1** | +1.00 % ± 0.20 [a, b] |
+| p of \\|I\\| ≥ 2 | [text](link.md) |
+
+no table
+"""
+    assert (
+        overview.latex(report)
+        == r"""% Scores & more
+\begin{tabular}{lr}
+\toprule
+arm & nDCG \\
+\midrule
+\textbf{A\_1} & +1.00 \% $\pm$ 0.20 [a, b] \\
+p of |I| $\geq$ 2 & text \\
+\bottomrule
+\end{tabular}
+"""
+    )
+
+
+def test_report_of_all_experiments(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["report", "--scale", "smoke", "--runs", str(published), "--latex"]
+    assert run.main(line) == 0
+    assert "soft_vs_hard" in (published / "smoke.md").read_text()
+    assert r"\toprule" in (published / "soft_vs_hard/smoke/tables.tex").read_text()
+    assert run.main(["report", "--scale", "smoke", "--runs", str(tmp_path / "none")]) == 0
+    assert "no trial of smoke" in capsys.readouterr().out
+    assert run.main(["report", "nothing"]) == 2
+    assert "unknown experiment 'nothing'" in capsys.readouterr().err
