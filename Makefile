@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup base kill-gate scale-study gradient-conflict soft-vs-hard routing \
-  representation rank-sweep remedies study sweep bench bench-model kernels-report gpu-all report \
+  representation probing rank-sweep remedies study sweep bench bench-model kernels-report gpu-all report \
   test test-gpu lint format clean
 
 ifdef PYTHON
@@ -58,13 +58,17 @@ routing: base  ## What the router reads: task, template, domain
 representation: base  ## What the models and their experts make of the same texts: CKA, spectra, STIR
 	$(STUDY)
 
+probing: base  ## What can be read off the representation of a pair: terms, BM25, IDF, relevance
+	$(STUDY)
+
 rank-sweep: base  ## Quality against the rank of each expert
 	$(STUDY)
 
 remedies: base  ## What else could win the loss back: PCGrad, weights of the losses
 	$(STUDY)
 
-STUDIES = kill-gate scale-study gradient-conflict soft-vs-hard routing representation rank-sweep remedies
+STUDIES = kill-gate scale-study gradient-conflict soft-vs-hard routing representation probing \
+  rank-sweep remedies
 study: $(STUDIES)  ## All experiments
 
 sweep: base  ## Try learning rates and clippings of each arm on dev; the choice goes into experiments.py

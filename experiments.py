@@ -133,7 +133,8 @@ class Experiment:
     measures: tuple[str, ...] = ()
 
 
-MOE = {"experts": ("embedding", "reranking", "shared"), "ranks": (16, 16, 16)}
+THREE = ("embedding", "reranking", "shared")
+MOE = {"experts": THREE, "ranks": (16, 16, 16)}
 PAIR = {"experts": ("embedding", "reranking"), "ranks": (24, 24)}  # without shared, as many ranks
 BARE = {"query_prompt": "{query}", "pair_prompt": "{query}\n{document}"}  # no templates
 SPARSEGEN = {**MOE, "router": "sparsegen", "router_noise": 0.1, "expert_dropout": 0.1}
@@ -245,8 +246,7 @@ EXPERIMENTS = {
         by_scale={scale: _ladder(steps) for scale, steps in LADDER.items()},
         controls={
             f"{arm}-r{rank}": {**ARMS[arm], "ranks": (rank,), "tuned_as": arm}
-            for rank in (1, 4, 64)
-            for arm in SIZED
+            for rank in (1, 4, 64) for arm in SIZED
         },
         report="scale",
     ),
@@ -258,8 +258,7 @@ EXPERIMENTS = {
             **{arm: ARMS[arm] for arm in ("joint-single", "joint-moe")},
             **_like("joint-single", {"pcgrad": {"pcgrad": True}}),
         },
-        common={"probes": 4},
-        report="conflict", reference="joint-single",
+        common={"probes": 4}, report="conflict", reference="joint-single",
     ),
     "soft_vs_hard": Experiment(
         question="Does it matter how the experts are weighed: by task, by similarity, softly?",
@@ -302,16 +301,21 @@ EXPERIMENTS = {
         arms={**ARMS, **_like("joint-moe", {"uniform-moe": {**MOE, "router": "uniform"}})},
         report="representations", reference="joint-single", measures=("representation",),
     ),
+    "probing": Experiment(
+        question="What does a pair's representation hold: matched terms, BM25, IDF, relevance?",
+        expected="Rerankers are said to keep BM25's ingredients in their middle layers; an expert "
+        "named for reranking should hold more of them than the others.",
+        arms={arm: ARMS[arm] for arm in ("rank-only", "joint-single", "joint-moe")},
+        report="probes", reference="joint-single", measures=("probing",),
+    ),
     "rank_sweep": Experiment(
         question="How much rank does each expert need?",
         expected="Little: one rank is said to be enough for a reranker (arXiv 2504.08780).",
         arms=_like("joint-moe", {
             **{f"all-r{r}": {**SPARSEGEN, "ranks": (r,) * 3} for r in (1, 4, 8, 16, 32)},
             **{
-                f"{name}-r{r}": {**SPARSEGEN, "ranks": tuple(
-                    r if name == other else 16 for other in MOE["experts"]
-                )}
-                for name in MOE["experts"] for r in (1, 4, 8, 32)
+                f"{name}-r{r}": {**SPARSEGEN, "ranks": tuple(r if name == o else 16 for o in THREE)}
+                for name in THREE for r in (1, 4, 8, 32)
             },
         }),
         report="compare", reference="all-r16",
@@ -325,10 +329,8 @@ EXPERIMENTS = {
             **_like("joint-single", {
                 "pcgrad": {"pcgrad": True},
                 **{
-                    f"weight-{share}": {
-                        "embedding_weight": share / 50, "reranking_weight": 2 - share / 50,
-                    }
-                    for share in (10, 25, 75, 90)
+                    f"weight-{w}": {"embedding_weight": w / 50, "reranking_weight": 2 - w / 50}
+                    for w in (10, 25, 75, 90)
                 },
             }),
         },
@@ -341,9 +343,7 @@ EXPERIMENTS = {
             for arm, row in ARMS.items()
             for rate, clip in SWEPT
         },
-        seeds=1,
-        common={"split": "dev"},
-        report="sweep",
+        seeds=1, common={"split": "dev"}, report="sweep",
     ),
 }
 # fmt: on

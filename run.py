@@ -20,6 +20,8 @@ from analysis import (
     conflict,
     gradients,
     overview,
+    probes,
+    probing,
     report,
     representation,
     representations,
@@ -55,6 +57,7 @@ REPORTS = {  # each has write(folder) and summary(what it wrote)
     "conflict": conflict,
     "routes": routes,
     "representations": representations,
+    "probes": probes,
     "scale": scale,
 }
 
@@ -63,6 +66,7 @@ REPORTS = {  # each has write(folder) and summary(what it wrote)
 MEASURES = {
     "routing": lambda model, evaluation, count, place: routing.measure(model, evaluation, count),
     "representation": representation.measure,
+    "probing": probing.measure,
 }
 
 

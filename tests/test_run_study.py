@@ -1,6 +1,7 @@
 """run.py over several experiments: shared trials, baselines of each size, looks into models."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import run
 from model.unimoer import UniMoER
 from tests.train.tiny import write_collection
 
-STEPS = ["--set", "steps=2", "--set", "dtype=float32", "--set", "measured=6"]
+STEPS = ["--set", "steps=2", "--set", "dtype=float32", "--set", "measured=10"]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def go(tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def reports() -> dict:
+    """Those of the product, before `go` puts stubs in their place."""
+    return dict(run.REPORTS)
+
+
+@pytest.fixture
+def go(reports: dict, tiny_base: Path, data: Path, tmp_path: Path, monkeypatch):
     """go(experiment, *arms) -> the setting's folder, after a run of one seed."""
     monkeypatch.setenv("UNIMOER_CACHE", str(tmp_path / "cache"))
     stub = SimpleNamespace(write=lambda folder: {}, summary=lambda found: "summary")
@@ -89,6 +96,32 @@ def test_a_look_into_a_model_is_kept(
     folder = go("routing", "joint-moe", "bare-moe")
     for arm in ("joint-moe", "bare-moe"):
         found = read(folder / arm / "routing-seed0.json")
-        assert found["texts"]["pair"] == 6 and len(found["means"]["pair"]) == 1
+        assert found["texts"]["pair"] == 10 and len(found["means"]["pair"]) == 1
     monkeypatch.setattr(run, "MEASURES", {"routing": forbidden})
     assert go("routing", "joint-moe") == folder
+
+
+@pytest.mark.parametrize(
+    ("experiment", "arms"),
+    [
+        ("gradient_conflict", ("joint-single", "joint-moe", "pcgrad")),
+        ("soft_vs_hard", ("similarity-max", "sparsegen", "token", "random")),
+        ("routing", ("joint-moe", "bare-moe")),
+        ("representation", ("emb-only", "joint-moe")),
+        ("probing", ("rank-only", "joint-moe")),
+        ("rank_sweep", ("all-r1", "shared-r4")),
+        ("remedies", ("joint-single", "weight-25")),
+    ],
+)
+def test_every_experiment_goes_from_data_to_its_report(
+    experiment: str, arms: tuple[str, ...], go: Callable[..., Path], reports: dict
+) -> None:
+    """With a seed each: intervals are missing and said to be."""
+    folder = go(experiment, *arms)
+    run.REPORTS.update(reports)
+    assert run.write_report(experiment, folder, tables=True)
+    text = (folder / "report.md").read_text()
+    assert not re.search(r"\bnan\b", text) and "What could not be concluded" in text
+    for figure in re.findall(r"!\[\w+\]\((\w+\.png)\)", text):
+        assert (folder / figure).exists()
+    assert r"\toprule" in (folder / "tables.tex").read_text()

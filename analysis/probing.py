@@ -1,0 +1,215 @@
+"""What can be read off a pair's representation: linear probes with control tasks and code lengths.
+
+A probe is ridge regression (or, for a yes or no, logistic regression) from the features of a pair
+to one of its properties, always tested on queries that it has not seen. Beside its score stand the
+score on a control task, the same values shuffled over pairs, which a probe can only memorise
+(Hewitt and Liang, 1909.03368; selectivity is the difference), and the online code length (Voita and
+Titov, 2003.12298): what it takes to send the values when each portion is coded with the probe that
+was fitted to those before it, over what the values' own distribution takes.
+"""
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from analysis.representation import features
+from eval.protocol import EvaluationSet
+from model.prefix import TextSet
+from model.unimoer import UniMoER
+
+FOLDS = 5
+PORTIONS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the queries; the first is sent without a probe
+PENALTY = 100.0  # of ridge, on standardised features
+INVERSE_PENALTY = 0.1  # of logistic regression
+WORD = re.compile(r"\w+")
+
+
+def terms(text: str) -> list[str]:
+    return WORD.findall(text.lower())
+
+
+def properties(
+    pairs: Sequence[tuple[str, str]], scores: Sequence[float], corpus: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """name -> (n,) of pairs (query, document).
+
+    covered_terms, covered_share: distinct query terms that the document has. tf_sum: how often it
+    has them. idf_sum: sum of ln(N / n_t) of those covered, over the documents `corpus`. bm25: the
+    first stage's `scores`. bigrams: the share of the query's bigrams that the document has word by
+    word. length: ln of the document's words. exact: whether any query bigram is there (0 or 1).
+    """
+    seen = Counter(word for text in corpus for word in set(terms(text)))
+    found: dict[str, list[float]] = {}
+    for (query, document), score in zip(pairs, scores, strict=True):
+        asked, words = terms(query), terms(document)
+        counts, distinct = Counter(words), set(asked)
+        covered = [word for word in distinct if counts[word]]
+        grams = set(zip(asked, asked[1:], strict=False))
+        there = grams & set(zip(words, words[1:], strict=False))
+        share = len(there) / len(grams) if grams else 0.0
+        row = {
+            "covered_terms": len(covered),
+            "covered_share": len(covered) / max(len(distinct), 1),
+            "tf_sum": sum(counts[word] for word in covered),
+            "idf_sum": sum(math.log(len(corpus) / seen[word]) for word in covered if seen[word]),
+            "bm25": score,
+            "bigrams": share,
+            "length": math.log(max(len(words), 1)),
+            "exact": float(share > 0),
+        }
+        for name, value in row.items():
+            found.setdefault(name, []).append(float(value))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def binary(y: np.ndarray) -> bool:
+    return set(np.unique(y).tolist()) <= {0.0, 1.0}
+
+
+def probe_for(y: np.ndarray, weigh: bool = False) -> Any:
+    """Standardised features, then ridge or logistic regression; weigh: both classes alike."""
+    if binary(y):
+        weight = "balanced" if weigh else None
+        made = LogisticRegression(C=INVERSE_PENALTY, max_iter=500, class_weight=weight)
+        return make_pipeline(StandardScaler(), made)
+    return make_pipeline(StandardScaler(), Ridge(PENALTY))
+
+
+def score(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> float | None:
+    """R^2 of ridge, or balanced accuracy of a logistic probe, over folds of unseen queries.
+
+    R^2 is against each fold's own mean, pooled over folds. None where y does not vary.
+    """
+    if len(np.unique(y)) < 2:
+        return None
+    guessed = np.zeros(len(y))
+    for train, test in GroupKFold(FOLDS).split(x, y, list(queries)):
+        if len(np.unique(y[train])) < 2:
+            guessed[test] = y[train].mean()
+        else:
+            guessed[test] = probe_for(y, True).fit(x[train], y[train]).predict(x[test])
+    if binary(y):
+        return float(np.mean([np.mean(guessed[y == label] == label) for label in (0.0, 1.0)]))
+    return float(1 - ((y - guessed) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+
+
+def control(y: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The same values, dealt out at random."""
+    return np.random.default_rng(seed).permutation(y)
+
+
+def compression(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> float | None:
+    """Code length of y by its own distribution over its online code length by the probe.
+
+    Above 1 the features save bits, at 1 they say nothing; None where y does not vary. Portions are
+    of whole queries in a fixed random order. A yes or no costs -log2 p; a value, to a fixed
+    precision that cancels in the difference to the prior, -log2 of a Gaussian around the guess
+    with the variance of the probe's residuals on what it was fitted to (in five folds).
+    """
+    if len(np.unique(y)) < 2:
+        return None
+    names = np.unique(np.asarray(queries))
+    order = {name: i for i, name in enumerate(np.random.default_rng(0).permutation(names))}
+    rank = np.array([order[query] for query in np.asarray(queries).tolist()])
+    ends = [round(share * len(names)) for share in PORTIONS]
+    yes = binary(y)
+    z = y if yes else (y - y.mean()) / y.std()
+
+    def prior(values: np.ndarray) -> float:
+        if not yes:
+            return float((0.5 * math.log2(2 * math.pi) + values**2 / (2 * math.log(2))).sum())
+        p = np.clip(z.mean(), 1e-3, 1 - 1e-3)
+        return float(-(values * np.log2(p) + (1 - values) * np.log2(1 - p)).sum())
+
+    # Bits of a quantisation step of a hundredth of a standard deviation.
+    step = 0.0 if yes else math.log2(100)
+    total = prior(z) + step * len(z)
+    sent = prior(z[rank < ends[0]]) + step * int((rank < ends[0]).sum())
+    for begin, end in zip(ends, ends[1:], strict=False):
+        known, new = rank < begin, (rank >= begin) & (rank < end)
+        if len(np.unique(z[known])) < 2 or known.sum() < 2 * FOLDS:
+            sent += prior(z[new]) + step * int(new.sum())
+            continue
+        made = probe_for(z).fit(x[known], z[known])
+        if yes:
+            p = np.clip(made.predict_proba(x[new])[:, 1], 1e-3, 1 - 1e-3)
+            sent += float(-(z[new] * np.log2(p) + (1 - z[new]) * np.log2(1 - p)).sum())
+            continue
+        groups = np.asarray(queries)[known]
+        folds = min(FOLDS, len(np.unique(groups)))
+        left = np.concatenate([
+            z[known][test] - probe_for(z).fit(x[known][train], z[known][train]).predict(
+                x[known][test])
+            for train, test in GroupKFold(folds).split(x[known], z[known], groups)
+        ])  # fmt: skip
+        variance = float((left**2).mean())
+        error = (z[new] - made.predict(x[new])) ** 2
+        bits = 0.5 * np.log2(2 * math.pi * variance) + error / (2 * variance * math.log(2))
+        sent += float(bits.sum()) + step * int(new.sum())
+    return total / sent
+
+
+def probe(
+    layers: np.ndarray, values: dict[str, np.ndarray], queries: Sequence[Any]
+) -> dict[str, list[dict[str, float | None]]]:
+    """property -> by layer: score, that of the control task, selectivity, compression.
+
+    layers: (layers, n, D).
+    """
+    found: dict[str, list[dict[str, float | None]]] = {}
+    for name, y in values.items():
+        rows = found[name] = []
+        for x in layers:
+            real, fake = score(x, y, queries), score(x, control(y), queries)
+            gap = None if real is None or fake is None else real - fake
+            rows.append({"score": real, "control": fake, "selectivity": gap,
+                         "compression": compression(x, y, queries)})  # fmt: skip
+    return found
+
+
+def measure(model: UniMoER, evaluation: EvaluationSet, count: int, place: Path) -> dict[str, Any]:
+    """Probes of the pairs of `count` reranking queries: the model, its experts, and the base.
+
+    Of the properties of text also `similarity`, the cosine of query and document in the untrained
+    base, and `relevant`, the judgment.
+    """
+    assert model.config.lora is not None
+    texts, experts = evaluation.collection, model.config.lora.experts
+    chosen = sorted(evaluation.candidates, key=lambda query: random.Random(query).random())[:count]
+    keys = [(q, d) for q in chosen for d in evaluation.candidates[q]]
+    pairs = [(texts.queries[q], texts.corpus[d]) for q, d in keys]
+    values = properties(
+        pairs,
+        [evaluation.candidates[q][d] for q, d in keys],
+        [texts.corpus[d] for d in evaluation.documents],
+    )
+    tokenizer = evaluation.tokenizer
+    sides = (tokenizer.queries([q for q, _ in pairs]), tokenizer.documents([d for _, d in pairs]))
+    first, second = (model.embed_all(TextSet(ids), base=True) for ids in sides)
+    values["similarity"] = (first * second).sum(1).double().numpy()
+    judged = evaluation.qrels
+    values["relevant"] = np.array([float(judged[q].get(d, 0) > 0) for q, d in keys])
+    ids, queries = tokenizer.pairs(pairs), [q for q, _ in keys]
+    views = {"model": features(model, ids, "reranking")}
+    views["base"] = features(model, ids, "reranking", base=True)
+    if len(experts) > 1:
+        for at, name in enumerate(experts):
+            one = [float(i == at) for i in range(len(experts))]
+            views[name] = features(model, ids, "reranking", fixed=one)
+    return {
+        "first_layer": model.config.lora.first_layer,
+        "pairs": len(pairs),
+        "queries": len(chosen),
+        "probes": {name: probe(x.numpy(), values, queries) for name, x in views.items()},
+        "binary": [name for name, y in values.items() if binary(y)],
+    }

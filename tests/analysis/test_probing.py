@@ -1,0 +1,78 @@
+"""Probes where the answer is known: a planted property, a random one, and queries that leak."""
+
+import math
+
+import numpy as np
+import pytest
+
+from analysis import probing
+
+N, D = 600, 20
+QUERIES = [i // 6 for i in range(N)]
+
+
+def features(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(N, D))
+
+
+def test_a_planted_property_is_read_off() -> None:
+    x = features()
+    y = 3 * x[:, 0] - x[:, 1] + 7
+    assert probing.score(x, y, QUERIES) == pytest.approx(1, abs=0.05)
+    found = probing.probe(x[None], {"planted": y}, QUERIES)["planted"][0]
+    assert found["selectivity"] > 0.9 and abs(found["control"]) < 0.15  # type: ignore
+    assert found["compression"] > 1.2  # type: ignore[operator]
+
+
+def test_with_noise_it_is_the_share_that_is_there() -> None:
+    """Half of the variance is noise, so R^2 is about one half."""
+    x = features()
+    y = x[:, 0] + np.random.default_rng(1).normal(size=N)
+    assert probing.score(x, y, QUERIES) == pytest.approx(0.5, abs=0.08)
+
+
+def test_a_random_property_is_not() -> None:
+    x, y = features(), np.random.default_rng(1).normal(size=N)
+    found = probing.probe(x[None], {"random": y}, QUERIES)["random"][0]
+    assert found["score"] < 0.05 and abs(found["selectivity"]) < 0.1  # type: ignore
+    assert found["compression"] == pytest.approx(1, abs=0.03)
+
+
+def test_a_yes_or_no() -> None:
+    x = features()
+    y = (x[:, 0] > 0.5).astype(float)
+    assert probing.score(x, y, QUERIES) > 0.8  # type: ignore[operator]
+    assert probing.score(x, probing.control(y), QUERIES) < 0.6  # type: ignore[operator]
+    assert probing.compression(x, y, QUERIES) > 1.3  # type: ignore[operator]
+    random = (np.random.default_rng(2).random(N) > 0.5).astype(float)
+    assert probing.compression(x, random, QUERIES) < 1.02  # type: ignore[operator]
+
+
+def test_what_only_tells_queries_apart_does_not_count() -> None:
+    """Features that name the query and values that depend on it: nothing carries over."""
+    rng = np.random.default_rng(0)
+    names = rng.normal(size=(N // 6, D))
+    x = names[np.array(QUERIES)] + 0.01 * features()
+    y = rng.normal(size=N // 6)[np.array(QUERIES)]
+    assert probing.score(x, y, QUERIES) < 0.2  # type: ignore[operator]
+    leaking = probing.score(x, y, list(range(N)))  # folds that split queries
+    assert leaking > probing.score(x, y, QUERIES) + 0.05  # type: ignore[operator]
+
+
+def test_what_does_not_vary_has_no_score() -> None:
+    found = probing.probe(features()[None], {"same": np.ones(N)}, QUERIES)["same"][0]
+    assert set(found.values()) == {None}
+
+
+def test_properties_of_a_pair() -> None:
+    corpus = ["open a file", "close the file", "read"]
+    pairs = [("Open the file", "open a file, then the file."), ("read", "nothing")]
+    found = {k: v.tolist() for k, v in probing.properties(pairs, [2.5, 0.0], corpus).items()}
+    assert found["covered_terms"] == [3, 0] and found["covered_share"] == [1, 0]
+    assert found["tf_sum"] == [4, 0]  # open once, the once, file twice
+    idf = math.log(3 / 1) + math.log(3 / 1) + math.log(3 / 2)
+    assert found["idf_sum"] == pytest.approx([idf, 0])
+    assert found["bm25"] == [2.5, 0]
+    assert found["bigrams"] == [0.5, 0]  # "the file", not "open the"
+    assert found["exact"] == [1, 0]
+    assert found["length"] == pytest.approx([math.log(6), 0])
