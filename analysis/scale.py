@@ -350,11 +350,9 @@ def _panel(axes: Axes, v: dict[str, Any], axis: str, task: str) -> None:
                   linewidth=0.8, linestyle=(0, (5, 1.5)))  # fmt: skip
     axes.axhline(0, color="black", linewidth=0.6, zorder=0)
     axes.set_title(TASKS[task].capitalize(), fontweight="bold")
-    ticks = axes.get_xticks()
-    low, high = math.ceil(ticks[0]), math.floor(ticks[-1])
-    unit = (1e6, " M") if axis == "parameters" else (1, "")
-    at = np.arange(low, high + 1)
-    axes.set_xticks(at, [f"{2.0**x / unit[0]:.3g}{unit[1]}" for x in at])
+    shown = sorted({row[axis] for row in rows if row[other] == common})
+    names = [f"{n / 1e6:.0f} M" if axis == "parameters" else f"{n}" for n in shown]
+    axes.set_xticks([math.log2(n) for n in shown], names)
     note = " (labels: layers)" if axis == "parameters" else ""
     axes.set_xlabel(f"{AXES[axis]}{note}")
 
