@@ -114,22 +114,28 @@ def show_row(arm: str, seed: int | None, scores: dict) -> None:
     print(f"{name:<24} retrieval {cells[0]:>7}   reranking {cells[1]:>7}", flush=True)
 
 
+def same(result: dict, config: Config, bench: Workbench) -> bool:
+    """Whether a stored result is of this config, source, data and device."""
+    return (
+        result["config"] == json.loads(json.dumps(config.to_json()))
+        and result["sources"] == sources()
+        and result["device"] == device_name(bench.device)
+        and result["data"]["fingerprint"] == bench.collection.fingerprint
+    )
+
+
 def taken_over(path: Path, config: Config, bench: Workbench) -> dict | None:
     """The same trial of another experiment: its result, the trained model linked beside `path`.
 
-    The same means config, sources, base, data and device.
+    A trial whose gradients were watched trains like one that is left alone, so it stands for both.
     """
     folder = path.parent.parent
     for other in sorted(folder.parent.parent.glob(f"*/{folder.name}/*/{path.name}")):
         result = json.loads(other.read_text())
-        same = result["config"] == json.loads(json.dumps(config.to_json()))
-        same &= result["sources"] == sources() and result["device"] == device_name(bench.device)
+        if not config.probes:
+            result = gradients.unwatched(result)
         model = other.with_suffix(".model")
-        if (
-            same
-            and result["data"]["fingerprint"] == bench.collection.fingerprint
-            and model.exists()
-        ):
+        if same(result, config, bench) and model.exists():
             target = path.with_suffix(".model")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
@@ -152,9 +158,15 @@ def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
 
 
 def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> None:
-    """Their rows, computed where the file is not there."""
+    """Their rows, computed where no experiment of this setting has them."""
     of = f", {plain.layers} layers" if size else ""
     if (result := stored(path, plain)) is None:
+        runs, setting = path.parents[2], path.parent.name
+        for other in sorted(runs.glob(f"*/{setting}/baselines*.json")):
+            result = gradients.unwatched(json.loads(other.read_text()))
+            if same(result, replace(plain, probes=0), bench):
+                write_json(path, {**result, "config": plain.to_json()})
+                return show_baselines(path, plain, bench, size)
         result = run_baselines(plain, bench, lambda arm, s: show_row(arm + of, None, s))
         write_json(path, result)
         return

@@ -17,6 +17,7 @@ gradient in `w` has rank 2R, so it is never formed, and the memory is that of fo
 adapters, whatever the number of texts.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,9 +49,26 @@ def watch(model: UniMoER, data: TrainingData, config: Config) -> Callback | None
 
     def callback(step: int, line: dict) -> None:
         if step in steps:
+            started = time.perf_counter()
             line["gradients"] = measure(model, data, config.probes)
+            line["gradients_seconds"] = round(time.perf_counter() - started, 3)
 
     return callback
+
+
+def unwatched(result: dict[str, Any]) -> dict[str, Any]:
+    """A trial's result as it is without `probes`: watching changes nothing but the seconds."""
+    if not result["config"]["probes"]:
+        return result
+    looks = [line.get("gradients_seconds", 0.0) for line in result.get("curve", ())]
+    seconds = result["seconds"]
+    if looks:
+        seconds = {**seconds, "train": seconds["train"] - sum(looks)}
+        result = {**result, "curve": [
+            {k: v for k, v in line.items() if not k.startswith("gradients")}
+            for line in result["curve"]
+        ]}  # fmt: skip
+    return {**result, "config": {**result["config"], "probes": 0}, "seconds": seconds}
 
 
 def measure(model: UniMoER, data: TrainingData, batches: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,37 @@ def test_the_same_trial_of_another_experiment_is_taken_over(
     models = [UniMoER.from_pretrained(folder / "seed0.model")
               for folder in (first / "joint-moe", second / "sparsegen")]  # fmt: skip
     assert models[0].predict([("a", "b")]).tolist() == models[1].predict([("a", "b")]).tolist()
+
+
+def test_a_watched_trial_stands_for_one_that_was_left_alone(
+    go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probes change nothing: both ways of coming by the trial give the same bits."""
+    alone = read(go("soft_vs_hard", "sparsegen") / "sparsegen/seed0.json")
+    watched = go("gradient_conflict", "joint-moe")
+    assert "gradients" in read(watched / "joint-moe/seed0.json")["curve"][-1]
+    shutil.rmtree(watched.parents[1] / "soft_vs_hard")
+    monkeypatch.setattr(run, "run_trial", forbidden)
+    monkeypatch.setattr(run, "run_baselines", forbidden)
+    folder = go("kill_gate", "joint-moe")
+    taken, long = (read(at / "joint-moe/seed0.json") for at in (folder, watched))
+    assert 0 < taken["seconds"]["train"] < long["seconds"]["train"]
+    for result in (taken, alone):
+        for name in ("arm", "seconds", "peak_bytes"):
+            result.pop(name)
+    assert taken == alone
+    baselines = [read(place / "baselines.json") for place in (watched, folder)]
+    assert [row["config"]["probes"] for row in baselines] == [4, 0]
+    assert baselines[0]["untrained"] == baselines[1]["untrained"]
+
+
+def test_a_trial_is_not_taken_for_one_whose_gradients_are_asked_for(
+    go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go("kill_gate", "joint-single")
+    monkeypatch.setattr(run, "run_trial", forbidden)
+    with pytest.raises(AssertionError, match="not computed"):
+        go("gradient_conflict", "joint-single")
 
 
 @pytest.mark.parametrize("change", ["sources", "device", "config"])
