@@ -361,7 +361,7 @@ def arms(
 def plain(experiment: str, scale: str, **overrides) -> Config:
     """The Config of the baselines, the same whatever arms decide. `overrides` (base, ...) win."""
     made = _scaled(experiment, scale, **overrides)
-    return replace(made, **{name: getattr(Config(), name) for name in BY_ARM})
+    return replace(made, **{name: getattr(Config(), name) for name in (*BY_ARM, "probes")})
 
 
 def size_of(experiment: str, arm: str, scale: str) -> dict[str, Any]:

@@ -124,6 +124,15 @@ def same(result: dict, config: Config, bench: Workbench) -> bool:
     )
 
 
+def baselines_elsewhere(path: Path, plain: Config, bench: Workbench) -> dict | None:
+    """The same baselines of another experiment of this setting."""
+    for other in sorted(path.parents[2].glob(f"*/{path.parent.name}/baselines*.json")):
+        result = json.loads(other.read_text())
+        if same(result, plain, bench):
+            return result
+    return None
+
+
 def taken_over(path: Path, config: Config, bench: Workbench) -> dict | None:
     """The same trial of another experiment: its result, the trained model linked beside `path`.
 
@@ -161,15 +170,11 @@ def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> N
     """Their rows, computed where no experiment of this setting has them."""
     of = f", {plain.layers} layers" if size else ""
     if (result := stored(path, plain)) is None:
-        runs, setting = path.parents[2], path.parent.name
-        for other in sorted(runs.glob(f"*/{setting}/baselines*.json")):
-            result = gradients.unwatched(json.loads(other.read_text()))
-            if same(result, replace(plain, probes=0), bench):
-                write_json(path, {**result, "config": plain.to_json()})
-                return show_baselines(path, plain, bench, size)
-        result = run_baselines(plain, bench, lambda arm, s: show_row(arm + of, None, s))
+        if (result := baselines_elsewhere(path, plain, bench)) is None:
+            result = run_baselines(plain, bench, lambda arm, s: show_row(arm + of, None, s))
+            write_json(path, result)
+            return
         write_json(path, result)
-        return
     show_row("bm25", None, result["bm25"])
     show_row("untrained base" + of, None, result["untrained"])
 

@@ -60,15 +60,16 @@ def unwatched(result: dict[str, Any]) -> dict[str, Any]:
     """A trial's result as it is without `probes`: watching changes nothing but the seconds."""
     if not result["config"]["probes"]:
         return result
-    looks = [line.get("gradients_seconds", 0.0) for line in result.get("curve", ())]
-    seconds = result["seconds"]
-    if looks:
-        seconds = {**seconds, "train": seconds["train"] - sum(looks)}
-        result = {**result, "curve": [
-            {k: v for k, v in line.items() if not k.startswith("gradients")}
-            for line in result["curve"]
-        ]}  # fmt: skip
-    return {**result, "config": {**result["config"], "probes": 0}, "seconds": seconds}
+    curve = result["curve"]
+    looks = sum(line.get("gradients_seconds", 0.0) for line in curve)
+    return {
+        **result,
+        "config": {**result["config"], "probes": 0},
+        "seconds": {**result["seconds"], "train": result["seconds"]["train"] - looks},
+        "curve": [
+            {k: v for k, v in line.items() if not k.startswith("gradients")} for line in curve
+        ],
+    }
 
 
 def measure(model: UniMoER, data: TrainingData, batches: int) -> list[dict[str, Any]]:
