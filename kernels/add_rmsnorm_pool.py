@@ -82,9 +82,7 @@ class _AddRMSNormPool(torch.autograd.Function):
         ctx, x, delta, weight, eps: float, segments: Segments, left: int, right: int, pooled: bool
     ):
         n, d = x.shape
-        x = x if x.stride(1) == 1 else x.contiguous()
-        if delta is not None and delta.stride(1) != 1:
-            delta = delta.contiguous()
+        x, delta = _rows(x), None if delta is None else _rows(delta)
         h = x if delta is None else x.new_empty(n, d)
         normed = x.new_empty(n, left + d + right)
         rstd = x.new_empty(n, dtype=torch.float32)
@@ -115,9 +113,8 @@ class _AddRMSNormPool(torch.autograd.Function):
         width = d if ctx.delta_width is None else ctx.delta_width
         dx = h.new_empty(n, width)
         if n:
-            dn = dn[:, ctx.left : ctx.left + d]
-            if dh is not None and dh.stride(1) != 1:
-                dh = dh.contiguous()
+            dn = _rows(dn[:, ctx.left : ctx.left + d])
+            dh = None if dh is None else _rows(dh)
             block = triton.next_power_of_2(d)
             _backward[(len(ctx.segments.chunks),)](
                 h, weight, rstd, dh, dn, None if d_pooled is None else d_pooled.contiguous(), dx,
@@ -128,6 +125,11 @@ class _AddRMSNormPool(torch.autograd.Function):
             )  # fmt: skip
         wide = None if ctx.delta_width is None else dx
         return dx[:, :d], wide, None, None, None, None, None, None
+
+
+def _rows(t: Tensor) -> Tensor:
+    """As the kernels read it: any stride between rows, none within. (A sum's gradient has 0.)"""
+    return t if t.stride(1) == 1 else t.contiguous()
 
 
 def _warps(block: int) -> int:

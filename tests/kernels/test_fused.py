@@ -106,6 +106,40 @@ def test_add_rmsnorm_pool(sizes, device, dtype, add: bool) -> None:
     check(fused, plain, inputs, device, dtype)
 
 
+@pytest.mark.parametrize("layout", ["transposed", "expanded"])
+def test_gradients_of_any_layout(layout: str) -> None:
+    """What comes back from the next op may be a view: a transposed one, or one number of a sum."""
+    sizes, d, h, g, k = (3, 1, 2), 24, 3, 1, 8
+    segments, n, angle = Segments.of(sizes, "cpu"), sum(sizes), draw(sum(sizes), 4, seed=1).float()
+    x, delta, gate_up, qkv = (
+        draw(n, width, seed=i).float().requires_grad_()
+        for i, width in enumerate((d, d, 2 * d, (h + 2 * g) * k))
+    )
+    weight, turn = draw(d, seed=4).float(), (angle.cos(), angle.sin(), None, None)
+    runs = [
+        ([x, delta], lambda: add_rmsnorm_pool(x, delta, weight, 1e-5, segments, pooled=True),
+         lambda: reference.add_rmsnorm_pool(x, delta, weight, 1e-5, sizes)),
+        ([gate_up], lambda: [swiglu(gate_up, d, 0)],
+         lambda: [reference.swiglu(*gate_up.split(d, 1))]),
+        ([qkv], lambda: qk_norm_rope(qkv, *turn, 1e-5, h, g, k),
+         lambda: reference.qk_norm_rope(qkv, *turn, 1e-5, h, g, k)),
+    ]  # fmt: skip
+
+    def back(y: Tensor) -> Tensor:
+        if layout == "expanded":
+            return torch.ones(()).expand(y.shape)
+        return draw(*reversed(y.shape), seed=5).float().permute(*reversed(range(y.ndim)))
+
+    for inputs, fused, plain in runs:
+        found, expected = ([y for y in run() if y is not None] for run in (fused, plain))
+        for a, b in zip(
+            torch.autograd.grad(found, inputs, [back(y) for y in found]),
+            torch.autograd.grad(expected, inputs, [back(y) for y in expected]),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+
+
 def test_add_rmsnorm_pool_of_strided_rows() -> None:
     segments = Segments.of((3, 2), "cpu")
     x, delta, weight = draw(5, 80).float()[:, ::2], draw(40, 5, seed=1).float().t(), torch.ones(40)
