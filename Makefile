@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup base kill-gate scale-study gradient-conflict soft-vs-hard routing \
-  representation probing rank-sweep remedies study sweep bench bench-model kernels-report gpu-all report \
+  representation probing transfer rank-sweep remedies study sweep bench bench-model kernels-report gpu-all report \
   test test-gpu lint format clean
 
 ifdef PYTHON
@@ -61,14 +61,17 @@ representation: base  ## What the models and their experts make of the same text
 probing: base  ## What can be read off the representation of a pair: terms, BM25, IDF, relevance
 	$(STUDY)
 
-rank-sweep: base  ## Quality against the rank of each expert
+transfer: base  ## What one task's expert gives the other: frozen, shared, isolated, new heads
 	$(STUDY)
 
-remedies: base  ## What else could win the loss back: PCGrad, weights of the losses
+rank-sweep: base  ## Quality against the rank of each expert, and the smallest that is enough
+	$(STUDY)
+
+remedies: base  ## What else could win the loss back: PCGrad, loss weights, merged specialists
 	$(STUDY)
 
 STUDIES = kill-gate scale-study gradient-conflict soft-vs-hard routing representation probing \
-  rank-sweep remedies
+  transfer rank-sweep remedies
 study: $(STUDIES)  ## All experiments
 
 sweep: base  ## Try learning rates and clippings of each arm on dev; the choice goes into experiments.py

@@ -4,139 +4,32 @@ A new experiment is a row in EXPERIMENTS, a new arm a row in its `arms`, a new s
 SCALES. A trial is one (experiment, arm, seed); its `Config` says everything about it.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Config:
-    """One trial, flat. Lengths are in tokens, `document_tokens` before truncation ends a text."""
-
-    # What is trained
-    tasks: tuple[str, ...] = ("embedding", "reranking")
-    experts: tuple[str, ...] = ("shared",)
-    ranks: tuple[int, ...] = (16,)
-    alpha_over_rank: float = 2.0
-    targets: tuple[str, ...] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
-    lora_dropout: float = 0.0
-    router: str = ""  # "" for no router, else a key of model.router.ROUTES
-    router_hidden: int = 64
-    router_noise: float = 0.0
-    expert_dropout: float = 0.0
-    task_prior: float = 0.0
-    always_on: str = ""
-    per_token: bool = False
-    router_std: float = 0.02  # of the first weights of the router's last layer
-    router_frozen: bool = False
-    pilots: int = 4  # of each expert, for routing by similarity
-
-    # On what
-    base: str = "smollm2-135m"
-    revision: str | None = None
-    layers: int | None = None  # only the first n of the base; None: all
-    adapter_layers: int = 0  # the first layer that has experts
-    prefix: bool = True  # keep the states below it (needs adapter_layers > 0)
-    dtype: str = "auto"  # bfloat16 where the processor multiplies it, else float32
-    causal: bool = True
-    checkpointing: bool = False
-    embedding_pooling: str = "last"
-    reranking_pooling: str = "last"
-    rerank_head: str = "linear"
-    query_prompt: str = "Query: {query}"
-    document_prompt: str = "{document}"
-    pair_prompt: str = "Query: {query}\nDocument: {document}"
-    end_token: str = ""
-    document_tokens: int = 512
-    data: str = "stdlib"
-    split: str = "test"
-
-    # How
-    seed: int = 0
-    seed_offset: int = 0  # other seeds for the same arm: the A/A control
-    steps: int = 1000
-    train_queries: int = 0  # 0: all
-    embedding_batch: int = 64
-    hard_negatives: int = 1
-    reranking_batch: int = 16  # groups
-    group_size: int = 8  # one positive, the rest BM25 negatives
-    negatives_depth: int = 50
-    reranking_loss: str = "listwise"  # or "bce"
-    temperature: float = 0.02
-    false_negative_margin: float = 0.1
-    embedding_weight: float = 1.0
-    reranking_weight: float = 1.0
-    balance_weight: float = 0.01
-    balance: str = "mean"
-    penalty_weight: float = 0.01  # of Tsallis' entropy
-    learning_rate: float = 1e-4
-    head_learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.1  # share of the steps
-    clip: float = 1.0
-    pcgrad: bool = False  # drop from each task's gradient what conflicts with the other's
-    checkpoint_every: int = 50
-
-    # Measured how
-    retrieval_depth: int = 100
-    candidates: int = 100  # BM25's own top k per query, nothing forced in
-    reranking_queries: int = 0  # 0: all
-    measured: int = 500  # texts of each kind on which a trained model is looked into
-    probes: int = 0  # batches of each task, in each half, whose gradients are watched
-
-    def __post_init__(self):
-        if not self.tasks or set(self.tasks) - {"embedding", "reranking"}:
-            raise ValueError(f"tasks must be some of embedding, reranking; got {self.tasks}")
-        if self.reranking_loss not in ("listwise", "bce"):
-            raise ValueError(f"reranking_loss is listwise or bce, got {self.reranking_loss!r}")
-        if self.group_size < 2:
-            raise ValueError(f"group_size needs a positive and a negative, got {self.group_size}")
-        for name in ("steps", "embedding_batch", "reranking_batch", "candidates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    def to_json(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> "Config":
-        lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        return cls(**lists)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """question: what it answers. arms: name -> what differs from the scale's Config.
-
-    controls: further arms, run with CONTROLS=1; aa: those of AA=1. common: what all arms share.
-    report: what is made of the trials, a key of run.REPORTS.
-
-    by_scale: scale -> the arms that take the place of `arms` there. measures: what is measured of
-    every trained model, keys of run.MEASURES.
-
-    Two keys of an arm are not fields of Config: `steps_factor` multiplies the scale's number of
-    steps, `tuned_as` names the arm whose row of TUNED it takes, if not its own.
-    """
-
-    question: str
-    arms: dict[str, dict]
-    controls: dict[str, dict] = field(default_factory=dict)
-    aa: dict[str, dict] = field(default_factory=dict)
-    seeds: int = 3
-    common: dict = field(default_factory=dict)
-    report: str = "verdict"
-    expected: str = ""
-    reference: str = ""
-    by_scale: dict[str, dict[str, dict]] = field(default_factory=dict)
-    measures: tuple[str, ...] = ()
-
+from trials import Config, Experiment
 
 THREE = ("embedding", "reranking", "shared")
 MOE = {"experts": THREE, "ranks": (16, 16, 16)}
 PAIR = {"experts": ("embedding", "reranking"), "ranks": (24, 24)}  # without shared, as many ranks
 BARE = {"query_prompt": "{query}", "pair_prompt": "{query}\n{document}"}  # no templates
+BESIDE = {  # two experts that are always on, at the specialists' rank and scale: .5 * 4 = 2
+    "experts": PAIR["experts"],
+    "ranks": (16, 16),
+    "router": "uniform",
+    "alpha_over_rank": 4.0,
+}
+HEAD = {  # experts stay as they are, the reranking head learns, both tasks are measured
+    "tasks": ("reranking",),
+    "frozen": ("shared",),
+    "scored": ("embedding", "reranking"),
+    "head_learning_rate": 1e-2,
+}
+MERGED = {  # the specialists' experts in one, nothing trained
+    "start": ("shared=emb-only+rank-only", "head=rank-only"),
+    "steps_factor": 0.0,
+}
 SPARSEGEN = {**MOE, "router": "sparsegen", "router_noise": 0.1, "expert_dropout": 0.1}
 
 ARMS = {
@@ -308,6 +201,59 @@ EXPERIMENTS = {
         arms={arm: ARMS[arm] for arm in ("rank-only", "joint-single", "joint-moe")},
         report="probes", reference="joint-single", measures=("probing",),
     ),
+    "transfer": Experiment(
+        question="Does what one task has learnt help the other, and through which expert?",
+        expected="Retrieval and reranking both judge relevance, so an expert trained for one "
+        "should help the other, and the shared expert should be where they meet.",
+        arms={
+            **{arm: ARMS[arm] for arm in ("emb-only", "rank-only")},
+            **_like("joint-moe", {
+                "full": SPARSEGEN,
+                "no-shared": {**SPARSEGEN, **PAIR},
+                "isolated": {**PAIR, "router": "task"},
+            }),
+            **_like("rank-only", {
+                "rerank-beside-embedding": {
+                    **BESIDE, "tasks": ("reranking",), "start": ("embedding=emb-only",),
+                    "frozen": ("embedding",),
+                },
+                "rerank-beside-nothing": {
+                    **BESIDE, "tasks": ("reranking",), "frozen": ("embedding",),
+                },
+            }),
+            **_like("emb-only", {
+                "embed-beside-reranking": {
+                    **BESIDE, "tasks": ("embedding",), "start": ("reranking=rank-only",),
+                    "frozen": ("reranking",),
+                },
+                "embed-beside-nothing": {
+                    **BESIDE, "tasks": ("embedding",), "frozen": ("reranking",),
+                },
+            }),
+            **_like("rank-only", {
+                "head-on-base": HEAD,
+                "head-on-embedding": {**HEAD, "start": ("shared=emb-only",)},
+                "head-on-reranking": {**HEAD, "start": ("shared=rank-only",)},
+            }),
+        },
+        report="compare",
+        contrasts=(
+            ("full", "no-shared", "embedding", "what the shared expert adds"),
+            ("full", "no-shared", "reranking", "what the shared expert adds"),
+            ("no-shared", "isolated", "embedding", "what reaching the other's expert adds"),
+            ("no-shared", "isolated", "reranking", "what reaching the other's expert adds"),
+            ("rerank-beside-embedding", "rerank-beside-nothing", "reranking",
+             "what a trained, frozen embedding expert adds"),
+            ("embed-beside-reranking", "embed-beside-nothing", "embedding",
+             "what a trained, frozen reranking expert adds"),
+            ("head-on-embedding", "head-on-base", "reranking",
+             "what embedding training holds for a new head"),
+            ("head-on-reranking", "head-on-base", "embedding",
+             "what reranking training does to retrieval"),
+            ("head-on-reranking", "rank-only", "reranking",
+             "what a new head loses on the reranking expert"),
+        ),
+    ),
     "rank_sweep": Experiment(
         question="How much rank does each expert need?",
         expected="Little: one rank is said to be enough for a reranker (arXiv 2504.08780).",
@@ -318,12 +264,13 @@ EXPERIMENTS = {
                 for name in THREE for r in (1, 4, 8, 32)
             },
         }),
-        report="compare", reference="all-r16",
+        report="ranks", reference="all-r16",
     ),
     "remedies": Experiment(
         question="Do simpler remedies than routing win back what sharing costs?",
         expected="If the loss comes from conflicting gradients, PCGrad or a better weighting of "
-        "the losses wins some of it back without one more parameter.",
+        "the losses wins some of it back without one more parameter; merging the specialists "
+        "costs no joint training at all, and is said to lose some of both.",
         arms={
             **ARMS,
             **_like("joint-single", {
@@ -332,9 +279,18 @@ EXPERIMENTS = {
                     f"weight-{w}": {"embedding_weight": w / 50, "reranking_weight": 2 - w / 50}
                     for w in (10, 25, 75, 90)
                 },
+                "merged-mean": {**MERGED, "ranks": (32,), "merge_weight": 0.5},
+                "merged-sum": {**MERGED, "ranks": (32,), "merge_weight": 1.0},
+                **{
+                    f"ties-{share}": {
+                        **MERGED, "ranks": (64,), "merge": "ties", "merge_weight": 1.0,
+                        "merge_density": share / 100,
+                    }
+                    for share in (20, 50)
+                },
             }),
         },
-        report="compare", reference="joint-single",
+        report="pareto", reference="joint-moe",
     ),
     "sweep": Experiment(
         question="Which learning rate and clipping suit each arm best on the dev split?",

@@ -20,18 +20,20 @@ from analysis import (
     conflict,
     gradients,
     overview,
+    pareto,
     probes,
     probing,
+    ranks,
     report,
     representation,
     representations,
+    reuse,
     routes,
     routing,
     scale,
     sweep,
 )
 from eval import metrics
-from experiments import Config
 from kernels.choice import KERNELS, use_triton
 from model import bases
 from model.config import DTYPES
@@ -48,12 +50,15 @@ from train.trial import (
     run_trial,
     sources,
 )
+from trials import Config
 
 ROOT = Path(__file__).parent
 REPORTS = {  # each has write(folder) and summary(what it wrote)
     "verdict": report,
     "sweep": sweep,
     "compare": compare,
+    "ranks": ranks,
+    "pareto": pareto,
     "conflict": conflict,
     "routes": routes,
     "representations": representations,
@@ -114,46 +119,6 @@ def show_row(arm: str, seed: int | None, scores: dict) -> None:
     print(f"{name:<24} retrieval {cells[0]:>7}   reranking {cells[1]:>7}", flush=True)
 
 
-def same(result: dict, config: Config, bench: Workbench) -> bool:
-    """Whether a stored result is of this config, source, data and device."""
-    return (
-        result["config"] == json.loads(json.dumps(config.to_json()))
-        and result["sources"] == sources()
-        and result["device"] == device_name(bench.device)
-        and result["data"]["fingerprint"] == bench.collection.fingerprint
-    )
-
-
-def baselines_elsewhere(path: Path, plain: Config, bench: Workbench) -> dict | None:
-    """The same baselines of another experiment of this setting."""
-    for other in sorted(path.parents[2].glob(f"*/{path.parent.name}/baselines*.json")):
-        result = json.loads(other.read_text())
-        if same(result, plain, bench):
-            return result
-    return None
-
-
-def taken_over(path: Path, config: Config, bench: Workbench) -> dict | None:
-    """The same trial of another experiment: its result, the trained model linked beside `path`.
-
-    A trial whose gradients were watched trains like one that is left alone, so it stands for both.
-    """
-    folder = path.parent.parent
-    for other in sorted(folder.parent.parent.glob(f"*/{folder.name}/*/{path.name}")):
-        result = json.loads(other.read_text())
-        if not config.probes:
-            result = gradients.unwatched(result)
-        model = other.with_suffix(".model")
-        if same(result, config, bench) and model.exists():
-            target = path.with_suffix(".model")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(model, target, copy_function=os.link)
-            print(f"{path.parent.name} seed {config.seed} is the same trial as {other}")
-            return result | {"arm": path.parent.name}
-    return None
-
-
 def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
     """Measure a trained model, unless that was done; nothing where there is nothing to measure."""
     path = place.with_name(f"{name}-{place.name}.json")
@@ -170,13 +135,28 @@ def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> N
     """Their rows, computed where no experiment of this setting has them."""
     of = f", {plain.layers} layers" if size else ""
     if (result := stored(path, plain)) is None:
-        if (result := baselines_elsewhere(path, plain, bench)) is None:
+        if (result := reuse.baselines_elsewhere(path, plain, bench)) is None:
             result = run_baselines(plain, bench, lambda arm, s: show_row(arm + of, None, s))
             write_json(path, result)
             return
         write_json(path, result)
     show_row("bm25", None, result["bm25"])
     show_row("untrained base" + of, None, result["untrained"])
+
+
+def check_starts(trials: list[tuple[str, Config]], folder: Path) -> None:
+    """Raise ValueError if a trial starts from one that is neither there nor run before it."""
+    known = set()
+    for arm, config in trials:
+        for part, others in config.starts().items():
+            for source in others:
+                place = folder / source / f"seed{config.seed}.model"
+                if (source, config.seed) not in known and not place.exists():
+                    raise ValueError(
+                        f"{arm}: {part} starts from {source}, and there is no {place}: run "
+                        f"{source} too, or before"
+                    )
+        known.add((arm, config.seed))
 
 
 def command_run(args: argparse.Namespace) -> None:
@@ -203,6 +183,7 @@ def command_run(args: argparse.Namespace) -> None:
         for arm in chosen:
             config = experiments.config(args.experiment, arm, args.scale, seed, **overrides)
             trials.append((arm, replace(config, dtype=resolve_dtype(config.dtype))))
+    check_starts(trials, folder)
     first = trials[0][1]
     cache = bases.cache_folder()
     use_triton(args.kernels, device, DTYPES[first.dtype])  # what cannot work is said at once
@@ -225,7 +206,7 @@ def command_run(args: argparse.Namespace) -> None:
         place = folder / arm / f"seed{config.seed}"
         path = place.with_suffix(".json")
         if (result := stored(path, config)) is None:
-            result = taken_over(path, config, bench) or run_trial(
+            result = reuse.taken_over(path, config, bench) or run_trial(
                 config, arm, place, bench, gradients.watch
             )
             write_json(path, result)

@@ -1,9 +1,11 @@
-"""The arms of an experiment against one of them -> comparison.json, report.md and a figure.
+"""The arms of an experiment against each other -> comparison.json, report.md and a figure.
 
-The family of Holm's correction is every difference that the report shows: all arms but the
-reference and the specialists, on all tasks.
+The differences are the experiment's `contrasts`, or of all arms but the specialists to its
+`reference` on all tasks. They are the family of Holm's correction.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,13 @@ nDCG@10 × 100, {v[split]} split: the mean over {seeds} seeds ± their standard 
 95 % interval over seeds and queries ({queries}). Collapsed: the share of seeds in whose last step
 an expert carried under 1 % of the weight in more than half of the layers.
 
-{scores}## Differences to {reference}
+{scores}## {differences_title}
 
 In points of nDCG@10 with 95 % intervals over seeds and queries; above 0 the arm is the better one.
 Holm: p adjusted over all {family} differences of this table. Detectable: the smallest difference
 that this run would find with 80 % power at Holm's first step.
 
-{differences}{picture}## Where the weights went
+{differences}{picture}{more}## Where the weights went
 
 Mean expert weights over the last training batch, all layers and seeds.
 
@@ -57,15 +59,31 @@ Mean expert weights over the last training batch, all layers and seeds.
 CAPTION = (
     "Difference of each arm to {reference} in points of nDCG@10: mean over seeds (large dot) with "
     "its 95 % interval over seeds and queries, and single seeds (small dots), each held against "
-    "the reference's seed of that number; orange: told from chance after Holm's correction."
+    "the other's seed of that number; orange: told from chance after Holm's correction."
 )
+Trials = dict[str, dict[int, dict]]  # arm -> seed -> what its file holds
 
 
-def write(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Section:
+    """What one experiment's report has beside the comparison: text with its heading, a sentence
+    for the reading, numbers for comparison.json, figures."""
+
+    text: str
+    reading: str
+    numbers: dict[str, Any]
+    figures: dict[str, Figure] = field(default_factory=dict)
+
+
+def write(
+    folder: Path, add: Callable[[dict[str, Any], dict, Trials], Section] | None = None
+) -> dict[str, Any]:
     """Write the report of runs/<experiment>/<setting> into it; return what comparison.json holds.
 
     Arms, seeds or a reference that are missing are shown as missing. Raises ValueError as
     `judge.load`, and if there is no trial at all.
+
+    add: makes a section of the comparison, the baselines and the trials.
     """
     folder = folder.resolve()
     baselines, arms = judge.load(folder)
@@ -73,14 +91,17 @@ def write(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no trial yet: `python -m run run` makes them")
     found = compare(folder, baselines, arms)
     drawn = {"differences": draw(found)} if found["differences"] else {}
-    write_folder(folder, {"comparison.json": found}, markdown(found), drawn)
+    section = add(found, baselines, arms) if add else Section("", "", {})
+    found |= section.numbers | {"more": section.reading}
+    page = markdown(found, section.text)
+    write_folder(folder, {"comparison.json": found}, page, drawn | section.figures)
     return found
 
 
-def compare(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> dict[str, Any]:
+def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
     """Every number of the report."""
     study = experiments.EXPERIMENTS[folder.parent.name]
-    reference, planned = study.reference, judge.planned(folder, False)
+    planned = judge.planned(folder, False)
     y, labels = judge.arrays(baselines, arms)
     every = sorted({seed for trials in arms.values() for seed in trials} | set(range(study.seeds)))
     rows = {}
@@ -95,31 +116,29 @@ def compare(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> 
                 for task in TASKS
                 if arm in y[task]
             },
-            "tasks": first["config"]["tasks"] if first else planned[arm].get("tasks", list(TASKS)),
+            "tasks": _tasks(first["config"] if first else planned[arm]),
             "trainable_parameters": first["trainable_parameters"] if first else None,
             "training_seconds": _mean([t["seconds"]["train"] for t in trials.values()]),
             "experts": list(first["config"]["experts"]) if first else [],
             "routing": _routing(list(trials.values())),
-            "collapsed": _mean(["alarm" in t["curve"][-1] for t in trials.values()])
+            "collapsed": _mean(["alarm" in line for line in _last(trials.values())])
             if first and first["config"]["router"]
             else None,
         }
     differences = []
-    for task in TASKS:
-        if len(set(labels[task])) < 2 or reference not in y[task]:
+    for arm, other, task, shows in _pairs(study, y):
+        if len(set(labels[task])) < 2:
             continue
-        for arm in y[task]:
-            if arm == reference or arm in SPECIALISTS:
-                continue
-            e = stats.arm_difference(y[task], labels[task], arm, reference)
-            both = [s for s in arms[arm] if s in arms[reference]]
-            at = {a: [list(arms[a]).index(s) for s in both] for a in (arm, reference)}
-            paired = y[task][arm][at[arm]] - y[task][reference][at[reference]]
-            differences.append({
-                "arm": arm, "task": task, "difference": e.value, "interval": e.interval,
-                "p": e.p if e.interval else None, "se": e.se if e.interval else None, "df": e.df,
-                "by_seed": (100 * paired.mean(axis=1)).tolist(),
-            })  # fmt: skip
+        e = stats.arm_difference(y[task], labels[task], arm, other)
+        both = [s for s in arms[arm] if s in arms[other]]
+        at = {a: [list(arms[a]).index(s) for s in both] for a in (arm, other)}
+        paired = y[task][arm][at[arm]] - y[task][other][at[other]]
+        differences.append({
+            "arm": arm, "against": other, "task": task, "shows": shows,
+            "difference": e.value, "interval": e.interval,
+            "p": e.p if e.interval else None, "se": e.se if e.interval else None, "df": e.df,
+            "by_seed": (100 * paired.mean(axis=1)).tolist(),
+        })  # fmt: skip
     known = [row for row in differences if row["p"] is not None]
     for row, p in zip(known, stats.holm([row["p"] for row in known]), strict=True):
         level = stats.ALPHA / len(known)
@@ -135,7 +154,7 @@ def compare(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> 
         "setting": folder.name,
         "question": study.question,
         "expected": study.expected,
-        "reference": reference,
+        "reference": study.reference,
         "split": baselines["config"]["split"],
         "arms": rows,
         "differences": differences,
@@ -157,13 +176,34 @@ def compare(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> 
     }
 
 
+def _tasks(config: dict) -> list[str]:
+    """What is measured of an arm, by its config or its row in the study."""
+    return list(config.get("scored") or config.get("tasks") or TASKS)
+
+
+def _pairs(study: experiments.Experiment, y: dict) -> Iterator[tuple[str, str, str, str]]:
+    """(arm, against, task, what it would show) of what there are trials for."""
+    if study.contrasts:
+        yield from (row for row in study.contrasts if {row[0], row[1]} <= y[row[2]].keys())
+        return
+    for task in TASKS:
+        for arm in y[task]:
+            if arm != study.reference and arm not in SPECIALISTS and study.reference in y[task]:
+                yield arm, study.reference, task, ""
+
+
 def _mean(values: list) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+def _last(trials: Iterable[dict]) -> list[dict]:
+    """The last step of each trial that took one."""
+    return [line for trial in trials for line in trial["curve"][-1:]]
+
+
 def _routing(trials: list[dict]) -> dict[str, list[float]]:
     """task -> mean weight of each expert in the last step."""
-    last = [trial["curve"][-1] for trial in trials]
+    last = _last(trials)
     return {
         task: np.mean([line[f"weights_{task}"] for line in last], axis=0).tolist()
         for task in TASKS
@@ -182,21 +222,22 @@ def reading(v: dict[str, Any]) -> str:
         word = "above" if row["difference"] > 0 else "below"
         said.append(
             f"On {TASKS[row['task']]}, {label(row['arm'])} is {abs(row['difference']):.2f} points "
-            f"{word} {label(v['reference'])} (Holm p {p_value(row['p_holm'])})."
+            f"{word} {label(row['against'])} (Holm p {p_value(row['p_holm'])})"
+            f"{': ' if row['shows'] else ''}{row['shows']}."
         )
     unsure = [row for row in shown if row not in sure]
     if unsure:
         least, most = (f([row["detectable"] for row in unsure]) for f in (min, max))
+        to = f" to {label(v['reference'])}" if v["reference"] else ""
         said.append(
-            f"{'The' if not sure else 'The other'} {len(unsure)} differences to "
-            f"{label(v['reference'])} cannot be told from chance; what could have been seen is "
-            f"{least:.1f} to {most:.1f} points."
+            f"{'The' if not sure else 'The other'} {len(unsure)} differences{to} cannot be told "
+            f"from chance; what could have been seen is {least:.1f} to {most:.1f} points."
         )
     for task in TASKS:
         best = _best(v, task)
         if best:
             said.append(f"The highest mean on {TASKS[task]} is that of {label(best)}.")
-    return " ".join(said)
+    return " ".join([*said, v["more"]] if v.get("more") else said)
 
 
 def _best(v: dict[str, Any], task: str) -> str | None:
@@ -228,8 +269,9 @@ def limits(v: dict[str, Any]) -> list[str]:
     return [*said, f"Other collections than {v['data']['name']}, other bases than this one."]
 
 
-def markdown(v: dict[str, Any]) -> str:
-    reference = label(v["reference"])
+def markdown(v: dict[str, Any], more: str = "") -> str:
+    """more: sections with their headings."""
+    reference = label(v["reference"]) if v["reference"] else "the one it is held against"
     shown = {len(row["seeds"]) for row in v["arms"].values() if row["seeds"]}
     return PAGE.format(
         v=v,
@@ -242,7 +284,8 @@ def markdown(v: dict[str, Any]) -> str:
             for task, name in TASKS.items()
         ),
         scores=scores_table(v),
-        reference=reference,
+        differences_title=f"Differences to {reference}" if v["reference"] else "Contrasts",
+        more=more,
         family=sum(row["p"] is not None for row in v["differences"]),
         differences=differences_table(v),
         picture=f"![differences](differences.png)\n\n*{CAPTION.format(reference=reference)}*\n\n"
@@ -278,9 +321,11 @@ def scores_table(v: dict[str, Any]) -> str:
 
 
 def differences_table(v: dict[str, Any]) -> str:
+    contrasts = any(row["shows"] for row in v["differences"])
     rows = [
         [
-            label(row["arm"]),
+            *([row["shows"]] if contrasts else []),
+            f"{label(row['arm'])} − {label(row['against'])}" if contrasts else label(row["arm"]),
             TASKS[row["task"]],
             f"{row['difference']:+.2f} {span(row['interval'])}",
             p_value(row["p"]),
@@ -289,10 +334,10 @@ def differences_table(v: dict[str, Any]) -> str:
         ]
         for row in v["differences"]
     ]
-    head = ["arm", "task", "difference, points", "p", "Holm p", "detectable"]
-    return (
-        table(head, rows) if rows else f"{label(v['reference'])} has no trial to hold against.\n\n"
-    )
+    if not rows:
+        return f"{label(v['reference']) or 'No pair'} has no trial to hold against.\n\n"
+    first = ["what it shows", "arms"] if contrasts else ["arm"]
+    return table([*first, "task", "difference, points", "p", "Holm p", "detectable"], rows)
 
 
 def _weights(v: dict[str, Any]) -> str:
@@ -309,11 +354,13 @@ def draw(v: dict[str, Any]) -> Figure:
     """A panel a task: each arm's difference to the reference."""
     with matplotlib.rc_context(figures.STYLE):
         count = max(sum(row["task"] == task for row in v["differences"]) for task in TASKS)
-        size = (figures.WIDTH, 0.22 * count + 0.85)
+        deep = 0.32 if any(row["shows"] for row in v["differences"]) else 0.22
+        size = (figures.WIDTH, deep * count + 0.85)
         figure = Figure(figsize=size, layout="constrained")
         for axes, task in zip(figure.subplots(1, 2), TASKS, strict=True):
             _panel(axes, [row for row in v["differences"] if row["task"] == task], task)
-            axes.set_xlabel(f"nDCG@10 (× 100) against {label(v['reference'])}")
+            against = f" against {label(v['reference'])}" if v["reference"] else ", difference"
+            axes.set_xlabel(f"nDCG@10 (× 100){against}")
         return figure
 
 
@@ -328,7 +375,10 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], task: str) -> None:
                   markersize=2.2, alpha=0.6, markeredgewidth=0)  # fmt: skip
     axes.axvline(0, color="black", linewidth=0.6, zorder=0)
     axes.set_title(TASKS[task].capitalize(), fontweight="bold")
-    axes.set_yticks(range(len(rows)), [label(row["arm"]) for row in rows])
+    names = [
+        label(row["arm"]) + (f"\n− {label(row['against'])}" if row["shows"] else "") for row in rows
+    ]
+    axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
 

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments import Config
 from model.lora import LinearGroup
 from model.unimoer import UniMoER
 from train.batches import TrainingData
 from train.loop import TASK_LOSS, Callback
+from trials import Config
 
 SPACES = ("ab", "w", "along", "across")
 HALVES = ("e_a", "e_b", "r_a", "r_b")

@@ -17,7 +17,6 @@ from transformers import AutoModel
 import experiments
 from bench import timing
 from bench.encoding import cut_base
-from experiments import Config
 from kernels.info_nce import info_nce
 from model import bases
 from model.heads import LinearScore
@@ -28,6 +27,7 @@ from train.batches import TrainingData
 from train.loop import TASK_LOSS
 from train.optim import adamw
 from train.trial import Workbench
+from trials import Config
 
 STEP = {"embedding_batch": 8, "reranking_batch": 4}  # half a step of the study: minutes count here
 SETTINGS = {

@@ -11,11 +11,11 @@ from eval.collections import Collection, require_split
 from eval.metrics import evaluate, ideal
 from eval.rerank import random_heads, to_run
 from eval.retrieval import search
-from experiments import Config
 from model.heads import pool
 from model.prefix import TextSet
 from model.tokens import Tokenizer
 from model.unimoer import UniMoER
+from trials import Config
 
 Scores = dict[str, dict[str, float]]  # query id -> metric -> value
 WithStates = Callable[[list[list[int]], str], TextSet]

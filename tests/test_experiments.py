@@ -29,7 +29,7 @@ ARM_FIELDS = {"tasks", "experts", "ranks", "router", "router_noise", "expert_dro
 def test_every_row_builds(experiment, arm, scale):
     config = experiments.config(experiment, arm, scale, 2, data="d", base="b")
     assert (config.seed, config.data, config.base) == (2, "d", "b")
-    assert config.steps >= 1 and len(config.experts) == len(config.ranks)
+    assert config.steps >= (0 if config.start else 1) and len(config.experts) == len(config.ranks)
     assert config.layers is None or config.adapter_layers < config.layers
     model = model_config(replace(config, dtype=resolve_dtype(config.dtype)))
     assert (model.router is None) == (config.router == "")
@@ -158,6 +158,13 @@ def test_steps_factor_applies_to_the_steps_that_count():
         ({"embedding_batch": 0}, "embedding_batch must be"),
         ({"reranking_batch": -1}, "reranking_batch must be"),
         ({"candidates": 0}, "candidates must be"),
+        ({"start": ("shared=a",), "steps": -1}, "steps must be at least 0, got -1"),
+        ({"scored": ("both",)}, "scored must be some of"),
+        ({"merge": "sum"}, "merge is linear or ties, got 'sum'"),
+        ({"start": ("embedding=a",)}, "parts of .*shared.*head.*got 'embedding'"),
+        ({"start": ("shared",)}, r"PART=ARM or PART=ARM\+ARM, got \['shared'\]"),
+        ({"frozen": ("router",)}, "parts of .*got 'router'"),
+        ({"frozen": ("shared", "head")}, "nothing is left to train"),
     ],
 )
 def test_a_config_that_cannot_work(changes, message):

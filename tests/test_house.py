@@ -16,10 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = ("kernels", "model", "eval", "train", "analysis", "run")  # each may import those before it
-LEAF = "experiments"  # the table of the study: stdlib only, for the four users below
-LEAF_USERS = ("eval", "train", "analysis", "run")
+LEAVES = ("trials", "experiments")  # a trial's settings, the study's table: stdlib only
+LEAF_USERS = ("experiments", "eval", "train", "analysis", "run")
 OUTSIDE = ("bench", "tests")  # may import anything, and nothing imports them
-OURS = {*ORDER, LEAF, *OUTSIDE}
+OURS = {*ORDER, *LEAVES, *OUTSIDE}
 ONLY_IN = {"mteb": "eval"}  # pulls transformers in
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 MODULES = {  # distribution -> module
@@ -61,10 +61,10 @@ def may_import(house: str, module: str) -> bool:
     """Whether a file of `house` (a package, or a root file without .py) may import `module`."""
     if module in sys.stdlib_module_names and module not in OURS:
         return module not in PICKLES
-    if house == LEAF:
+    if module in LEAVES:
+        return house in LEAF_USERS and house != module
+    if house in LEAVES:
         return False
-    if module == LEAF:
-        return house in LEAF_USERS
     if module in OURS:
         return module in ORDER[: ORDER.index(house) + 1]
     return module in main_set() or ONLY_IN.get(module) == house
@@ -129,6 +129,8 @@ def test_product_file(name: str) -> None:
         ("model/a.py", "import mteb"),
         ("model/a.py", "import entmax"),
         ("experiments.py", "import numpy"),
+        ("trials.py", "import experiments"),
+        ("kernels/a.py", "from trials import Config"),
         ("experiments.py", "import model.lora"),
         ("train/a.py", "import pickle"),
         ("train/a.py", "torch.load('x')"),
@@ -152,7 +154,7 @@ def test_rules_catch(name: str, source: str) -> None:
         ("eval/a.py", "import mteb\nimport Stemmer\nimport pytrec_eval"),
         ("analysis/a.py", "import experiments\nimport train.loop\nimport matplotlib.pyplot as plt"),
         ("run.py", "import experiments\nimport analysis.report\nimport kernels"),
-        ("experiments.py", "import dataclasses\nfrom typing import Any"),
+        ("experiments.py", "import dataclasses\nfrom typing import Any\nfrom trials import Config"),
         ("train/a.py", "torch.load('x', weights_only=True)\nnp.load('x')\njson.load(file)"),
         ("train/a.py", "try:\n    f()\nexcept OSError:\n    raise"),
         ("train/a.py", "\n" * LINES),

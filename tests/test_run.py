@@ -169,7 +169,8 @@ def test_the_report_reads_what_a_run_writes(copy):
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_trial(done, arm, tiny_base, data):
     trial = read(done, arm)
-    assert trial.keys() == RESULT | {"scores", "curve", "trainable_parameters"}
+    assert trial.keys() == RESULT | {
+        "scores", "curve", "trainable_parameters", "merged_energy"}  # fmt: skip
     config = Config.from_json(trial["config"])
     expected = experiments.config(
         "kill_gate", arm, "smoke", 0, base=str(tiny_base), data=str(data), **FIELDS

@@ -141,7 +141,20 @@ def test_a_look_into_a_model_is_kept(
         ("representation", ("emb-only", "joint-moe")),
         ("probing", ("rank-only", "joint-moe")),
         ("rank_sweep", ("all-r1", "shared-r4")),
-        ("remedies", ("joint-single", "weight-25")),
+        (
+            "transfer",
+            (
+                "emb-only",
+                "rank-only",
+                "full",
+                "isolated",
+                "rerank-beside-embedding",
+                "rerank-beside-nothing",
+                "head-on-base",
+                "head-on-embedding",
+            ),
+        ),
+        ("remedies", ("emb-only", "rank-only", "joint-moe", "weight-25", "merged-sum", "ties-20")),
     ],
 )
 def test_every_experiment_goes_from_data_to_its_report(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from eval.collections import Collection, require_split
-from experiments import Config
 from model.prefix import TextSet
 from model.tokens import Tokenizer
 from train.negatives import bm25_negatives
+from trials import Config
 
 # Tokenized texts -> the same with their frozen-prefix states, where those are used.
 WithStates = Callable[[list[list[int]], str], TextSet]

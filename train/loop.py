@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments import Config
 from kernels.info_nce import info_nce
 from model import weights
 from model.prefix import TextSet
@@ -21,6 +20,8 @@ from model.unimoer import UniMoER
 from train import losses, pcgrad
 from train.batches import TrainingData
 from train.optim import adamw, schedule
+from train.start import Held
+from trials import Config
 
 # Called after each step with the step and its log line, to which it may add before it is written:
 # what is in the log is there after a kill. What an analysis watches is passed in.
@@ -124,6 +125,7 @@ def train(
         ValueError: the checkpoint belongs to another config.
     """
     parameters = model.trained()
+    held = Held(model, config.frozen)
     optimizer = adamw(
         parameters, config.learning_rate, config.head_learning_rate, config.weight_decay
     )
@@ -170,6 +172,7 @@ def train(
                 pcgrad.backward(weighted, rest, list(parameters.values()))
             else:
                 total.backward()
+            held.clear()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip).item()
             line["gradient_norm"] = norm
             if not (math.isfinite(total.item()) and math.isfinite(norm)):
@@ -180,6 +183,7 @@ def train(
                     "Lower learning_rate or clip, or look at these texts"
                 )
             optimizer.step()
+            held.restore()
             if callback is not None:
                 callback(step, line)
             log.append(line)

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from eval.collections import Collection, load
 from eval.protocol import EvaluationSet
-from experiments import Config
 from model.lora import LoRAConfig
 from model.prefix import TextSet, prefix_states
 from model.router import SIMILARITY, RouterConfig
@@ -27,6 +26,8 @@ from model.unimoer import ModelConfig, UniMoER
 from train.batches import TrainingData
 from train.loop import Callback, train
 from train.pilots import fit_pilots
+from train.start import Held, begin
+from trials import Config
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = 1
@@ -172,37 +173,43 @@ def run_trial(
     """
     started = time.perf_counter()
     model = bench.model(config)
-    data = TrainingData(bench.collection, model.tokenizer, config, bench.states(model, config))
-    if config.router in SIMILARITY:
-        fit_pilots(model, data)
-    prepared = time.perf_counter()
+    merged = begin(model, config, place)
+    log, prepared = [], time.perf_counter()
+    if config.steps:
+        data = TrainingData(bench.collection, model.tokenizer, config, bench.states(model, config))
+        if config.router in SIMILARITY:
+            fit_pilots(model, data)
+        prepared = time.perf_counter()
+        watched = watch(model, data, config) if watch else None
 
-    watched = watch(model, data, config) if watch else None
+        def after_step(step: int, line: dict) -> None:
+            if watched is not None:
+                watched(step, line)
+            if step % TRIM_EVERY == 0:
+                _trim_heap()
 
-    def after_step(step: int, line: dict) -> None:
-        if watched is not None:
-            watched(step, line)
-        if step % TRIM_EVERY == 0:
-            _trim_heap()
-
-    log = train(model, data, config, place, callback=after_step, title=f"{arm} seed {config.seed}")
+        title = f"{arm} seed {config.seed}"
+        log = train(model, data, config, place, callback=after_step, title=title)
     trained = time.perf_counter()
     evaluation = bench.evaluation(model, config)
     _trim_heap()
     scores = {}
-    if "embedding" in config.tasks:
+    tasks = config.scored or config.tasks
+    if "embedding" in tasks:
         scores["embedding"] = evaluation.retrieval(model, progress=True)
-    if "reranking" in config.tasks:
+    if "reranking" in tasks:
         scores["reranking"] = evaluation.reranking(model, progress=True)
     ended = time.perf_counter()
     model.save_pretrained(place.with_name(place.name + ".model"))
     seconds = {"prepare": prepared - started, "train": trained - prepared, "test": ended - trained}
     parameters = sum(p.numel() for p in model.trained().values())
+    parameters -= Held(model, config.frozen).count
     return {
         **_record(config, arm, bench, model),
         "scores": scores,
         "curve": log,
         "trainable_parameters": parameters,
+        "merged_energy": merged,
         "seconds": seconds,
         "peak_bytes": _peak_bytes(bench.device),
     }

@@ -97,3 +97,34 @@ def test_no_trial_is_an_error(tmp_path: Path) -> None:
     maker.baselines()
     with pytest.raises(ValueError, match="no trial yet"):
         compare.write(maker.folder)
+
+
+def test_contrasts_are_held_against_each_other(tmp_path: Path) -> None:
+    """Of the planned pairs those that exist are tested, as one family; arms may score one task."""
+    maker = Maker(tmp_path / "transfer" / "smoke")
+    maker.baselines()
+    maker.arm("rank-only", {"reranking": 0.55})
+    maker.arm("rerank-beside-embedding", {"reranking": 0.58})
+    maker.arm("rerank-beside-nothing", {"reranking": 0.55})
+    maker.arm("head-on-base", {"embedding": 0.3, "reranking": 0.4})
+    maker.arm("head-on-reranking", {"embedding": 0.3, "reranking": 0.55})
+    found = compare.write(maker.folder)
+    pairs = {(r["arm"], r["against"], r["task"]): r for r in found["differences"]}
+    assert pairs.keys() == {
+        ("rerank-beside-embedding", "rerank-beside-nothing", "reranking"),
+        ("head-on-reranking", "head-on-base", "embedding"),
+        ("head-on-reranking", "rank-only", "reranking"),
+    }
+    sure = [at for at, row in pairs.items() if row["p_holm"] <= stats.ALPHA]
+    assert sure == [("rerank-beside-embedding", "rerank-beside-nothing", "reranking")]
+    assert pairs[sure[0]]["difference"] == pytest.approx(3, abs=0.5)
+    text = (maker.folder / "report.md").read_text()
+    assert "## Contrasts" in text and "over all 3 differences" in text
+    assert "what a trained, frozen embedding expert adds" in text
+    assert "| Full | missing | missing | 0 |" in text
+
+
+def test_an_arm_without_a_step_is_compared(made: Maker) -> None:
+    made.arm("uniform", SAME, curve=[])
+    found = compare.write(made.folder)
+    assert found["arms"]["uniform"]["routing"] == {}

@@ -1,0 +1,141 @@
+"""Remedies beside routing: the report of `compare` with the plane of both tasks and its front."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from analysis import compare, figures
+from analysis.compare import SPECIALISTS, Section, Trials, summary
+from analysis.figures import METRIC, TASKS, label, table
+from eval import stats
+
+__all__ = ["summary", "write"]
+ROUTING, SHARING = "joint-moe", "joint-single"
+TEXT = """## Both tasks at once
+
+An arm is on the front if no other has a mean at least as high on both tasks; merges of the
+specialists train nothing further. Kept: the share of a merged change's squared norm that the rank
+of the merged adapter holds.
+
+{table}![pareto](pareto.png)
+
+*{caption}*
+
+"""
+CAPTION = (
+    "nDCG@10 × 100 of both tasks: mean over seeds with 95 % intervals. Grey line: the weights of "
+    "the losses, from retrieval alone to reranking alone; stairs: the front of the means; dotted: "
+    "the specialists."
+)
+
+
+def write(folder: Path) -> dict[str, Any]:
+    """As `compare.write`, with the front."""
+    return compare.write(folder, front)
+
+
+def dominated(means: dict[str, tuple[float, float]]) -> dict[str, list[str]]:
+    """arm -> the arms that are at least as good on both tasks and better on one."""
+    return {
+        arm: [
+            other for other, theirs in means.items()
+            if all(t >= m for t, m in zip(theirs, mine, strict=True)) and theirs != mine
+        ]
+        for arm, mine in means.items()
+    }  # fmt: skip
+
+
+def front(v: dict[str, Any], baselines: dict, arms: Trials) -> Section:
+    both = {a: r for a, r in v["arms"].items() if r["scores"].keys() >= set(TASKS)}
+    means = {
+        a: (r["scores"]["embedding"][METRIC], r["scores"]["reranking"][METRIC])
+        for a, r in both.items()
+    }
+    by = dominated(means)
+    energy = {arm: [trial["merged_energy"]["shared"] for trial in trials.values()
+                    if trial.get("merged_energy", {}).get("shared") is not None]
+              for arm, trials in arms.items()}  # fmt: skip
+    rows = [
+        [
+            label(arm),
+            *(f"{100 * value:.2f}" for value in means[arm]),
+            "yes" if not others else "no",
+            ", ".join(map(label, others)) or "-",
+            f"{100 * sum(energy[arm]) / len(energy[arm]):.1f} %" if energy[arm] else "-",
+        ]
+        for arm, others in by.items()
+    ]
+    head = ["arm", *TASKS.values(), "on the front", "behind", "kept"]
+    numbers = {"front": [arm for arm, others in by.items() if not others], "dominated": by}
+    return Section(
+        TEXT.format(table=table(head, rows), caption=CAPTION) if rows else "",
+        against_routing(v) if ROUTING in means else "",
+        numbers,
+        {"pareto": draw(v, means, numbers["front"])} if rows else {},
+    )
+
+
+def against_routing(v: dict[str, Any]) -> str:
+    """Whether routing beats the remedies: the differences to it that are told from chance."""
+    rows = [row for row in v["differences"] if row["arm"] != SHARING and "p_holm" in row]
+    remedies = {row["arm"] for row in rows}
+    if not remedies:
+        return ""
+    sure = [row for row in rows if row["p_holm"] <= stats.ALPHA]
+    beaten = {(row["arm"], row["task"]) for row in sure if row["difference"] < 0}
+    better = {(row["arm"], row["task"]) for row in sure if row["difference"] > 0}
+    whole = {arm for arm in remedies if all((arm, task) in beaten for task in TASKS)}
+    said = []
+    for found, word in ((beaten, "is above"), (better, "is below")):
+        if found:
+            listed = "; ".join(
+                f"on {name} {', '.join(label(arm) for arm, of in sorted(found) if of == task)}"
+                for task, name in TASKS.items()
+                if any(of == task for _, of in found)
+            )
+            said.append(f"Routing ({label(ROUTING)}) {word}: {listed}.")
+    if whole == remedies:
+        return " ".join([*said, "It beats every remedy on both tasks."])
+    told = "no remedy" if not beaten else "not every remedy on both tasks"
+    return " ".join([*said, f"Routing beats {told} beyond chance."])
+
+
+def draw(v: dict[str, Any], means: dict[str, tuple[float, float]], best: list[str]) -> Figure:
+    """Each arm in the plane of the tasks, retrieval to the right, reranking up."""
+    with matplotlib.rc_context(figures.STYLE):
+        figure = Figure(figsize=(figures.WIDTH, 3.6), layout="constrained")
+        axes = figure.subplots()
+        weights = [arm for arm in v["arms"] if arm.startswith("weight-") and arm in means]
+        order = {arm: int(arm.removeprefix("weight-")) for arm in weights}
+        if SHARING in means:
+            order[SHARING] = 50
+        line = [means[arm] for arm in sorted(order, key=lambda a: order[a])]
+        if len(line) > 1:
+            axes.plot(*zip(*[(100 * x, 100 * y) for x, y in line], strict=True),
+                      color=figures.GREY, linewidth=0.8, zorder=0)  # fmt: skip
+        shapes, spare = "osD^vP*Xh<>d", iter(figures.SPARE * 4)
+        for at, (arm, (x, y)) in enumerate(means.items()):
+            colour = figures.GREY if arm in weights else figures.COLOURS.get(arm) or next(spare)
+            axes.plot(100 * x, 100 * y, shapes[at % len(shapes)], color=colour, markersize=5,
+                      label=label(arm))  # fmt: skip
+            spans = [v["arms"][arm]["scores"][task]["interval"] for task in TASKS]
+            if None not in spans:
+                (left, right), (low, high) = ([100 * end for end in span] for span in spans)
+                axes.plot([left, right], [100 * y] * 2, color=colour, linewidth=0.6, alpha=0.5)
+                axes.plot([100 * x] * 2, [low, high], color=colour, linewidth=0.6, alpha=0.5)
+        stairs = sorted(means[arm] for arm in best)
+        for (x, y), (right, down) in zip(stairs, stairs[1:], strict=False):
+            axes.plot([100 * x, 100 * right, 100 * right], [100 * y, 100 * y, 100 * down],
+                      color="black", linewidth=0.8, linestyle=(0, (5, 1.5)), zorder=0)  # fmt: skip
+        for arm, (task, draw_line) in zip(
+            SPECIALISTS, (("embedding", axes.axvline), ("reranking", axes.axhline)), strict=True
+        ):
+            scores = v["arms"].get(arm, {}).get("scores", {})
+            if task in scores:
+                draw_line(100 * scores[task][METRIC], color="black", linewidth=0.6, linestyle=":")
+        axes.set_xlabel("retrieval, nDCG@10 (× 100)")
+        axes.set_ylabel("reranking, nDCG@10 (× 100)")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return figure

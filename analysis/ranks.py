@@ -1,0 +1,137 @@
+"""Quality against rank: the report of `compare` with the smallest rank that is enough."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import compare, figures, judge
+from analysis.compare import Section, Trials, summary
+from analysis.figures import METRIC, TASKS, label, span, table
+from eval import stats
+
+__all__ = ["summary", "write"]
+ENOUGH = 0.01  # of the best mean
+LADDERS = ("all", "embedding", "reranking", "shared")  # which expert's rank varies; the others: 16
+TEXT = """## How much rank is enough
+
+The smallest rank whose mean is within 1 % of the best of its ladder, on which the rank of all
+experts or of one varies (the others stay at 16). Shown: whether the interval of its difference to
+the best excludes a loss of more than 1 %; otherwise the means alone say so. Bytes: all that is
+trained, in fp32.
+
+{table}![ranks](ranks.png)
+
+*{caption}*
+
+"""
+CAPTION = (
+    "nDCG@10 against the bytes that are trained: mean over seeds, with 95 % intervals over seeds "
+    "and queries where the rank of all experts varies; labels: that rank."
+)
+
+
+def write(folder: Path) -> dict[str, Any]:
+    """As `compare.write`, with the ladders."""
+    return compare.write(folder, ladders)
+
+
+def rank_of(arm: str, ladder: str) -> int | None:
+    """The rank at which an arm stands on a ladder; `all-r16` stands on each."""
+    if arm == "all-r16":
+        return 16
+    name, _, rank = arm.rpartition("-r")
+    return int(rank) if name == ladder else None
+
+
+def ladders(v: dict[str, Any], baselines: dict, arms: Trials) -> Section:
+    y, labels = judge.arrays(baselines, arms)
+    rows, found = [], []
+    for ladder in LADDERS:
+        steps = {arm: rank for arm in arms if (rank := rank_of(arm, ladder)) is not None}
+        if len(steps) < 2:
+            continue
+        for task in TASKS:
+            row = enough({a: y[task][a] for a in steps}, steps, labels[task])
+            bytes_ = 4 * v["arms"][row["arm"]]["trainable_parameters"]
+            found.append({"ladder": ladder, "task": task, "bytes": bytes_, **row})
+            rows.append([
+                ladder, TASKS[task], f"r{row['best_rank']}", f"r{row['rank']}",
+                f"{row['loss']:+.2f} % {span(row['interval'])}", "yes" if row["shown"] else "no",
+                f"{bytes_ / 1e6:.2f} MB",
+            ])  # fmt: skip
+    if not rows:
+        return Section("", "", {})
+    head = ["rank of", "task", "best", "smallest within 1 %", "loss to the best", "shown", "bytes"]
+    picture = {"ranks": draw(v, arms)}
+    return Section(
+        TEXT.format(table=table(head, rows), caption=CAPTION), told(found), {"ladders": found},
+        picture,
+    )  # fmt: skip
+
+
+def enough(y: dict[str, np.ndarray], steps: dict[str, int], labels: list[str]) -> dict[str, Any]:
+    """The smallest rank within 1 % of the best, y: arm -> (seeds, queries), steps: arm -> rank.
+
+    loss: of that arm to the best, in % of the best's mean, with its interval; shown: whether the
+    interval lies below 1 %.
+    """
+    means = {arm: float(scores.mean()) for arm, scores in y.items()}
+    best = max(means, key=lambda arm: (means[arm], -steps[arm]))
+    near = [arm for arm in steps if means[arm] >= (1 - ENOUGH) * means[best]]
+    arm = min(near, key=lambda a: steps[a])
+    found = {"arm": arm, "rank": steps[arm], "best": best, "best_rank": steps[best]}
+    if arm == best:
+        return found | {"loss": 0.0, "interval": None, "shown": True}
+    loss = stats.interference(y, labels, best, arm)
+    shown = loss.interval is not None and loss.interval[1] < 100 * ENOUGH
+    return found | {"loss": loss.value, "interval": loss.interval, "shown": shown}
+
+
+def told(found: list[dict[str, Any]]) -> str:
+    said = []
+    for row in found:
+        if row["ladder"] == "all":
+            sure = "" if row["shown"] else ", by the means alone"
+            said.append(
+                f"On {TASKS[row['task']]}, r{row['rank']} for all experts is within 1 % of the "
+                f"best (r{row['best_rank']}){sure}."
+            )
+    return " ".join(said)
+
+
+def draw(v: dict[str, Any], arms: Trials) -> Figure:
+    """A panel a task, a line a ladder."""
+    with matplotlib.rc_context(figures.STYLE):
+        figure = Figure(figsize=(figures.WIDTH, 2.6), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for axes, task in zip(panels, TASKS, strict=True):
+            for at, ladder in enumerate(LADDERS):
+                _line(axes, v, arms, task, ladder, at)
+            axes.set_title(TASKS[task].capitalize(), fontweight="bold")
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            axes.set_xlabel("trained (MB, fp32)")
+        panels[0].set_ylabel("nDCG@10 (× 100)")
+        panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), title="rank of")
+        return figure
+
+
+def _line(axes: Axes, v: dict[str, Any], arms: Trials, task: str, ladder: str, at: int) -> None:
+    steps = {arm: rank for arm in arms if (rank := rank_of(arm, ladder)) is not None}
+    order = sorted(steps, key=lambda arm: steps[arm])
+    x = [4e-6 * v["arms"][arm]["trainable_parameters"] for arm in order]
+    scores = [v["arms"][arm]["scores"][task] for arm in order]
+    y = [100 * row[METRIC] for row in scores]
+    axes.plot(x, y, color=figures.EXPERTS[at], linestyle=figures.DASHES[at], marker="o",
+              markersize=3, label=ladder)  # fmt: skip
+    if ladder == "all":
+        for arm, at_x, row, at_y in zip(order, x, scores, y, strict=True):
+            if row["interval"]:
+                axes.plot([at_x] * 2, [100 * end for end in row["interval"]], linewidth=0.8,
+                          color=figures.EXPERTS[at], alpha=0.6)  # fmt: skip
+            axes.annotate(label(arm).rpartition("-")[2], (at_x, at_y), xytext=(3, 4),
+                          textcoords="offset points", fontsize=7, color=figures.GREY)  # fmt: skip

@@ -1,0 +1,53 @@
+"""Results of one experiment that stand for those of another: the same trial is trained once."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from analysis import gradients
+from train.trial import Workbench, device_name, sources
+from trials import Config
+
+
+def same(result: dict, config: Config, bench: Workbench) -> bool:
+    """Whether a stored result is of this config, source, data and device."""
+    return (
+        result["config"] == json.loads(json.dumps(config.to_json()))
+        and result["sources"] == sources()
+        and result["device"] == device_name(bench.device)
+        and result["data"]["fingerprint"] == bench.collection.fingerprint
+    )
+
+
+def baselines_elsewhere(path: Path, plain: Config, bench: Workbench) -> dict | None:
+    """The same baselines of another experiment of this setting."""
+    for other in sorted(path.parents[2].glob(f"*/{path.parent.name}/baselines*.json")):
+        result = json.loads(other.read_text())
+        if same(result, plain, bench):
+            return result
+    return None
+
+
+def taken_over(path: Path, config: Config, bench: Workbench) -> dict | None:
+    """The same trial of another experiment: its result, the trained model linked beside `path`.
+
+    A trial whose gradients were watched trains like one that is left alone, so it stands for both.
+    One that starts from others depends on more than its config, and stands for none.
+    """
+    if config.start:
+        return None
+    folder = path.parent.parent
+    for other in sorted(folder.parent.parent.glob(f"*/{folder.name}/*/{path.name}")):
+        result = json.loads(other.read_text())
+        if not config.probes:
+            result = gradients.unwatched(result)
+        model = other.with_suffix(".model")
+        if same(result, config, bench) and model.exists():
+            target = path.with_suffix(".model")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(model, target, copy_function=os.link)
+            print(f"{path.parent.name} seed {config.seed} is the same trial as {other}")
+            return result | {"arm": path.parent.name}
+    return None

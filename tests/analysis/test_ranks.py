@@ -1,0 +1,59 @@
+"""The smallest rank that is enough: planted qualities."""
+
+from pathlib import Path
+
+import pytest
+
+from analysis import ranks
+from tests.analysis.made import Maker
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Maker:
+    maker = Maker(tmp_path / "rank_sweep" / "smoke")
+    maker.baselines()
+    return maker
+
+
+def rows(found: dict) -> dict[tuple[str, str], dict]:
+    return {(row["ladder"], row["task"]): row for row in found["ladders"]}
+
+
+def test_the_smallest_rank_within_one_percent(made: Maker) -> None:
+    """r1 loses 10 %, r4 half a percent, r32 is the best by a hair; tiny spread: shown."""
+    made.noise = 0.0005
+    sizes = {1: 0.54, 4: 0.598, 16: 0.600, 32: 0.601}
+    for rank, mean in sizes.items():
+        parameters = 1000 * rank
+        made.arm(f"all-r{rank}", {"embedding": mean, "reranking": 0.5},
+                 trainable_parameters=parameters)  # fmt: skip
+    found = ranks.write(made.folder)
+    row = rows(found)["all", "embedding"]
+    assert (row["rank"], row["best_rank"], row["bytes"]) == (4, 32, 16_000)
+    assert row["loss"] == pytest.approx(0.5, abs=0.2) and row["shown"]
+    assert rows(found)["all", "reranking"]["rank"] == 1
+    text = (made.folder / "report.md").read_text()
+    assert "On retrieval, r4 for all experts is within 1 % of the best (r32)." in text
+    assert (made.folder / "ranks.png").exists()
+
+
+def test_with_a_large_spread_the_means_alone_say_so(made: Maker) -> None:
+    made.noise = 0.05
+    for rank in (1, 16):
+        made.arm(f"all-r{rank}", {"embedding": 0.6, "reranking": 0.5})
+    row = rows(ranks.write(made.folder))["all", "embedding"]
+    assert row["rank"] == row["best_rank"] or not row["shown"]
+
+
+def test_each_expert_s_ladder_passes_through_the_common_rank(made: Maker) -> None:
+    for arm in ("all-r16", "shared-r4", "shared-r32"):
+        made.arm(arm, {"embedding": 0.6, "reranking": 0.5})
+    found = ranks.write(made.folder)
+    assert {row["ladder"] for row in found["ladders"]} == {"shared"}
+    assert [ranks.rank_of(a, "shared") for a in ("all-r16", "shared-r4", "all-r4", "x-r4")] == [
+        16, 4, None, None]  # fmt: skip
+
+
+def test_one_rank_is_no_ladder(made: Maker) -> None:
+    made.arm("all-r16", {"embedding": 0.6, "reranking": 0.5})
+    assert "ladders" not in ranks.write(made.folder)

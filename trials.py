@@ -1,0 +1,159 @@
+"""What a trial and an experiment are, as data. Standard library only."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Config:
+    """One trial, flat. Lengths are in tokens, `document_tokens` before truncation ends a text."""
+
+    # What is trained
+    tasks: tuple[str, ...] = ("embedding", "reranking")
+    experts: tuple[str, ...] = ("shared",)
+    ranks: tuple[int, ...] = (16,)
+    alpha_over_rank: float = 2.0
+    targets: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    lora_dropout: float = 0.0
+    router: str = ""  # "" for no router, else a key of model.router.ROUTES
+    router_hidden: int = 64
+    router_noise: float = 0.0
+    expert_dropout: float = 0.0
+    task_prior: float = 0.0
+    always_on: str = ""
+    per_token: bool = False
+    router_std: float = 0.02  # of the first weights of the router's last layer
+    router_frozen: bool = False
+    pilots: int = 4  # of each expert, for routing by similarity
+
+    # Where it starts, if not untrained: "part=arm" begins as `part`, an expert or the head, was
+    # trained in that arm with the same seed; "part=arm+arm" merges them
+    start: tuple[str, ...] = ()
+    merge: str = "linear"  # or "ties"
+    merge_weight: float = 0.5  # lambda: of each change (linear), of the merged one (ties)
+    merge_density: float = 0.2  # share of the entries that TIES keeps
+    frozen: tuple[str, ...] = ()  # parts that training leaves as they are
+
+    # On what
+    base: str = "smollm2-135m"
+    revision: str | None = None
+    layers: int | None = None  # only the first n of the base; None: all
+    adapter_layers: int = 0  # the first layer that has experts
+    prefix: bool = True  # keep the states below it (needs adapter_layers > 0)
+    dtype: str = "auto"  # bfloat16 where the processor multiplies it, else float32
+    causal: bool = True
+    checkpointing: bool = False
+    embedding_pooling: str = "last"
+    reranking_pooling: str = "last"
+    rerank_head: str = "linear"
+    query_prompt: str = "Query: {query}"
+    document_prompt: str = "{document}"
+    pair_prompt: str = "Query: {query}\nDocument: {document}"
+    end_token: str = ""
+    document_tokens: int = 512
+    data: str = "stdlib"
+    split: str = "test"
+
+    # How
+    seed: int = 0
+    seed_offset: int = 0  # other seeds for the same arm: the A/A control
+    steps: int = 1000
+    train_queries: int = 0  # 0: all
+    embedding_batch: int = 64
+    hard_negatives: int = 1
+    reranking_batch: int = 16  # groups
+    group_size: int = 8  # one positive, the rest BM25 negatives
+    negatives_depth: int = 50
+    reranking_loss: str = "listwise"  # or "bce"
+    temperature: float = 0.02
+    false_negative_margin: float = 0.1
+    embedding_weight: float = 1.0
+    reranking_weight: float = 1.0
+    balance_weight: float = 0.01
+    balance: str = "mean"
+    penalty_weight: float = 0.01  # of Tsallis' entropy
+    learning_rate: float = 1e-4
+    head_learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.1  # share of the steps
+    clip: float = 1.0
+    pcgrad: bool = False  # drop from each task's gradient what conflicts with the other's
+    checkpoint_every: int = 50
+
+    # Measured how
+    scored: tuple[str, ...] = ()  # tasks that are measured, if not those that are trained
+    retrieval_depth: int = 100
+    candidates: int = 100  # BM25's own top k per query, nothing forced in
+    reranking_queries: int = 0  # 0: all
+    measured: int = 500  # texts of each kind on which a trained model is looked into
+    probes: int = 0  # batches of each task, in each half, whose gradients are watched
+
+    def __post_init__(self):
+        if not self.tasks or set(self.tasks) - {"embedding", "reranking"}:
+            raise ValueError(f"tasks must be some of embedding, reranking; got {self.tasks}")
+        if self.reranking_loss not in ("listwise", "bce"):
+            raise ValueError(f"reranking_loss is listwise or bce, got {self.reranking_loss!r}")
+        if self.group_size < 2:
+            raise ValueError(f"group_size needs a positive and a negative, got {self.group_size}")
+        least = {"steps": 0 if self.start else 1}
+        for name in ("steps", "embedding_batch", "reranking_batch", "candidates"):
+            if getattr(self, name) < least.get(name, 1):
+                raise ValueError(
+                    f"{name} must be at least {least.get(name, 1)}, got {getattr(self, name)}"
+                )
+        if set(self.scored) - {"embedding", "reranking"}:
+            raise ValueError(f"scored must be some of embedding, reranking; got {self.scored}")
+        if self.merge not in ("linear", "ties"):
+            raise ValueError(f"merge is linear or ties, got {self.merge!r}")
+        parts = (*self.experts, "head")
+        for name in (*self.starts(), *self.frozen):
+            if name not in parts:
+                raise ValueError(f"start and frozen name parts of {parts}, got {name!r}")
+        if self.steps and set(self.frozen) >= set(parts):
+            raise ValueError(f"frozen holds every part, {self.frozen}: nothing is left to train")
+
+    def starts(self) -> dict[str, tuple[str, ...]]:
+        """part -> the arms that it starts from."""
+        pairs = [text.partition("=") for text in self.start]
+        if odd := [text for text, pair in zip(self.start, pairs, strict=True) if not all(pair)]:
+            raise ValueError(f"start lists PART=ARM or PART=ARM+ARM, got {odd}")
+        return {part: tuple(arms.split("+")) for part, _, arms in pairs}
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> "Config":
+        lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        return cls(**lists)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """question: what it answers. arms: name -> what differs from the scale's Config.
+
+    controls: further arms, run with CONTROLS=1; aa: those of AA=1. common: what all arms share.
+    report: what is made of the trials, a key of run.REPORTS.
+
+    by_scale: scale -> the arms that take the place of `arms` there. measures: what is measured of
+    every trained model, keys of run.MEASURES. contrasts: (arm, against, task, what it would show),
+    the differences that are tested; none: every arm against `reference`.
+
+    Two keys of an arm are not fields of Config: `steps_factor` multiplies the scale's number of
+    steps, `tuned_as` names the arm whose row of TUNED it takes, if not its own.
+    """
+
+    question: str
+    arms: dict[str, dict]
+    controls: dict[str, dict] = field(default_factory=dict)
+    aa: dict[str, dict] = field(default_factory=dict)
+    seeds: int = 3
+    common: dict = field(default_factory=dict)
+    report: str = "verdict"
+    expected: str = ""
+    reference: str = ""
+    by_scale: dict[str, dict[str, dict]] = field(default_factory=dict)
+    measures: tuple[str, ...] = ()
+    contrasts: tuple[tuple[str, str, str, str], ...] = ()
