@@ -58,7 +58,7 @@ routing: base  ## What the router reads: task, template, domain
 representation: base  ## What the models and their experts make of the same texts: CKA, spectra, STIR
 	$(STUDY)
 
-probing: base  ## What can be read off the representation of a pair: terms, BM25, IDF, relevance
+probing: base  ## What can be read off a pair's representation (terms, BM25, IDF, relevance), keep and omit
 	$(STUDY)
 
 transfer: base  ## What one task's expert gives the other: frozen, shared, isolated, new heads
@@ -131,8 +131,8 @@ clean:  ## Remove .venv and the tools' caches; runs, results and the base stay
 
 .venv/.main-installed: requirements.txt | .venv/.created
 	@echo 'Installing the main set (requirements.txt) into .venv, once. To download:'
-	@echo '  about 0.55 GB with the CPU build of torch (make TORCH=cpu ...), of which torch is 0.2 GB;'
-	@echo '  about 2.9 GB with the CUDA build, which PyPI serves on Linux if TORCH=cpu is not given.'
+	@echo '  about 0.65 GB with the CPU build of torch (make TORCH=cpu ...), of which torch is 0.2 GB;'
+	@echo '  about 3.0 GB with the CUDA build, which PyPI serves on Linux if TORCH=cpu is not given.'
 	$(PIP_INSTALL) -r requirements.txt
 	@touch $@
 

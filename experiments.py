@@ -199,7 +199,7 @@ EXPERIMENTS = {
         expected="Rerankers are said to keep BM25's ingredients in their middle layers; an expert "
         "named for reranking should hold more of them than the others.",
         arms={arm: ARMS[arm] for arm in ("rank-only", "joint-single", "joint-moe")},
-        report="probes", reference="joint-single", measures=("probing",),
+        report="probes", reference="joint-single", measures=("probing", "ablation"),
     ),
     "transfer": Experiment(
         question="Does what one task has learnt help the other, and through which expert?",

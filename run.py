@@ -16,6 +16,7 @@ import torch
 
 import experiments
 from analysis import (
+    ablation,
     compare,
     conflict,
     gradients,
@@ -38,7 +39,7 @@ from kernels.choice import KERNELS, use_triton
 from model import bases
 from model.config import DTYPES
 from model.unimoer import UniMoER
-from train.batches import check_training
+from train.batches import TrainingData, check_training
 from train.loop import NonFiniteLoss, forget
 from train.trial import (
     Workbench,
@@ -66,12 +67,15 @@ REPORTS = {  # each has write(folder) and summary(what it wrote)
     "scale": scale,
 }
 
-# name -> (model, evaluation set, texts of each kind, the trial's place) -> what
-# <arm>/<name>-seed<k>.json holds
+# name -> (model, evaluation set, training data of both tasks when called, texts of each kind, the
+# trial's place) -> what <arm>/<name>-seed<k>.json holds
 MEASURES = {
-    "routing": lambda model, evaluation, count, place: routing.measure(model, evaluation, count),
+    "routing": lambda model, evaluation, data, count, place: routing.measure(
+        model, evaluation, count
+    ),
     "representation": representation.measure,
     "probing": probing.measure,
+    "ablation": ablation.measure,
 }
 
 
@@ -126,7 +130,13 @@ def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
         return
     saved = place.with_name(f"{place.name}.model")
     model = UniMoER.from_pretrained(saved, bench.device, kernels="torch")
-    found = MEASURES[name](model, bench.evaluation(model, config), config.measured, place)
+    both = replace(config, tasks=("embedding", "reranking"))
+
+    def data() -> TrainingData:
+        return TrainingData(bench.collection, model.tokenizer, both, bench.states(model, both))
+
+    evaluation = bench.evaluation(model, config)
+    found = MEASURES[name](model, evaluation, data, config.measured, place)
     if found is not None:
         write_json(path, {"sources": sources(), **found})
 

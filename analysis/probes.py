@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis import compare, figures, judge
+from analysis import ablation, compare, figures, judge
 from analysis.figures import label, span, table
 from analysis.page import over_seeds, provenance, warnings, write_folder
 
@@ -15,7 +15,8 @@ NAMES = {
     "covered_terms": "covered query terms", "covered_share": "their share", "tf_sum": "sum of TF",
     "idf_sum": "sum of IDF", "bm25": "BM25", "bigrams": "share of query bigrams",
     "length": "document length (ln)", "exact": "a query bigram is there",
-    "similarity": "similarity in the base", "relevant": "relevant",
+    "similarity": "similarity in the base", "nouns": "nouns in the query",
+    "verbs": "verbs in the query", "relevant": "relevant",
 }  # fmt: skip
 PAGE = """# {title}
 
@@ -35,7 +36,7 @@ the one on the same values shuffled. Compression: the values' own code length ov
 length by the probe; 1 says that the features save no bits. At the layer with the highest mean
 score; mean over seeds with its 95 % interval.
 
-{table}{picture}## What could not be concluded
+{table}{picture}{ablation}## What could not be concluded
 
 {limits}
 
@@ -66,7 +67,15 @@ def write(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no probed model yet: `make probing` makes it")
     found = compare.compare(folder, baselines, arms)
     found["probed"] = {arm: summarise(list(trials.values())) for arm, trials in measured.items()}
-    write_folder(folder, {"probing.json": found}, markdown(found), {"probes": draw(found)})
+    found["ablated"] = {
+        arm: ablation.summarise([judge.read(path) for path in paths])
+        for arm in arms
+        if (paths := sorted((folder / arm).glob("ablation-seed*.json")))
+    }
+    drawn = {"probes": draw(found)}
+    if found["ablated"]:
+        drawn["ablation"] = ablation.draw(found["ablated"])
+    write_folder(folder, {"probing.json": found}, markdown(found), drawn)
     return found
 
 
@@ -105,7 +114,8 @@ def reading(v: dict[str, Any]) -> str:
                 f"Against the untrained base, {label(arm)}'s pairs gain most on {NAMES[up]} "
                 f"({gains[up]:+.2f}) and least on {NAMES[down]} ({gains[down]:+.2f})."
             )
-    return " ".join(said) or "There is nothing to compare yet."
+    more = ablation.reading(v["ablated"])
+    return " ".join([*said, more] if more else said) or "There is nothing to compare yet."
 
 
 def markdown(v: dict[str, Any]) -> str:
@@ -124,7 +134,6 @@ def markdown(v: dict[str, Any]) -> str:
                 ])  # fmt: skip
     one = next(iter(v["probed"].values()))
     limits = compare.limits(v)
-    limits.insert(0, "Part of speech: no tagger is at hand.")
     limits.insert(0, "Whether the model uses what a probe reads: that needs an intervention.")
     return PAGE.format(
         v=v,
@@ -137,6 +146,7 @@ def markdown(v: dict[str, Any]) -> str:
         table=table(["arm", "view", "property", "layer", "score", "selectivity", "compression"],
                     rows),
         picture=f"![probes](probes.png)\n\n*{CAPTION}*\n\n",
+        ablation=ablation.markdown(v["ablated"]),
         limits="\n".join(f"- {text}" for text in limits),
         provenance=provenance(v),
     )  # fmt: skip

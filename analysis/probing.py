@@ -11,6 +11,7 @@ was fitted to those before it, over what the values' own distribution takes.
 import math
 import random
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ FOLDS = 5
 PORTIONS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the queries; the first is sent without a probe
 PENALTY = 100.0  # of ridge, on standardised features
 INVERSE_PENALTY = 0.1  # of logistic regression
+MOST = 20_000  # pairs that a probe is fitted to: what it needs in memory does not grow beyond
 WORD = re.compile(r"\w+")
 
 
@@ -70,6 +72,17 @@ def properties(
         for name, value in row.items():
             found.setdefault(name, []).append(float(value))
     return {name: np.array(values) for name, values in found.items()}
+
+
+def parts_of_speech(text: str) -> tuple[float, float]:
+    """The shares of nouns and of verbs among a text's words (Penn tags, a rule-based tagger)."""
+    from textblob.en import tag  # takes two seconds to import
+
+    tags = [kind for word, kind in tag(text) if WORD.match(word)]
+    if not tags:
+        return 0.0, 0.0
+    nouns, verbs = (sum(kind.startswith(first) for kind in tags) for first in ("NN", "VB"))
+    return nouns / len(tags), verbs / len(tags)
 
 
 def binary(y: np.ndarray) -> bool:
@@ -177,16 +190,19 @@ def probe(
     return found
 
 
-def measure(model: UniMoER, evaluation: EvaluationSet, count: int, place: Path) -> dict[str, Any]:
+def measure(
+    model: UniMoER, evaluation: EvaluationSet, data: object, count: int, place: Path
+) -> dict[str, Any]:
     """Probes of the pairs of `count` reranking queries: the model, its experts, and the base.
 
     Of the properties of text also `similarity`, the cosine of query and document in the untrained
-    base, and `relevant`, the judgment.
+    base, `nouns` and `verbs`, their shares in the query, and `relevant`, the judgment.
     """
     assert model.config.lora is not None
     texts, experts = evaluation.collection, model.config.lora.experts
     chosen = sorted(evaluation.candidates, key=lambda query: random.Random(query).random())[:count]
     keys = [(q, d) for q in chosen for d in evaluation.candidates[q]]
+    keys = keys[:MOST]
     pairs = [(texts.queries[q], texts.corpus[d]) for q, d in keys]
     values = properties(
         pairs,
@@ -197,19 +213,24 @@ def measure(model: UniMoER, evaluation: EvaluationSet, count: int, place: Path) 
     sides = (tokenizer.queries([q for q, _ in pairs]), tokenizer.documents([d for _, d in pairs]))
     first, second = (model.embed_all(TextSet(ids), base=True) for ids in sides)
     values["similarity"] = (first * second).sum(1).double().numpy()
+    spoken = {q: parts_of_speech(texts.queries[q]) for q in chosen}
+    values["nouns"], values["verbs"] = np.array([spoken[q] for q, _ in keys]).T
     judged = evaluation.qrels
     values["relevant"] = np.array([float(judged[q].get(d, 0) > 0) for q, d in keys])
     ids, queries = tokenizer.pairs(pairs), [q for q, _ in keys]
-    views = {"model": features(model, ids, "reranking")}
-    views["base"] = features(model, ids, "reranking", base=True)
+    views: dict[str, dict[str, Any]] = {"model": {}, "base": {"base": True}}
     if len(experts) > 1:
         for at, name in enumerate(experts):
-            one = [float(i == at) for i in range(len(experts))]
-            views[name] = features(model, ids, "reranking", fixed=one)
+            views[name] = {"fixed": [float(i == at) for i in range(len(experts))]}
+    probes = {}
+    with tempfile.TemporaryDirectory(prefix=".views", dir=place.parent) as folder:
+        for name, how in views.items():
+            x = features(model, ids, "reranking", Path(folder) / "view.npy", **how)
+            probes[name] = probe(x.numpy(), values, queries)
     return {
         "first_layer": model.config.lora.first_layer,
         "pairs": len(pairs),
-        "queries": len(chosen),
-        "probes": {name: probe(x.numpy(), values, queries) for name, x in views.items()},
+        "queries": len(set(queries)),
+        "probes": probes,
         "binary": [name for name, y in values.items() if binary(y)],
     }

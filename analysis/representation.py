@@ -3,85 +3,133 @@
 All views are of the same texts: documents as they are embedded and pairs as they are reranked. The
 features of a layer are the means over a text's tokens of the hidden state behind it. Views of one
 model: `model` as it is, each expert alone (weight 1), `uniform` weights, `base` without experts.
+
+Features lie in files that are mapped into memory and are read layer by layer in batches, so that
+what has to be in memory at once does not grow with the number of texts; the maps on a plane are of
+`MAPPED` texts of each kind at most.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from analysis import spectra
+from analysis import spectra, subspaces
 from analysis.cka import cka
 from analysis.routing import inputs
 from analysis.subspace import stir
 from eval.protocol import EvaluationSet
-from model import weights
 from model.lora import LinearGroup
 from model.packed import segment_mean
 from model.prefix import TextSet
 from model.router import TASKS
 from model.unimoer import UniMoER
+from train.batches import TrainingData
 
 KINDS = {"document": "embedding", "pair": "reranking"}  # -> the task that sees it
 OTHERS = ("emb-only", "rank-only", "joint-single")  # whose features an arm is held against
+MAPPED = 1000  # texts of each kind on a plane
 Views = dict[str, dict[str, Tensor]]  # kind -> view -> (layers, n, D)
+Data = Callable[[], TrainingData]  # of both tasks, made when it is asked for
 
 
-def measure(model: UniMoER, evaluation: EvaluationSet, count: int, place: Path) -> dict[str, Any]:
-    """Everything about one trained model; its features are kept as `<place>.features`.
+def measure(
+    model: UniMoER, evaluation: EvaluationSet, data: Data, count: int, place: Path
+) -> dict[str, Any]:
+    """Everything about one trained model; its features are kept as `<place>.features/<kind>.npy`.
 
     place: runs/<experiment>/<setting>/<arm>/seed<k>; arms that were measured before lie beside it.
     """
+    with tempfile.TemporaryDirectory(prefix=".views", dir=place.parent) as folder:
+        found = _measure(model, evaluation, count, place, Path(folder))
+    return {
+        **found,
+        "gradients": subspaces.of_gradients(model, data()),
+        "deltas": subspaces.of_changes(place),
+    }
+
+
+def _measure(
+    model: UniMoER, evaluation: EvaluationSet, count: int, place: Path, folder: Path
+) -> dict[str, Any]:
     assert model.config.lora is not None
     ids, _ = inputs(evaluation, count)
     experts = model.config.lora.experts
     views: Views = {}
     energy: dict[str, dict] = {}
     for kind, task in KINDS.items():
+        place_of = {view: folder / f"{kind}-{view}.npy" for view in ("model", "base", "uniform")}
         with crosstalk(model) as energy[kind]:
-            views[kind] = {"model": features(model, ids[kind], task)}
-        views[kind]["base"] = features(model, ids[kind], task, base=True)
+            views[kind] = {"model": features(model, ids[kind], task, place_of["model"])}
+        views[kind]["base"] = features(model, ids[kind], task, place_of["base"], base=True)
         if len(experts) > 1:
             for at, name in enumerate(experts):
                 one = [float(i == at) for i in range(len(experts))]
-                views[kind][name] = features(model, ids[kind], task, fixed=one)
+                path = folder / f"{kind}-expert-{name}.npy"
+                views[kind][name] = features(model, ids[kind], task, path, fixed=one)
             even = [1 / len(experts)] * len(experts)
-            views[kind]["uniform"] = features(model, ids[kind], task, fixed=even)
-    kept = {kind: of["model"].half() for kind, of in views.items()}
-    weights.save(kept, place.with_name(f"{place.name}.features"))
+            views[kind]["uniform"] = features(
+                model, ids[kind], task, place_of["uniform"], fixed=even
+            )
+    _keep(views, place.with_name(f"{place.name}.features"))
     return {
         "first_layer": model.config.lora.first_layer,
         "experts": list(experts),
         "texts": {kind: of["model"].shape[1] for kind, of in views.items()},
         "cka": within(views),
         "cka_arms": against(views, place),
-        "stir": subspaces(views),
+        "stir": overlaps(views),
         "linears": linears(model),
         "crosstalk": energies(energy),
-        "tsne": {view: plane(views, view) for view in ("model", "uniform", "base")
-                 if view in views["pair"]},
+        "maps": {name: {view: plane(views, view, name) for view in ("model", "uniform", "base")
+                        if view in views["pair"]} for name in MAPS},
     }  # fmt: skip
+
+
+def _keep(views: Views, folder: Path) -> None:
+    """The features of the model itself in fp16, for the arms that are measured later."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for kind, of in views.items():
+        made = mapped(part / f"{kind}.npy", tuple(of["model"].shape), np.float16)
+        for into, layer in zip(made, of["model"], strict=True):
+            for target, rows in zip(into.split(4096), layer.split(4096), strict=True):
+                target.copy_(rows)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def mapped(path: Path, shape: tuple[int, ...], dtype: type = np.float32) -> Tensor:
+    """A new .npy file as a tensor; what does not fit into memory stays on disk."""
+    return torch.from_numpy(np.lib.format.open_memmap(path, "w+", dtype, shape))
 
 
 def features(
     model: UniMoER,
     ids: list[list[int]],
     task: str,
+    path: Path,
     *,
     fixed: Sequence[float] | None = None,
     base: bool = False,
 ) -> Tensor:
-    """(layers, n, D) fp32 of the adapted layers. fixed: weights (E,) in place of the routers'."""
+    """(layers, n, D) fp32 of the adapted layers, mapped from the new file `path`.
+
+    fixed: weights (E,) in place of the routers'.
+    """
     assert model.config.lora is not None
     layers = model.decoder.layers[model.config.lora.first_layer :]
     width = model.decoder.config.hidden_size
-    out = torch.zeros(len(layers), len(ids), width)
+    out = mapped(path, (len(layers), len(ids), width))
     now: dict[str, Any] = {}
 
     def keep(at: int):
@@ -127,18 +175,19 @@ def against(views: Views, place: Path) -> dict[str, dict[str, list[float | None]
     """kind -> other arm -> CKA by layer with the same seed of that arm, where it was measured."""
     found: dict[str, dict[str, list[float | None]]] = {kind: {} for kind in views}
     for arm in OTHERS:
-        path = place.parent.parent / arm / f"{place.name}.features"
-        if arm == place.parent.name or not path.exists():
+        folder = place.parent.parent / arm / f"{place.name}.features"
+        if arm == place.parent.name or not folder.exists():
             continue
-        theirs = load_file(path)
         for kind, of in views.items():
-            if theirs[kind].shape == of["model"].shape:
-                pairs = zip(of["model"], theirs[kind].float(), strict=True)
+            # Mapped for copies on writing, which nobody does: torch warns of read-only memory.
+            theirs = torch.from_numpy(np.load(folder / f"{kind}.npy", mmap_mode="c"))
+            if theirs.shape == of["model"].shape:
+                pairs = zip(of["model"], theirs, strict=True)
                 found[kind][arm] = [cka(x, y) for x, y in pairs]
     return found
 
 
-def subspaces(views: Views) -> list[dict[str, Any]]:
+def overlaps(views: Views) -> list[dict[str, Any]]:
     """By layer: STIR of what training added for documents and for pairs, and its sign.
 
     direction: the cosine of the two mean changes. Tasks that share a subspace may use it alike
@@ -146,8 +195,8 @@ def subspaces(views: Views) -> list[dict[str, Any]]:
     """
     rows = []
     for layer in range(len(views["pair"]["model"])):
-        e, r = (views[kind]["model"][layer] - views[kind]["base"][layer] for kind in KINDS)
-        a, b = e.mean(0), r.mean(0)
+        e, r = ((views[kind]["model"][layer], views[kind]["base"][layer]) for kind in KINDS)
+        a, b = (with_.mean(0) - without.mean(0) for with_, without in (e, r))
         size = (a.norm() * b.norm()).item()
         rows.append({**stir(e, r), "direction": (a @ b).item() / size if size > 0 else None})
     return rows
@@ -219,12 +268,24 @@ def energies(found: dict[str, dict]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def plane(views: Views, view: str) -> dict[str, list[list[float]]]:
-    """t-SNE of the last layer: kind -> (n, 2), documents and pairs in one map."""
-    rows = {kind: of[view][-1].numpy() for kind, of in views.items()}
-    together = np.concatenate(list(rows.values()))
-    near = min(30.0, (len(together) - 1) / 3)
-    found = TSNE(2, perplexity=near, init="pca", random_state=0).fit_transform(together)
-    ends = np.cumsum([len(x) for x in rows.values()])[:-1]
-    parts = np.split(found.round(3), ends)
+def tsne(x: np.ndarray) -> np.ndarray:
+    near = min(30.0, (len(x) - 1) / 3)
+    return TSNE(2, perplexity=near, init="pca", random_state=0).fit_transform(x)
+
+
+def umap(x: np.ndarray) -> np.ndarray:
+    from umap import UMAP  # compiles itself for seconds when it is imported
+
+    near = min(15, len(x) - 1)
+    return np.asarray(UMAP(near, init="pca", random_state=0, n_jobs=1).fit_transform(x))
+
+
+MAPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"t-SNE": tsne, "UMAP": umap}
+
+
+def plane(views: Views, view: str, method: str) -> dict[str, list[list[float]]]:
+    """A map of the last layer: kind -> (n, 2), documents and pairs in one."""
+    rows = {kind: of[view][-1][:MAPPED].numpy() for kind, of in views.items()}
+    found = MAPS[method](np.concatenate(list(rows.values()))).round(3)
+    parts = np.split(found, np.cumsum([len(x) for x in rows.values()])[:-1])
     return {kind: part.tolist() for kind, part in zip(rows, parts, strict=True)}

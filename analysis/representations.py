@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis import compare, figures, judge
+from analysis import compare, figures, judge, subspaces
 from analysis.figures import label, span, table
 from analysis.page import over_seeds, provenance, warnings, write_folder
 
@@ -57,8 +57,7 @@ directions hold of the other's variance, 1 for as much as its own other half, 0 
 random directions. Direction: cosine of the two mean changes; tasks may share a subspace and pull
 apart in it.
 
-{stir}
-{tsne}## What could not be concluded
+{stir}{subspaces}{maps}## What could not be concluded
 
 {limits}
 
@@ -66,13 +65,17 @@ apart in it.
 
 {provenance}
 """
+MAPS = {"tsne": "t-SNE", "umap": "UMAP"}
 CAPTIONS = {
     "layers": "CKA with the untrained base by layer: mean over seeds in a band from lowest to "
     "highest.",
     "spectra": "Singular values of ΔW by expert, each over its linear's largest, mean over linears "
     "and seeds.",
-    "tsne": "t-SNE of the features behind the last layer, first seed: documents and pairs in one "
-    "map for each view. Distances between clusters and their sizes mean nothing in such a map.",
+    **{
+        name: f"{method} of the features behind the last layer, first seed: documents and pairs in "
+        "one map for each view. Distances between clusters and their sizes mean little in a map."
+        for name, method in MAPS.items()
+    },
 }
 
 
@@ -94,7 +97,7 @@ def write(folder: Path) -> dict[str, Any]:
     found = compare.compare(folder, baselines, arms)
     found["measured"] = {arm: summarise(list(trials.values())) for arm, trials in measured.items()}
     drawn = {"layers": draw_layers(found), "spectra": draw_spectra(measured),
-             "tsne": draw_tsne(measured)}  # fmt: skip
+             **{name: draw_maps(measured, MAPS[name]) for name in MAPS}}  # fmt: skip
     write_folder(folder, {"representation.json": found}, markdown(found), drawn)
     return found
 
@@ -157,6 +160,7 @@ def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
              for key in ("stir", "direction", "cross", "within", "null", "k")}
             for i in range(len(first["stir"]))
         ],
+        **{what: subspaces.summarise(trials, what) for what in ("gradients", "deltas")},
     }  # fmt: skip
 
 
@@ -238,7 +242,8 @@ def markdown(v: dict[str, Any]) -> str:
         values=_picture("spectra"),
         crosstalk=table(["arm", "expert", "crosstalk"], crosstalk),
         stir=table(["arm", "layer", "STIR", "cross", "within", "null", "k", "direction"], stir),
-        tsne=_picture("tsne"),
+        subspaces=subspaces.markdown(v["measured"], label),
+        maps="".join(_picture(name) for name in MAPS),
         limits="\n".join(f"- {text}" for text in limits),
         provenance=provenance(v),
     )  # fmt: skip
@@ -302,11 +307,11 @@ def draw_spectra(measured: dict[str, dict[int, dict[str, Any]]]) -> Figure:
         return figure
 
 
-def draw_tsne(measured: dict[str, dict[int, dict[str, Any]]]) -> Figure:
-    """The first seed's maps, a panel an arm and view."""
+def draw_maps(measured: dict[str, dict[int, dict[str, Any]]], method: str) -> Figure:
+    """The first seed's maps by one method, a panel an arm and view."""
     maps, base = [], None
     for arm, trials in measured.items():
-        found = next(iter(trials.values()))["tsne"]
+        found = next(iter(trials.values()))["maps"][method]
         base = base or found["base"]
         maps.append((label(arm), found["model"]))
         if "uniform" in found and found["uniform"] != found["model"]:

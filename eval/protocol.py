@@ -1,5 +1,6 @@
 """What a trial is measured on: all queries against the pool, and fixed BM25 candidates."""
 
+import copy
 import random
 from collections.abc import Callable
 
@@ -51,6 +52,22 @@ class EvaluationSet:
         self.collection = collection
         self.tokenizer, self._states = tokenizer, states
         self._sets: dict[str, TextSet] = {}
+
+    def sample(self, count: int) -> "EvaluationSet":
+        """A small set for looking into a model: `count` of the reranking queries.
+
+        Retrieval is among the candidates and the relevant documents of all of them.
+        """
+        chosen = sorted(self.candidates, key=lambda query: random.Random(query).random())[:count]
+        part = copy.copy(self)
+        part.queries = sorted(chosen)
+        part.qrels = part.reranking_qrels = {q: self.qrels[q] for q in part.queries}
+        part.candidates = {q: self.candidates[q] for q in part.queries}
+        part.pairs = [(q, d) for q in part.queries for d in part.candidates[q]]
+        near = {d for q in part.queries for d in (*part.candidates[q], *part.qrels[q])}
+        part.documents = [d for d in self.documents if d in near]
+        part._sets = {}
+        return part
 
     def _set(self, task: str) -> TextSet:
         """The tokenized texts of a task, made when first needed."""

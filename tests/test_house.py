@@ -26,6 +26,7 @@ MODULES = {  # distribution -> module
     "pytrec_eval_terrier": "pytrec_eval",
     "pystemmer": "Stemmer",
     "scikit_learn": "sklearn",
+    "umap_learn": "umap",
 }
 LINES = 400
 

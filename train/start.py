@@ -47,16 +47,16 @@ def begin(model: UniMoER, config: Config, place: Path) -> dict[str, float]:
         at = lora.slices()[part]
         index = lora.experts.index(part)
         rank, scale = lora.ranks[index], lora.alphas[index] / lora.ranks[index]
-        found = [_pieces(folder, part, str(model.device)) for folder in folders]
+        found = [pieces(folder, part, str(model.device)) for folder in folders]
         whole = held = 0.0
         for prefix, group in model.named_modules():
             if not isinstance(group, LinearGroup):
                 continue
             for name in group.adapted_names:
-                pieces = [of[prefix, name] for of in found if (prefix, name) in of]
-                if len(pieces) < len(found):
+                parts = [of[prefix, name] for of in found if (prefix, name) in of]
+                if len(parts) < len(found):
                     raise ValueError(f"start: {folders} do not all adapt {prefix}.{name}")
-                a, b, before, after = _merged(pieces, rank, scale, config)
+                a, b, before, after = _merged(parts, rank, scale, config)
                 if a.shape[0] != rank:
                     raise ValueError(
                         f"start: {part} has rank {rank}, but {' + '.join(arms)} make {a.shape[0]}"
@@ -82,8 +82,11 @@ def _check(folder: Path, model: UniMoER) -> None:
         )
 
 
-def _pieces(folder: Path, part: str, device: str) -> dict[tuple[str, str], Piece]:
-    """(group, projection) -> the change that one expert of a saved model makes."""
+def pieces(folder: Path, part: str, device: str = "cpu") -> dict[tuple[str, str], Piece]:
+    """(group, projection) -> the change that one expert of a saved model makes.
+
+    part: its name; where the model has one expert, that one whatever its name.
+    """
     record = weights.read_json(folder / "config.json")
     lora = ModelConfig.from_json(record["model"]).lora
     assert isinstance(lora, LoRAConfig)

@@ -14,8 +14,8 @@ def plant(folder: Path, arms: dict[str, dict[str, float]]) -> tuple[dict, str]:
     maker = Maker(folder / "remedies" / "smoke")
     maker.baselines()
     for arm, means in {**SPECIALISTS, **arms}.items():
-        kept = {"merged_energy": {"shared": 0.75}} if arm.startswith("ties") else {}
-        maker.arm(arm, means, **kept)
+        kept = {"shared": 0.75} if arm.startswith("ties") else {}
+        maker.arm(arm, means, merged_energy=kept)
     found = pareto.write(maker.folder)
     return found, (maker.folder / "report.md").read_text()
 

@@ -76,3 +76,9 @@ def test_properties_of_a_pair() -> None:
     assert found["bigrams"] == [0.5, 0]  # "the file", not "open the"
     assert found["exact"] == [1, 0]
     assert found["length"] == pytest.approx([math.log(6), 0])
+
+
+def test_parts_of_speech() -> None:
+    assert probing.parts_of_speech("Return the sorted list of open files.") == (
+        pytest.approx(3 / 7), pytest.approx(1 / 7))  # fmt: skip
+    assert probing.parts_of_speech("...") == (0.0, 0.0)

@@ -5,13 +5,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import experiments
-from analysis import representation, spectra
+from analysis import representation, spectra, subspaces
 from analysis.cka import CKA, cka, hsic
-from analysis.subspace import rank_for, stir
+from analysis.subspace import between, factor, rank_for, stir
 from eval.collections import load
 from eval.protocol import EvaluationSet
 from model.packed import pack
@@ -134,7 +135,7 @@ def test_stir_has_its_closed_values(shared: int) -> None:
     q = rotation(d)
     e = normal(n, k, seed=1) @ q[:, :k].t()
     r = normal(n, k, seed=2) @ q[:, k - shared : 2 * k - shared].t()
-    found = stir(e, r, k=k, draws=200)
+    found = stir((e,), (r,), k=k)
     expected = (shared / k - k / d) / (1 - k / d)
     assert found["stir"] == pytest.approx(expected, abs=0.03)
     assert found["within"] == pytest.approx(1, abs=0.01)
@@ -142,13 +143,62 @@ def test_stir_has_its_closed_values(shared: int) -> None:
 
 
 def test_stir_takes_the_rank_that_holds_the_energy() -> None:
-    values = torch.tensor([5.0, 4.0, 0.6, 0.4], dtype=torch.float64)
-    c = rotation(4) @ torch.diag(values) @ rotation(4).t()
+    values = torch.tensor([5.0, 4.1, 0.5, 0.4], dtype=torch.float64)
+    c = torch.diag(values.sqrt()) @ rotation(4).t()
     assert (rank_for(c), rank_for(c, 0.95), rank_for(c, most=1)) == (2, 3, 1)
     x = normal(400, 4) @ torch.diag(values.sqrt())
-    assert stir(x, x)["k"] in (2, 3) and stir(x, x)["stir"] == pytest.approx(1, abs=0.05)
+    found = stir((x,), (x,))
+    assert found["k"] in (2, 3) and found["stir"] == pytest.approx(1, abs=0.05)
     with pytest.raises(ValueError, match="8 inputs"):
-        stir(normal(4, 3), normal(40, 3))
+        stir((normal(4, 3),), (normal(40, 3),))
+
+
+def test_a_factor_s_gram_matrix_is_the_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches, far from the origin, of a difference and of chosen rows."""
+    monkeypatch.setattr("analysis.subspace.BATCH", 7)
+    x, y, rows = normal(50, 4) + 1e4, normal(50, 4, seed=1), torch.arange(0, 50, 2)
+    made = factor((x, y), rows)
+    torch.testing.assert_close(made.t() @ made, torch.cov((x - y)[rows].t()), rtol=1e-9, atol=1e-9)
+
+
+def test_null_is_what_random_spaces_hold() -> None:
+    x, d, k = normal(40, 12) * torch.arange(1, 13), 12, 3
+    null = between((x, x), (x, x), k)["null"]
+    spaces = [torch.linalg.qr(normal(d, k, seed=s))[0] for s in range(3000)]
+    own = torch.linalg.svd(x).Vh[:k].t()
+    held = [(x @ u).square().sum() / (x @ own).square().sum() for u in spaces]
+    assert null == pytest.approx(torch.stack(held).mean().item(), rel=0.02)
+
+
+def test_a_task_that_shares_nothing_with_itself_has_no_stir() -> None:
+    halves = [normal(3, 60, seed=s) for s in range(4)]
+    found = between((halves[0], halves[1]), (halves[2], halves[3]), 3)
+    assert found["stir"] is None and abs(found["within"] - found["null"]) < 0.05
+
+
+@pytest.mark.parametrize("shared", [0, 2, 4])
+def test_stir_of_planted_changes(shared: int) -> None:
+    """Two experts of rank 4 that write to `shared` common directions of 24; they read noise."""
+    k, d = 4, 24
+    q = rotation(d)
+    e, r = q[:, :k], q[:, k - shared : 2 * k - shared]
+    mix = [rotation(k, seed=s) for s in range(4)]  # equal energies, another basis in each half
+    reads = [normal(k, 200, seed=10 + s) for s in range(4)]
+    made = [subspaces.sides((torch.linalg.qr(a.t())[0].t(), b @ m, 2.0))
+            for a, b, m in zip(reads, (e, e, r, r), mix, strict=True)]  # fmt: skip
+    first, second, third, fourth = (one["outputs"] for one in made)
+    found = between((first, second), (third, fourth), k)
+    assert found["stir"] == pytest.approx((shared / k - k / d) / (1 - k / d))
+    first, second, third, fourth = (one["inputs"] for one in made)
+    assert between((first, second), (third, fourth), k)["stir"] is None
+
+
+def test_sides_have_the_moments_of_the_change() -> None:
+    a, b = normal(3, 12), normal(8, 3, seed=1)
+    w = 2.0 * b @ a
+    found = subspaces.sides((a, b, 2.0))
+    torch.testing.assert_close(found["inputs"].t() @ found["inputs"], w.t() @ w)
+    torch.testing.assert_close(found["outputs"].t() @ found["outputs"], w @ w.t())
 
 
 # The measure -----------------------------------------------------------------------------------
@@ -165,21 +215,23 @@ def trained(arm: str, base: Path, data: Path, place: Path, **changes):
     config = tiny_config(base, data, **{**row, "steps": 3, "learning_rate": 5e-2, **changes})
     model, texts = build(config)
     train(model, texts, config, place)
-    return model, EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only)
+    model.save_pretrained(place.with_name(f"{place.name}.model"))
+    return model, EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only), texts
 
 
 def test_features_are_the_means_of_hidden_states(tiny_base: Path, data: Path, tmp_path: Path):
-    model, evaluation = trained("joint-moe", tiny_base, data, tmp_path / "joint-moe" / "seed0")
+    model, evaluation, _ = trained("joint-moe", tiny_base, data, tmp_path / "joint-moe" / "seed0")
     ids = evaluation.tokenizer.pairs([("rare1", "rare1 bako odd1"), ("rare2 mi", "tutu")])
-    found = representation.features(model, ids, "reranking")
+    path = tmp_path / "features.npy"
+    found = representation.features(model, ids, "reranking", path).clone()
     for i, row in enumerate(ids):
         batch = pack([row], model.device)
         tasks = torch.ones(1, dtype=torch.int64)
         for layer in (2, 3):
             hidden = model.decoder(batch, tasks, last_layer=layer + 1)[0]
             torch.testing.assert_close(found[layer - 2, i], hidden.mean(0), rtol=1e-4, atol=1e-5)
-    base = representation.features(model, ids, "reranking", base=True)
-    none = representation.features(model, ids, "reranking", fixed=[0.0, 0.0, 0.0])
+    base = representation.features(model, ids, "reranking", path, base=True).clone()
+    none = representation.features(model, ids, "reranking", path, fixed=[0.0, 0.0, 0.0])
     torch.testing.assert_close(base, none, rtol=1e-4, atol=1e-5)
     assert (base - found).abs().max() > 1e-3
 
@@ -187,7 +239,7 @@ def test_features_are_the_means_of_hidden_states(tiny_base: Path, data: Path, tm
 def test_crosstalk_is_the_energy_of_the_written_out_change(
     tiny_base: Path, data: Path, tmp_path: Path
 ) -> None:
-    model, evaluation = trained("joint-moe", tiny_base, data, tmp_path / "joint-moe" / "seed0")
+    model, evaluation, _ = trained("joint-moe", tiny_base, data, tmp_path / "joint-moe" / "seed0")
     batch = pack(evaluation.tokenizer.documents(["rare1 bako", "tutu"]), model.device)
     with representation.crosstalk(model) as found:
         hidden = model.decoder(batch, last_layer=3)[0]
@@ -205,14 +257,45 @@ def test_measure_of_two_arms(tiny_base: Path, data: Path, tmp_path: Path) -> Non
     places = {arm: tmp_path / arm / "seed0" for arm in ("joint-single", "joint-moe")}
     found = {}
     for arm, place in places.items():
-        model, evaluation = trained(arm, tiny_base, data, place)
-        found[arm] = representation.measure(model, evaluation, 10, place)
+        model, evaluation, texts = trained(arm, tiny_base, data, place)
+        found[arm] = representation.measure(model, evaluation, lambda t=texts: t, 10, place)
+        assert not list(place.parent.glob(".*"))  # nothing is left over
     single, moe = found["joint-single"], found["joint-moe"]
     assert single["cka_arms"] == {"document": {}, "pair": {}}
     assert list(moe["cka_arms"]["pair"]) == ["joint-single"]
     assert len(moe["cka_arms"]["pair"]["joint-single"]) == 2
     assert len(single["linears"]) == 14 and single["linears"][0]["pairs"] == []
     assert [len(row["pairs"]) for row in moe["linears"]] == [3] * 14
-    assert len(moe["stir"]) == 2 and set(moe["tsne"]) == {"model", "uniform", "base"}
+    assert len(moe["stir"]) == 2 and set(moe["maps"]) == {"t-SNE", "UMAP"}
+    for maps in moe["maps"].values():
+        assert set(maps) == {"model", "uniform", "base"} and len(maps["base"]["pair"]) == 10
+    assert len(moe["gradients"]) == 28 and moe["deltas"] == []
     assert {"model | base", "embedding | shared"} <= moe["cka"]["pair"].keys()
     json.dumps(moe, allow_nan=False)
+
+
+def test_changes_of_two_seeds(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    """The experts of one arm, and the specialists in the row of Rank-Only."""
+    for arm in ("emb-only", "rank-only", "joint-moe"):
+        for seed in (0, 1):
+            trained(arm, tiny_base, data, tmp_path / arm / f"seed{seed}", seed=seed)
+            assert (subspaces.of_changes(tmp_path / arm / f"seed{seed}") == []) == (
+                seed == 0 or arm == "emb-only"
+            )
+    rows = subspaces.of_changes(tmp_path / "rank-only" / "seed1")
+    assert len(rows) == 28 and {row["side"] for row in rows} == {"inputs", "outputs"}
+    found = subspaces.summarise([{"deltas": rows}], "deltas")
+    assert found["outputs"]["linears"] == 14 and 0 <= found["outputs"]["null"] < 1
+
+
+def test_features_of_many_texts_do_not_fill_memory(
+    tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    """What is read again lies in a file, and its rows are those of the texts."""
+    model, evaluation, _ = trained("joint-single", tiny_base, data, tmp_path / "x" / "seed0")
+    ids = evaluation.tokenizer.documents([f"rare{i}" for i in range(30)])
+    path = tmp_path / "features.npy"
+    made = representation.features(model, ids, "embedding", path)
+    again = np.load(path, mmap_mode="r")
+    assert isinstance(again, np.memmap) and again.shape == tuple(made.shape)
+    assert (again == made.numpy()).all()

@@ -1,0 +1,126 @@
+"""STIR of the tasks' gradients and of what they change in the weights, linear by linear.
+
+A gradient's halves are those of the probe set, a change's the models of two seeds. `inputs` is the
+side that a linear reads (right singular vectors), `outputs` the side it writes to.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from analysis.figures import table
+from analysis.gradients import task_gradient
+from analysis.subspace import between, ratio
+from model.lora import LinearGroup
+from model.unimoer import UniMoER
+from train.batches import TrainingData
+from train.start import Piece, pieces
+
+SIDES = ("inputs", "outputs")
+BATCHES = 2  # of each task in each half of the probe set
+Rows = list[dict[str, Any]]  # of one linear and side each
+
+
+def of_gradients(model: UniMoER, data: TrainingData) -> Rows:
+    """Of the gradients that training follows: rows of dA, columns of dB, all experts together."""
+    model.eval()
+    e, r = (
+        [task_gradient(model, data, task, range(half * BATCHES, (half + 1) * BATCHES))
+         for half in (0, 1)]
+        for task in ("embedding", "reranking")
+    )  # fmt: skip
+    rows: Rows = []
+    for prefix, group in model.named_modules():
+        if not isinstance(group, LinearGroup):
+            continue
+        for name in group.adapted_names:
+            at = {"layer": int(prefix.split(".")[2]), "projection": name}
+            for side, key in zip(SIDES, ("lora_A", "lora_B"), strict=True):
+                of = [[g[f"{prefix}.{key}.{name}"].cpu() for g in halves] for halves in (e, r)]
+                (a, b), (c, d) = of if side == "inputs" else [[m.t() for m in h] for h in of]
+                rows.append({**at, "side": side, **_between((a, b), (c, d))})
+    return rows
+
+
+def sides(piece: Piece) -> dict[str, Tensor]:
+    """Matrices X of R rows with X'X = dW'dW (inputs) and dW dW' (outputs), dW = s B A."""
+    a, b, scale = piece[0].double(), piece[1].double(), piece[2]
+    left = torch.linalg.qr(b, mode="r")[1]  # B = Q left, so dW'dW = s^2 A' left' left A
+    right = torch.linalg.qr(a.t(), mode="r")[1]
+    return {"inputs": scale * left @ a, "outputs": scale * right @ b.t()}
+
+
+def of_changes(place: Path) -> Rows:
+    """Of the embedding and the reranking expert, or of the specialists where this is Rank-Only.
+
+    The halves are this seed and the one before; no rows for the first seed and for other arms.
+    """
+    arm, seed = place.parent, int(place.name.removeprefix("seed"))
+    of = {"e": (arm, "embedding"), "r": (arm, "reranking")}
+    if arm.name == "rank-only":
+        of = {"e": (arm.parent / "emb-only", "shared"), "r": (arm, "shared")}
+    elif not arm.name.endswith("-moe"):
+        return []
+    folders = {
+        task: [folder / f"seed{k}.model" for k in (seed, seed - 1)]
+        for task, (folder, _) in of.items()
+    }
+    if not all(folder.exists() for pair in folders.values() for folder in pair):
+        return []
+    found = {
+        task: [{at: sides(piece) for at, piece in pieces(folder, of[task][1]).items()}
+               for folder in pair]
+        for task, pair in folders.items()
+    }  # fmt: skip
+    rows: Rows = []
+    for prefix, name in found["r"][0]:
+        at = {"layer": int(prefix.split(".")[2]), "projection": name}
+        for side in SIDES:
+            e, r = ([half[prefix, name][side] for half in found[task]] for task in ("e", "r"))
+            rows.append({**at, "side": side, **_between((e[0], e[1]), (r[0], r[1]))})
+    return rows
+
+
+def _between(e: tuple[Tensor, Tensor], r: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    return between(e, r, most=len(e[0]))
+
+
+def summarise(trials: list[dict[str, Any]], what: str) -> dict[str, dict[str, Any]]:
+    """side -> means over linears and seeds of what `between` gives, STIR from these means."""
+    found = {}
+    for side in SIDES:
+        rows = [row for trial in trials for row in trial[what] if row["side"] == side]
+        if rows:
+            mean = {k: float(np.mean([row[k] for row in rows]))
+                    for k in ("cross", "within", "null", "k")}  # fmt: skip
+            stir = ratio(mean["cross"], mean["within"], mean["null"])
+            found[side] = {"stir": stir, **mean, "linears": len(rows)}
+    return found
+
+
+TEXT = """The same of the gradients behind the last step (halves: two of the probe set) and of the
+weights' changes (of the embedding and the reranking expert, or of the specialists, in the row of
+Rank-Only; halves: two seeds), by what a linear reads and where it writes. Means over linears and
+seeds, STIR from these means; none where Within is less than 0.05 above Null: there a task does not
+share its directions with itself.
+
+"""
+
+
+def markdown(measured: dict[str, dict[str, Any]], label) -> str:
+    """measured: arm -> {"gradients", "deltas"} as `summarise` gives them."""
+    rows = []
+    for name in ("gradients", "deltas"):
+        for arm, found in measured.items():
+            for side, row in found[name].items():
+                cells = [f"{row[k]:.2f}" for k in ("cross", "within", "null")]
+                stir = "-" if row["stir"] is None else f"{row['stir']:+.2f}"
+                rows.append([name.replace("deltas", "changes"), label(arm), side, stir, *cells,
+                             f"{row['k']:.0f}", str(row["linears"])])  # fmt: skip
+    if not rows:
+        return ""
+    head = ["of", "arm", "side", "STIR", "cross", "within", "null", "k", "linears"]
+    return TEXT + table(head, rows)
