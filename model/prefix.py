@@ -112,12 +112,18 @@ def _compute(
     starts: np.ndarray,
     budget: int,
     advance: Callable[[int], object],
+    below: tuple[int, PrefixStates] | None = None,
 ) -> None:
+    """below: (layer, states) to go on from, where they were computed for a lower layer."""
     stored = _stored_dtype(decoder.embed_tokens.weight.dtype)
     device = decoder.embed_tokens.weight.device
     for batch in token_batches([len(text) for text in ids], budget):
+        first, given = 0, None
+        if below is not None:
+            first, given = below[0], below[1].rows(batch, stored).to(device)
+        packed = pack([ids[i] for i in batch], device)
         hidden, _ = decoder(
-            pack([ids[i] for i in batch], device), last_layer=first_layer, base=True
+            packed, hidden=given, first_layer=first, last_layer=first_layer, base=True
         )
         bits = hidden.to(stored).cpu()
         if not bits.isfinite().all():
@@ -143,6 +149,9 @@ def prefix_states(
 ) -> PrefixStates:
     """The states of `ids` before the decoder's first adapted layer.
 
+    Where the cache has them for a lower layer and nothing was rounded there, it goes on from these:
+    the states of a ladder of depths cost what the deepest costs.
+
     Args:
         identity: of the base's weights; with the layer, dtype and token ids it names the file.
         folder: of the cache; None computes into a file that vanishes with the process.
@@ -160,27 +169,38 @@ def prefix_states(
     stored = _stored_dtype(weight.dtype)
     if 2 * shape[0] * shape[1] > limit_bytes:
         folder = None
-    place = f"{weight.dtype} {weight.device.type} {decoder.fused}"
-    kind = f"{identity} {first_layer} {place} {decoder.config.causal}"
-    key = hashlib.sha256(f"{kind} {budget} {torch.__version__} {_code()}".encode())
+    place = f"{weight.dtype} {weight.device.type} {decoder.fused} {decoder.config.causal}"
+    texts = hashlib.sha256(f"{identity} {place} {budget} {torch.__version__} {_code()}".encode())
     for text in ids:
-        key.update(np.asarray([len(text), *text], dtype=np.int32).tobytes())
-    name = key.hexdigest()[:32]
+        texts.update(np.asarray([len(text), *text], dtype=np.int32).tobytes())
+
+    def key_of(layer: int) -> str:
+        return hashlib.sha256(f"{layer} {texts.hexdigest()}".encode()).hexdigest()
+
+    def find(layer: int) -> PrefixStates | None:
+        if folder is None:
+            return None
+        found = _open(folder / f"{key_of(layer)[:32]}.states", shape, key_of(layer))
+        return None if found is None else PrefixStates(found, lengths, stored)
+
+    if (cached := find(first_layer)) is not None:
+        advance(shape[0])
+        return cached
+    key, name, below = key_of(first_layer), key_of(first_layer)[:32], None
+    if stored == weight.dtype:
+        lower = ((layer, find(layer)) for layer in range(first_layer - 1, 0, -1))
+        below = next(((layer, at) for layer, at in lower if at is not None), None)
     if folder is not None:
-        cached = _open(folder / f"{name}.states", shape, key.hexdigest())
-        if cached is not None:
-            advance(shape[0])
-            return PrefixStates(cached, lengths, stored)
         folder.mkdir(parents=True, exist_ok=True)
         _evict(folder, limit_bytes - 2 * shape[0] * shape[1])
     handle, path = tempfile.mkstemp(prefix=f"{name}.", suffix=".part", dir=folder)
     os.close(handle)
     try:
         out = Mapped(path, shape, new=True)
-        _compute(decoder, ids, first_layer, out, starts, budget, advance)
+        _compute(decoder, ids, first_layer, out, starts, budget, advance, below)
         if folder is not None:
             out.pages.flush()
-            header = {"key": key.hexdigest(), "crc32": out.checksum(), "shape": shape}
+            header = {"key": key, "crc32": out.checksum(), "shape": shape}
             note = folder / f"{name}.json"
             # The note goes first: a states file without its note is never believed.
             part = Path(path).with_suffix(".json.part")  # another process may build the same

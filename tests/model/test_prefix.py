@@ -19,6 +19,7 @@ from model.lora import LinearGroup, LoRAConfig
 from model.packed import pack
 from model.prefix import PrefixStates, TextSet, prefix_states, token_batches
 from model.router import RouterConfig
+from model.transformer import Decoder
 from model.unimoer import ModelConfig, UniMoER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -294,6 +295,44 @@ def test_a_killed_build_is_not_believed(
     found = all_rows(build(model, ids, tmp_path, budget=16))
     assert len(computed) == 1
     assert torch.equal(found, all_rows(build(model, ids, None, budget=16)))
+
+
+# From a lower layer --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_states_go_on_from_those_of_the_highest_lower_layer(
+    tiny_base: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as from the first layer on, and only the layers between are run."""
+    ran: list[tuple[int, int]] = []
+    forward = Decoder.forward
+
+    def watched(self, *args, **kwargs):
+        ran.append((kwargs["first_layer"], kwargs["last_layer"]))
+        return forward(self, *args, **kwargs)
+
+    models = {first: make_model(tiny_base, dtype, first) for first in (1, 2, 3)}
+    ids = models[1].tokenizer.documents(TEXTS)
+    for first in (1, 2):
+        build(models[first], ids, tmp_path, budget=16)
+    monkeypatch.setattr(Decoder, "forward", watched)
+    onwards = all_rows(build(models[3], ids, tmp_path, budget=16), models[3].dtype)
+    assert set(ran) == {(2, 3)}
+    scratch = all_rows(build(models[3], ids, None, budget=16), models[3].dtype)
+    assert set(ran) == {(2, 3), (0, 3)}
+    assert torch.equal(onwards, scratch)
+
+
+def test_rounded_states_are_not_gone_on_from(
+    tiny_base: Path, tmp_path: Path, computed: list[int]
+) -> None:
+    """A float32 model's are stored in fp16: the cache would change the numbers."""
+    low, high = (make_model(tiny_base, "float32", first) for first in (1, 3))
+    ids = low.tokenizer.documents(TEXTS)
+    build(low, ids, tmp_path)
+    with_cache, without = (all_rows(build(high, ids, at)) for at in (tmp_path, None))
+    assert torch.equal(with_cache, without)
 
 
 # The bound on disk ---------------------------------------------------------------------------
