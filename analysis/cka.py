@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+BATCH = 256  # inputs whose Gram matrices are formed at once
+
 
 def hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
     """HSIC_1 of two Gram matrices (n, n), unbiased (Song et al. 2012), n > 3.
@@ -44,7 +46,7 @@ class CKA:
         return self.cross / size**0.5 if self.first > 0 and self.second > 0 else None
 
 
-def cka(x: Tensor, y: Tensor, batch: int = 256) -> float | None:
+def cka(x: Tensor, y: Tensor, batch: int = BATCH) -> float | None:
     """CKA of features (n, D) and (n, D') that are at hand; a rest of under 4 inputs is left out."""
     found = CKA()
     for a, b in zip(x.split(batch), y.split(batch), strict=True):

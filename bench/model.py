@@ -7,6 +7,7 @@ from pathlib import Path
 
 import experiments
 from analysis.figures import table
+from bench import analyses
 from bench.roofline import (
     BANDWIDTH,
     BYTES,
@@ -105,7 +106,7 @@ def render(rows: list[dict]) -> str:
                           f"{row['ours']['utilisation']:.0%}", _real(row["ours"])])  # fmt: skip
     head = ["card, shape", "ours (ms)", "over addmm", "over loop", "ours (tokens/s)",
             "FLOP utilisation", "measured (tokens/s)"]  # fmt: skip
-    return text + table(head, cells) + _choices() + _memory() + _kill_gate()
+    return text + table(head, cells) + _choices() + _memory() + analyses.section() + _kill_gate()
 
 
 def _real(row: dict) -> str:
