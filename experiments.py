@@ -4,6 +4,7 @@ A new experiment is a row in EXPERIMENTS, a new arm a row in its `arms`, a new s
 SCALES. A trial is one (experiment, arm, seed); its `Config` says everything about it.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,13 @@ LADDER = {
 SIZED = ("emb-only", "rank-only", "joint-single")
 
 
+# The hidden size of the bases of the study, for arms whose rank grows with it.
+WIDTHS = {
+    "smollm2-135m": 576, "Qwen/Qwen3-0.6B-Base": 1024, "Qwen/Qwen3-1.7B-Base": 2048,
+    "Qwen/Qwen3-4B-Base": 2560, "Qwen/Qwen3-8B-Base": 4096, "mistralai/Mistral-7B-v0.3": 4096,
+}  # fmt: skip
+
+
 def _ladder(sizes) -> dict[str, dict]:
     """The specialists and the joint arm at each size: `emb-only-8l`; `emb-only` with all layers."""
     return {
@@ -138,8 +146,11 @@ EXPERIMENTS = {
         arms=_ladder(LADDER["small"]),
         by_scale={scale: _ladder(steps) for scale, steps in LADDER.items()},
         controls={
-            f"{arm}-r{rank}": {**ARMS[arm], "ranks": (rank,), "tuned_as": arm}
-            for rank in (1, 4, 64) for arm in SIZED
+            **{
+                f"{arm}-r{rank}": {**ARMS[arm], "ranks": (rank,), "tuned_as": arm}
+                for rank in (1, 4, 64) for arm in SIZED
+            },
+            **{f"{arm}-w64": {**ARMS[arm], "width_by_rank": 64, "tuned_as": arm} for arm in SIZED},
         },
         report="scale",
     ),
@@ -346,11 +357,23 @@ def _scaled(experiment: str, scale: str, **overrides) -> Config:
     return replace(Config(), **{**SCALES[scale], **EXPERIMENTS[experiment].common, **overrides})
 
 
+def _width(base: str) -> int:
+    """The hidden size of a base of the study, or of a local folder."""
+    if base in WIDTHS:
+        return WIDTHS[base]
+    path = Path(base) / "config.json"
+    if not path.exists():
+        raise ValueError(f"the width of {base} is not known: add it to experiments.WIDTHS")
+    return json.loads(path.read_text())["hidden_size"]
+
+
 def config(experiment: str, arm: str, scale: str, seed: int, **overrides) -> Config:
     """The Config of one trial. `overrides` win over the arm, the arm over TUNED and the scale."""
     row = dict(arms(experiment, True, True, scale)[arm])
     factor, like = row.pop("steps_factor", 1.0), row.pop("tuned_as", arm)
     base, data = (overrides.get(name, getattr(Config(), name)) for name in ("base", "data"))
+    if ratio := row.pop("width_by_rank", 0):
+        row["ranks"] = (_width(base) // ratio,)
     tuned = TUNED.get(setting_name(scale, base, data), {}).get(like, {})
     made = _scaled(experiment, scale, **{**tuned, **row, **overrides, "seed": seed})
     return replace(made, steps=round(made.steps * factor))

@@ -141,8 +141,9 @@ class Experiment:
     every trained model, keys of run.MEASURES. contrasts: (arm, against, task, what it would show),
     the differences that are tested; none: every arm against `reference`.
 
-    Two keys of an arm are not fields of Config: `steps_factor` multiplies the scale's number of
-    steps, `tuned_as` names the arm whose row of TUNED it takes, if not its own.
+    Three keys of an arm are not fields of Config: `steps_factor` multiplies the scale's number of
+    steps, `tuned_as` names the arm whose row of TUNED it takes, if not its own, `width_by_rank`
+    sets the rank to the base's width over it.
     """
 
     question: str

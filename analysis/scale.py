@@ -1,13 +1,14 @@
 """Interference against the size of the model, and against the rank -> scale.json, report, figure.
 
-Each size has specialists and a joint arm of its own, named `emb-only-8l` (8 layers) or
-`emb-only-r4` (rank 4), and its own untrained base. A slope is the least-squares line through the
-interference of the measurable sizes over log2 of their size; its interval follows, as every other,
-from the gradient of the slope with respect to the arms' means (`eval.stats`).
+Each size has specialists and a joint arm of its own, named `emb-only-8l` (8 layers), `emb-only-r4`
+(rank 4) or `emb-only-w64` (a rank for each 64 of width), and its own untrained base. Other bases
+lie in settings of their own; a setting's report takes in those of the same scale that answer the
+same queries.
 """
 
 import math
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import experiments
-from analysis import figures, judge
+from analysis import figures, judge, slopes
 from analysis.figures import METRIC, TASKS, p_value, percent, span, table
 from analysis.page import provenance, warnings, write_folder
+from analysis.slopes import AXES
 from eval import stats
 
-AXES = {"parameters": "parameters outside the embeddings", "rank": "rank of the experts"}
 PAGE = """# {title}
 
 **Question.** {v[question]}
@@ -52,9 +53,15 @@ How much I changes when the size doubles, in points of I, over the measurable si
 
 {provenance}
 """
+DOUBLES = {
+    "parameters": "the parameters outside the embeddings double",
+    "share": "they double and the rank grows with the width",
+    "rank": "the rank doubles",
+}
 CAPTION = (
     "Interference at each size with 95 % intervals over seeds and queries; open: the task is not "
-    "measurable there. The line is the least-squares fit through the measurable sizes."
+    "measurable there; squares: another family of bases. The line is the least-squares fit through "
+    "the measurable sizes of the family with the most of them."
 )
 
 
@@ -77,53 +84,83 @@ def sizes(names: list[str]) -> dict[str, dict[str, str]]:
     """suffix -> arm without it -> the arm's name; `emb-only` has the suffix ""."""
     found: dict[str, dict[str, str]] = {}
     for name in names:
-        match = re.fullmatch(r"(emb-only|rank-only|joint-single)(?:-(\d+l|r\d+))?", name)
+        match = re.fullmatch(r"(emb-only|rank-only|joint-single)(?:-(\d+l|[rw]\d+))?", name)
         if match:
             found.setdefault(match[2] or "", {})[match[1]] = name
+    return found
+
+
+@dataclass
+class Ladder:
+    """What the settings of one scale hold: a row a size and task, scores, files by their names."""
+
+    rows: slopes.Rows = field(default_factory=list)
+    scores: slopes.Scores = field(default_factory=lambda: {task: {} for task in TASKS})
+    labels: dict[str, list[str]] = field(default_factory=dict)
+    files: dict[str, dict] = field(default_factory=dict)
+
+
+def climb(folder: Path, arms: dict[str, dict[int, dict]], ladder: Ladder, place: str = "") -> None:
+    """Add the sizes of one setting. place: of another base's setting, in the names of its sizes."""
+    planned = judge.planned(folder, False)
+    for suffix, members in sizes([*planned, *arms]).items():
+        name, size = "baselines.json", f"{suffix}@{place}" if place else suffix
+        some = next((m for m in members.values() if m in arms), None)
+        if not some:
+            ladder.rows += [{"size": size, "task": task, "missing": True} for task in TASKS]
+            continue
+        if some in experiments.arms(folder.parent.name, True, True, _scale(folder)):
+            changed = experiments.size_of(folder.parent.name, some, _scale(folder))
+            name = experiments.baselines_name(changed)
+        baselines = judge.read(folder / name)
+        ladder.files[f"{place}/{name}".lstrip("/")] = baselines
+        here = {arm: arms[full] for arm, full in members.items() if full in arms}
+        y, ladder.labels = judge.arrays(baselines, here)
+        for task in TASKS:
+            ladder.rows.append(_row(size, task, here, y[task], ladder.labels[task], baselines))
+            ladder.scores[task] |= {f"{arm} {size}": values for arm, values in y[task].items()}
+    for arm in arms:
+        ladder.files |= {
+            f"{place}/{arm}/seed{seed}.json".lstrip("/"): t for seed, t in arms[arm].items()
+        }
+
+
+def others(folder: Path) -> list[Path]:
+    """Settings of the same scale and data with other bases, whose queries are the same."""
+    mine, found = judge.read(folder / "baselines.json"), []
+    for path in sorted(folder.parent.glob(f"{_scale(folder)}*/baselines.json")):
+        theirs = judge.read(path)
+        same = theirs["data"] == mine["data"]
+        same &= theirs["config"]["split"] == mine["config"]["split"]
+        queries = all(theirs["untrained"][t].keys() == mine["untrained"][t].keys() for t in TASKS)
+        if path.parent != folder and same and queries and theirs["base"] != mine["base"]:
+            found.append(path.parent)
     return found
 
 
 def study(folder: Path, arms: dict[str, dict[int, dict]]) -> dict[str, Any]:
     """Every number of the report."""
     experiment = experiments.EXPERIMENTS[folder.parent.name]
-    rows: list[dict[str, Any]] = []
-    scores: dict[str, dict[str, np.ndarray]] = {task: {} for task in TASKS}
-    labels: dict[str, list[str]] = {}
-    files: dict[str, dict] = {}
-    planned = judge.planned(folder, False)
-    for suffix, members in sizes([*planned, *arms]).items():
-        name = "baselines.json"
-        some = next((m for m in members.values() if m in arms), None)
-        if some and some in experiments.arms(folder.parent.name, True, True, _scale(folder)):
-            size = experiments.size_of(folder.parent.name, some, _scale(folder))
-            name = experiments.baselines_name(size)
-        if not some:
-            rows += [{"size": suffix, "task": task, "missing": True} for task in TASKS]
-            continue
-        baselines = files[name] = judge.read(folder / name)
-        here = {arm: arms[full] for arm, full in members.items() if full in arms}
-        y, labels = judge.arrays(baselines, here)
-        for task in TASKS:
-            rows.append(_row(suffix, task, here, y[task], labels[task], baselines))
-            scores[task] |= {f"{arm} {suffix}": values for arm, values in y[task].items()}
-    for arm in arms:
-        files |= {f"{arm}/seed{seed}.json": trial for seed, trial in arms[arm].items()}
+    ladder = Ladder()
+    climb(folder, arms, ladder)
+    for other in others(folder):
+        climb(other, judge.load(other)[1], ladder, other.name)
+    rows, files = ladder.rows, ladder.files
     tested = [row for row in rows if row.get("p") is not None]
     for row, p in zip(tested, stats.holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = p
         level = stats.ALPHA / len(tested)
         row["detectable"] = stats.smallest_detectable_effect(row["se"], row["df"], level)
     first = next(iter(files.values()))
-    config = next(iter(files.values()))["config"]
     return {
         "experiment": folder.parent.name,
         "setting": folder.name,
         "question": experiment.question,
         "expected": experiment.expected,
-        "split": config["split"],
+        "split": first["config"]["split"],
         "seeds_planned": experiment.seeds,
         "rows": rows,
-        "slopes": _slopes(rows, scores, labels),
+        "slopes": slopes.fits(rows, ladder.scores, ladder.labels),
         "seconds": sum(sum(file["seconds"].values()) for file in files.values()),
         "peak_bytes": max(file["peak_bytes"] for file in files.values()),
         "base": first["base"],
@@ -138,7 +175,7 @@ def _scale(folder: Path) -> str:
 
 
 def _row(
-    suffix: str,
+    size: str,
     task: str,
     arms: dict[str, dict[int, dict]],
     y: dict[str, np.ndarray],
@@ -150,11 +187,15 @@ def _row(
     first = next(iter(next(iter(arms.values())).values()))
     base = float(np.mean([row[METRIC] for row in baselines["untrained"][task].values()]))
     row: dict[str, Any] = {
-        "size": suffix,
+        "size": size,
         "task": task,
         "layers": first["config"]["layers"],
         "parameters": first["body_parameters"],
-        "rank": sum(first["config"]["ranks"]),
+        "rank": (rank := sum(first["config"]["ranks"])),
+        "width": (width := first.get("width")),
+        "share": round(rank / width, 6) if width else None,
+        "name": (name := Path(first["base"]["name"]).name),
+        "family": name.split("-")[0].lower(),
         "base": base,
         "specialist": float(y[special].mean()) if special in y else None,
         "joint": float(y[joint].mean()) if joint in y else None,
@@ -172,57 +213,6 @@ def _row(
     return row
 
 
-def _slopes(rows: list[dict], scores: dict[str, dict[str, np.ndarray]], labels) -> list[dict]:
-    """The slope of each task over the number of parameters, and over the rank."""
-    found = []
-    full = [row for row in rows if row.get("interval") and row["measurable"]]
-    for axis, other in (("parameters", "rank"), ("rank", "parameters")):
-        counts = [row[other] for row in full]
-        for task in TASKS:
-            # What varies along one axis has the other's most common value.
-            common = max(set(counts), key=counts.count) if counts else None
-            line = [row for row in full if row["task"] == task and row[other] == common]
-            if len({row[axis] for row in line}) < 2:
-                continue
-            e = slope(line, axis, scores[task], labels[task])
-            at = [math.log2(row[axis]) for row in line]
-            middle = float(np.mean([row["interference"] for row in line]))
-            found.append({
-                "axis": axis, "task": task, "sizes": [row["size"] for row in line],
-                "slope": e.value, "interval": e.interval, "p": e.p,
-                "detectable": stats.smallest_detectable_effect(e.se, e.df, stats.ALPHA / 2),
-                "middle": [float(np.mean(at)), middle], "range": [min(at), max(at)],
-            })  # fmt: skip
-    for axis in AXES:
-        family = [row for row in found if row["axis"] == axis]
-        for row, p in zip(family, stats.holm([row["p"] for row in family]), strict=True):
-            row["p_holm"] = p
-    return found
-
-
-def slope(rows: list[dict], axis: str, y: dict[str, np.ndarray], labels) -> stats.Estimate:
-    """Least-squares slope of I over x = log2(size): sum_k c_k I_k.
-
-    c_k = (x_k - mean x) / sum (x - mean x)^2. With I_k = 100 (1 - J_k / P_k) its gradient is
-    100 c_k J_k / P_k^2 for the specialist and -100 c_k / P_k for the joint arm; arms of all sizes
-    answer the same queries.
-
-    Args:
-        rows: with `size`, `interference`, `task` and the axis. y: "<arm> <size>" -> (S, Q).
-    """
-    x = np.array([math.log2(row[axis]) for row in rows])
-    c = (x - x.mean()) / float(((x - x.mean()) ** 2).sum())
-    gradient: dict[str, float] = {}
-    for weight, row in zip(c.tolist(), rows, strict=True):
-        special = f"{stats.SPECIALIST[row['task']]} {row['size']}"
-        joint = f"{judge.JOINT} {row['size']}"
-        p, j = float(y[special].mean()), float(y[joint].mean())
-        gradient[special] = 100 * weight * j / p**2
-        gradient[joint] = -100 * weight / p
-    value = float(sum(w * row["interference"] for w, row in zip(c.tolist(), rows, strict=True)))
-    return stats.estimate(value, gradient, y, labels)
-
-
 def reading(v: dict[str, Any]) -> str:
     said = []
     for row in v["slopes"]:
@@ -230,10 +220,9 @@ def reading(v: dict[str, Any]) -> str:
         way = "falls" if row["slope"] < 0 else "rises"
         text = (
             f"Over {len(row['sizes'])} sizes, I on {TASKS[row['task']]} {way} by "
-            f"{abs(row['slope']):.2f} points when the {AXES[row['axis']]} double "
+            f"{abs(row['slope']):.2f} points when {DOUBLES[row['axis']]} "
             f"({span(row['interval'])})"
         )
-        text = text.replace("when the rank of the experts double", "when the rank doubles")
         end = "." if sure else (
             f", which cannot be told from no slope (Holm p {p_value(row['p_holm'])}; detectable "
             f"{row['detectable']:.2f})."
@@ -258,7 +247,8 @@ def _size(row: dict[str, Any]) -> str:
     if row.get("missing"):
         return row["size"] or "all layers"
     layers = "all layers" if row["layers"] is None else f"{row['layers']} layers"
-    return f"{layers}, rank {row['rank']}"
+    base = f"{row['name']}, " if "@" in row["size"] else ""
+    return f"{base}{layers}, rank {row['rank']}"
 
 
 def limits(v: dict[str, Any]) -> list[str]:
@@ -271,11 +261,14 @@ def limits(v: dict[str, Any]) -> list[str]:
         said.append(f"What {v['seeds_planned']} seeds would show: some sizes have fewer.")
     if any(row.get("detectable", 0) > stats.PROCEED_FROM for row in v["rows"]):
         said.append("An effect of 2 % at each size: what is detectable stands in the table.")
-    ranks = {row["axis"] for row in v["slopes"]}
-    if "rank" not in ranks:
+    axes = {row["axis"] for row in v["slopes"]}
+    if "rank" not in axes:
         said.append("The rank as a second axis of capacity: its arms were not run (`CONTROLS=1`).")
-    widths = "All sizes have one width, so fixed rank and fixed rank/width are the same here."
-    return [*said, widths, f"Other collections than {v['data']['name']}."]
+    if len({row["width"] for row in v["rows"] if row.get("width")}) < 2:
+        said.append("All sizes have one width: fixed rank and fixed rank/width are the same here.")
+    elif "share" not in axes:
+        said.append("Rank in proportion to width: fewer than two bases have its arms (`-w64`).")
+    return [*said, f"Other collections than {v['data']['name']}."]
 
 
 def markdown(v: dict[str, Any]) -> str:
@@ -295,7 +288,7 @@ def markdown(v: dict[str, Any]) -> str:
     head = ["size", "task", "untrained", "specialist", "joint", "measurable", "I", "p", "Holm p",
             "detectable", "seeds"]  # fmt: skip
     slopes = [
-        [AXES[row["axis"]], TASKS[row["task"]], str(len(row["sizes"])),
+        [AXES[row["axis"]][0], TASKS[row["task"]], str(len(row["sizes"])),
          f"{row['slope']:+.2f} {span(row['interval'])}", p_value(row["p"]),
          p_value(row["p_holm"]), f"{row['detectable']:.2f}"]
         for row in v["slopes"]
@@ -318,12 +311,15 @@ def markdown(v: dict[str, Any]) -> str:
 
 def draw(v: dict[str, Any]) -> Figure:
     """A panel a task and axis: interference over size."""
-    axes_shown = [a for a in AXES if a == "parameters" or any(s["axis"] == a for s in v["slopes"])]
+    shown = [
+        axis for axis in AXES
+        if axis == "parameters" or any(slopes.along(v["rows"], axis, task) for task in TASKS)
+    ]  # fmt: skip
     with matplotlib.rc_context(figures.STYLE):
-        size = (figures.WIDTH, 2.3 * len(axes_shown))
+        size = (figures.WIDTH, 2.3 * len(shown))
         figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(len(axes_shown), 2, sharey=True, squeeze=False)
-        for line, axis in zip(grid, axes_shown, strict=True):
+        grid = figure.subplots(len(shown), 2, sharey=True, squeeze=False)
+        for line, axis in zip(grid, shown, strict=True):
             for panel, task in zip(line, TASKS, strict=True):
                 _panel(panel, v, axis, task)
             line[0].set_ylabel("interference (%)")
@@ -331,30 +327,31 @@ def draw(v: dict[str, Any]) -> Figure:
 
 
 def _panel(axes: Axes, v: dict[str, Any], axis: str, task: str) -> None:
-    colour = figures.COLOURS["joint-single"]
-    fits = [row for row in v["slopes"] if row["axis"] == axis and row["task"] == task]
-    other = "rank" if axis == "parameters" else "parameters"
-    rows = [r for r in v["rows"] if r["task"] == task and r.get("interval")]
-    counts = [row[other] for row in rows]
-    common = max(set(counts), key=counts.count)
-    for row in (row for row in rows if row[other] == common):
-        x, fill = math.log2(row[axis]), colour if row["measurable"] else "white"
-        axes.plot([x, x], row["interval"], color=colour, linewidth=1.2, zorder=1)
-        axes.plot(x, row["interference"], "o", color=colour, mfc=fill, markersize=4.2)
-        axes.annotate(f"{row['layers'] or 'all'}" if axis == "parameters" else f"{row['rank']}",
-                      (x, row["interval"][1]), xytext=(0, 2), textcoords="offset points",
-                      ha="center", fontsize=7, color=figures.GREY)  # fmt: skip
-    for row in fits:
+    colour, (text, key, _) = figures.COLOURS["joint-single"], AXES[axis]
+    alone = [row for row in v["rows"] if row["task"] == task and row.get("interval")]
+    rows = slopes.along(v["rows"], axis, task) or alone[:1]
+    family, bases = slopes.main_family(rows), {row["name"] for row in rows}
+    for row in rows:
+        mine = row["family"] == family
+        x, tone = math.log2(row[key]), colour if mine else figures.GREY
+        axes.plot([x, x], row["interval"], color=tone, linewidth=1.2, zorder=1)
+        axes.plot(x, row["interference"], "o" if mine else "s", color=tone, markersize=4.2,
+                  mfc=tone if row["measurable"] else "white")  # fmt: skip
+        note = f"{row['rank']}" if key == "rank" else f"{row['layers'] or 'all'}"
+        axes.annotate(row["name"] if len(bases) > 1 else note, (x, row["interval"][1]),
+                      xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7,
+                      color=figures.GREY)  # fmt: skip
+    for row in (row for row in v["slopes"] if row["axis"] == axis and row["task"] == task):
         x = np.array(row["range"])
         axes.plot(x, row["middle"][1] + row["slope"] * (x - row["middle"][0]), color=colour,
                   linewidth=0.8, linestyle=(0, (5, 1.5)))  # fmt: skip
     axes.axhline(0, color="black", linewidth=0.6, zorder=0)
     axes.set_title(TASKS[task].capitalize(), fontweight="bold")
-    shown = sorted({row[axis] for row in rows if row[other] == common})
-    names = [f"{n / 1e6:.0f} M" if axis == "parameters" else f"{n}" for n in shown]
-    axes.set_xticks([math.log2(n) for n in shown], names)
-    note = " (labels: layers)" if axis == "parameters" else ""
-    axes.set_xlabel(f"{AXES[axis]}{note}")
+    ticks = sorted({row[key] for row in rows})
+    names = [f"{n}" if key == "rank" else f"{n / 1e6:.0f} M" for n in ticks]
+    axes.set_xticks([math.log2(n) for n in ticks], names)
+    note = " (labels: layers)" if key == "parameters" and len(bases) < 2 else ""
+    axes.set_xlabel(f"{text}{note}")
 
 
 def summary(v: dict[str, Any]) -> str:

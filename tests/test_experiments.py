@@ -27,8 +27,9 @@ ARM_FIELDS = {"tasks", "experts", "ranks", "router", "router_noise", "expert_dro
 
 @pytest.mark.parametrize(("experiment", "arm", "scale"), ROWS)
 def test_every_row_builds(experiment, arm, scale):
-    config = experiments.config(experiment, arm, scale, 2, data="d", base="b")
-    assert (config.seed, config.data, config.base) == (2, "d", "b")
+    base = "smollm2-135m" if arm.endswith("-w64") else "b"
+    config = experiments.config(experiment, arm, scale, 2, data="d", base=base)
+    assert (config.seed, config.data, config.base) == (2, "d", base)
     assert config.steps >= (0 if config.start else 1) and len(config.experts) == len(config.ranks)
     assert config.layers is None or config.adapter_layers < config.layers
     model = model_config(replace(config, dtype=resolve_dtype(config.dtype)))
@@ -218,3 +219,14 @@ def test_what_is_the_same_trial_in_two_experiments_has_the_same_config():
         assert made("kill_gate", arm) == made("scale_study", f"{arm}-16l")
     assert made("kill_gate", "joint-moe") == made("soft_vs_hard", "sparsegen")
     assert made("kill_gate", "joint-moe") == made("rank_sweep", "all-r16")
+
+
+def test_a_rank_that_grows_with_the_width(tmp_path):
+    def rank(base):
+        return experiments.config("scale_study", "emb-only-w64", "full", 0, base=base).ranks
+
+    assert rank("smollm2-135m") == (9,) and rank("Qwen/Qwen3-1.7B-Base") == (32,)
+    (tmp_path / "config.json").write_text('{"hidden_size": 640}')
+    assert rank(str(tmp_path)) == (10,)
+    with pytest.raises(ValueError, match="the width of somebody/else is not known"):
+        rank("somebody/else")

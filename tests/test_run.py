@@ -44,7 +44,7 @@ FIELDS = {
 }
 RESULT = {
     "schema", "arm", "seed", "config", "base", "data", "git", "sources", "versions", "device",
-    "kernels", "seconds", "peak_bytes", "body_parameters",
+    "kernels", "seconds", "peak_bytes", "body_parameters", "width",
 }  # fmt: skip
 
 

@@ -256,6 +256,7 @@ def _record(config: Config, arm: str, bench: Workbench, model: UniMoER) -> dict:
             **{name: version(name) for name in ("torch", "numpy", "tokenizers", "bm25s")},
         },
         "body_parameters": _body_parameters(model),
+        "width": model.decoder.config.hidden_size,
         "device": device_name(bench.device),
         "kernels": "triton" if model.decoder.fused else "torch",
     }

@@ -40,20 +40,28 @@ class Maker:
         self.rng = np.random.default_rng(seed)
         self.hard = {task: 0.2 * (self.rng.random(QUERIES) - 0.5) for task in TASKS}
 
-    def baselines(self, name: str = "baselines.json", score: float = 0.3) -> None:
+    def baselines(self, name: str = "baselines.json", score: float = 0.3, **more: Any) -> None:
         base = {task: rows(score + self.hard[task]) for task in TASKS}
         write_json(self.folder / name, {
             **EVERY, "body_parameters": 1000,
             "config": experiments.plain(self.folder.parent.name, "smoke").to_json(),
             "bm25": base, "untrained": base, "ceiling": {"reranking": rows(np.ones(QUERIES))},
             "clusters": {f"q{i}": f"m{i % CLUSTERS}" for i in range(QUERIES)},
-            "pool": 99, "seconds": {"test": 1.0},
+            "pool": 99, "seconds": {"test": 1.0}, **more,
         })  # fmt: skip
 
-    def arm(self, arm: str, means: dict[str, float], seeds: int = 3, **more: Any) -> None:
-        """means: task -> the arm's true mean; more: further keys of the trials, or `curve`."""
+    def arm(
+        self,
+        arm: str,
+        means: dict[str, float],
+        seeds: int = 3,
+        changes: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        """means: task -> the arm's true mean; changes: of its config; more: of the trials' keys."""
         for seed in range(seeds):
             config = experiments.config(self.folder.parent.name, arm, "smoke", seed).to_json()
+            config |= changes or {}
             scores, line = {}, {"step": config["steps"] - 1}
             for task, mean in means.items():
                 noise = self.rng.normal(0, self.noise, QUERIES)

@@ -1,7 +1,9 @@
 """Interference over size: slopes that were planted, and none."""
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +32,7 @@ def make(
     for layers, percent in planted.items():
         maker.baselines(f"baselines-{layers}l.json")
         special = 0.31 if layers == lost else 0.6
-        more = {"body_parameters": SIZES[layers]}
+        more: dict[str, Any] = {"body_parameters": SIZES[layers]}
         joint = special * (1 - percent / 100)
         maker.arm(f"emb-only-{layers}l", {"embedding": special}, **more)
         maker.arm(f"rank-only-{layers}l", {"reranking": special}, **more)
@@ -97,3 +99,61 @@ def test_a_size_without_its_baselines_is_an_error(tmp_path: Path) -> None:
     (folder / "baselines-8l.json").unlink()
     with pytest.raises(ValueError, match="baselines-8l.json"):
         scale.write(folder)
+
+
+BASES = {"Qwen3-0.6B-Base": 1024, "Qwen3-1.7B-Base": 2048, "Qwen3-4B-Base": 2560,
+         "Mistral-7B-v0.3": 4096}  # fmt: skip
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full ladder, which the made-up smoke trials climb."""
+    row = experiments.EXPERIMENTS["scale_study"]
+    monkeypatch.setitem(row.by_scale, "smoke", row.by_scale["full"])
+
+
+def make_bases(folder: Path, planted: dict[str, float]) -> Path:
+    """A setting for each base, of full scale; planted at fixed rank, 9 % at fixed share."""
+    setting = folder
+    for i, (name, percent) in enumerate(planted.items()):
+        setting = folder / "scale_study" / f"full-{name.lower()}"
+        maker = Maker(setting, noise=0.001)
+        base = {"name": f"org/{name}", "revision": None, "fingerprint": name}
+        maker.baselines(base=base)
+        for suffix, rank, loss in (("", 16, percent), ("-w64", BASES[name] // 64, 9.0)):
+            more: dict[str, Any] = {"body_parameters": 1000 * 2**i, "width": BASES[name]}
+            for arm, means in (
+                (f"emb-only{suffix}", {"embedding": 0.6}),
+                (f"rank-only{suffix}", {"reranking": 0.6}),
+                (f"joint-single{suffix}", {"embedding": 0.6 * (1 - loss / 100), "reranking": 0.6}),
+            ):
+                maker.arm(arm, means, changes={"ranks": [rank]}, base=base, **more)
+    return setting
+
+
+def test_bases_of_other_settings_are_taken_in(whole: None, tmp_path: Path) -> None:
+    """The line is through the family with the most sizes; the other stands beside it."""
+    planted = dict(zip(BASES, (9.0, 6.0, 3.0, 20.0), strict=True))
+    folder = make_bases(tmp_path, planted)
+    found = scale.write(folder)
+    slopes = {(row["axis"], row["task"]): row for row in found["slopes"]}
+    at = slopes["parameters", "embedding"]
+    assert at["family"] == "qwen3" and len(at["sizes"]) == 3
+    assert at["slope"] == pytest.approx(-3, abs=0.5)
+    share = slopes["share", "embedding"]
+    assert share["slope"] == pytest.approx(0, abs=0.5) and len(share["sizes"]) == 3
+    rows = {(row["size"], row["task"]): row for row in found["rows"]}
+    assert rows["", "embedding"]["interference"] == pytest.approx(20, abs=1)  # Mistral's own
+    text = (folder / "report.md").read_text()
+    assert "| Qwen3-1.7B-Base, 2 layers, rank 32 |" in text
+    assert "full-qwen3-4b-base/emb-only/seed0.json" in text
+    assert "when they double and the rank grows with the width" in text
+
+
+def test_a_setting_with_other_queries_or_data_stays_out(whole: None, tmp_path: Path) -> None:
+    folder = make_bases(tmp_path, {"Qwen3-0.6B-Base": 9.0, "Qwen3-1.7B-Base": 6.0})
+    other = folder.parent / "full-qwen3-0.6b-base" / "baselines.json"
+    assert scale.others(folder) == [other.parent]
+    content = json.loads(other.read_text())
+    other.write_text(json.dumps({**content, "data": {"name": "another"}}))
+    assert scale.others(folder) == []

@@ -10,7 +10,7 @@ TINY = DecoderConfig("qwen3", 64, 128, 2, 4, 2, 16, 32, 1e-6, 1e6, True)
 
 
 def test_what_a_layer_keeps_grows_with_its_width_and_not_with_the_texts() -> None:
-    """At the least x, q, k, v, gate and up; with checkpointing only the two that enter the layer."""
+    """At the least x, q, k, v, gate and up; with checkpointing the two that enter it."""
     d, q, kv, f = 64, 64, 32, 128
     kept = analyses.saved_per_token(TINY)
     least = 2 * (2 * d + q + 2 * kv + 2 * f)
