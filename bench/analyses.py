@@ -1,6 +1,7 @@
 """What the analyses need beside the model on a card of 24 GB, counted."""
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ RANKS = experiments.MOE["ranks"]
 GRADIENTS = 4  # of each task, two halves
 
 
+@cache
 def saved_per_token(shape: DecoderConfig, checkpointing: bool = False, tokens: int = 96) -> float:
     """Bytes that autograd keeps for one token of one layer, counted on a pass through the layer.
 
