@@ -70,7 +70,8 @@ rank-sweep: base  ## Quality against the rank of each expert, and the smallest t
 remedies: base  ## What else could win the loss back: PCGrad, loss weights, merged specialists
 	$(STUDY)
 
-STUDIES = kill-gate scale-study gradient-conflict soft-vs-hard routing representation probing \
+# The watched trials first: they stand for the same ones of the others, and not the other way round.
+STUDIES = gradient-conflict kill-gate scale-study soft-vs-hard routing representation probing \
   transfer rank-sweep remedies
 study: $(STUDIES)  ## All experiments
 
