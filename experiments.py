@@ -50,7 +50,7 @@ SCALES = {
     # A look at the machinery: too small to conclude anything.
     "smoke": {
         "layers": 2, "adapter_layers": 1, "embedding_pooling": "mean", "reranking_pooling": "mean",
-        "document_tokens": 32, "steps": 6, "train_queries": 64, "embedding_batch": 8,
+        "document_tokens": 16, "steps": 6, "train_queries": 64, "embedding_batch": 8,
         "reranking_batch": 4, "group_size": 4, "negatives_depth": 20, "learning_rate": 1e-3,
         "checkpoint_every": 3, "candidates": 5, "reranking_queries": 40, "measured": 16,
     },
@@ -117,6 +117,16 @@ def _ladder(sizes) -> dict[str, dict]:
 def _like(arm: str, rows: dict[str, dict]) -> dict[str, dict]:
     """Arms that take the rates of `arm` in TUNED."""
     return {name: {**row, "tuned_as": arm} for name, row in rows.items()}
+
+
+def _ranks(*ranks: int) -> dict[str, dict]:
+    """All experts at each rank, then each expert alone, the others at 16."""
+    rows = {f"all-r{r}": (r,) * 3 for r in ranks}
+    for name in THREE:
+        for r in ranks:
+            if r != 16:
+                rows[f"{name}-r{r}"] = tuple(r if name == other else 16 for other in THREE)
+    return _like("joint-moe", {name: {**SPARSEGEN, "ranks": row} for name, row in rows.items()})
 
 
 # fmt: off
@@ -268,13 +278,8 @@ EXPERIMENTS = {
     "rank_sweep": Experiment(
         question="How much rank does each expert need?",
         expected="Little: one rank is said to be enough for a reranker (arXiv 2504.08780).",
-        arms=_like("joint-moe", {
-            **{f"all-r{r}": {**SPARSEGEN, "ranks": (r,) * 3} for r in (1, 4, 8, 16, 32)},
-            **{
-                f"{name}-r{r}": {**SPARSEGEN, "ranks": tuple(r if name == o else 16 for o in THREE)}
-                for name in THREE for r in (1, 4, 8, 32)
-            },
-        }),
+        arms=_ranks(1, 4, 8, 16, 32),
+        by_scale={"smoke": _ranks(1, 16)},
         report="ranks", reference="all-r16",
     ),
     "remedies": Experiment(

@@ -140,7 +140,7 @@ def test_a_look_into_a_model_is_kept(
         ("routing", ("joint-moe", "bare-moe")),
         ("representation", ("emb-only", "joint-moe")),
         ("probing", ("rank-only", "joint-moe")),
-        ("rank_sweep", ("all-r1", "shared-r4")),
+        ("rank_sweep", ("all-r1", "all-r16", "shared-r1")),
         (
             "transfer",
             (

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 
+import experiments
 from analysis import ranks
 from tests.analysis.made import Maker
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Maker:
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Maker:
+    """All ranks, in trials of the smoke scale."""
+    monkeypatch.delitem(experiments.EXPERIMENTS["rank_sweep"].by_scale, "smoke")
     maker = Maker(tmp_path / "rank_sweep" / "smoke")
     maker.baselines()
     return maker
