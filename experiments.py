@@ -133,6 +133,7 @@ def _ranks(*ranks: int) -> dict[str, dict]:
 EXPERIMENTS = {
     "kill_gate": Experiment(
         question="Does training one model for retrieval and reranking cost either task?",
+        smoke_seeds=3,  # the whole rule is applied
         arms=ARMS,
         controls={
             **_like("joint-single", {"joint-half": {"steps_factor": 0.5}}),
@@ -328,6 +329,12 @@ def arms(
     row = EXPERIMENTS[experiment]
     made = row.by_scale.get(scale, row.arms)
     return {**made, **(row.controls if controls else {}), **(row.aa if aa else {})}
+
+
+def seeds(experiment: str, setting: str) -> int:
+    """How many seeds an experiment has in a setting, such as `small-scifact`."""
+    row = EXPERIMENTS[experiment]
+    return min(row.smoke_seeds, row.seeds) if setting.split("-")[0] == "smoke" else row.seeds
 
 
 def plain(experiment: str, scale: str, **overrides) -> Config:

@@ -185,7 +185,7 @@ def command_run(args: argparse.Namespace) -> None:
         chosen = {arm: known[arm] for arm in args.arms}
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = setting_folder(args)
-    seeds = args.seeds or experiments.EXPERIMENTS[args.experiment].seeds
+    seeds = args.seeds or experiments.seeds(args.experiment, args.scale)
     if seeds < 1:
         raise ValueError(f"--seeds {seeds}: expected at least 1")
     trials = []
@@ -260,7 +260,7 @@ def command_list(args: argparse.Namespace) -> None:
 def command_status(args: argparse.Namespace) -> None:
     """Which trials of a setting are finished, begun or missing."""
     folder = setting_folder(args)
-    seeds = args.seeds or experiments.EXPERIMENTS[args.experiment].seeds
+    seeds = args.seeds or experiments.seeds(args.experiment, args.scale)
     for arm in experiments.arms(args.experiment, args.controls, args.aa, args.scale):
         for seed in range(seeds):
             path = folder / arm / f"seed{seed}.json"
@@ -314,14 +314,17 @@ def command_check(args: argparse.Namespace) -> None:
 def command_publish(args: argparse.Namespace) -> None:
     """Copy a finished setting to results/: trials, verdict, report and figures."""
     folder = setting_folder(args)
-    write_report(args.experiment, folder)
+    write_report(args.experiment, folder)  # what cannot be reported is not published
     target = ROOT / "results" / args.experiment / folder.name
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     ignore = shutil.ignore_patterns("*.checkpoint", "*.log.jsonl", "*.model", "*.features", ".*")
     shutil.copytree(folder, part, ignore=ignore)
+    for path in [*part.glob("baselines*.json"), *part.glob("*/seed[0-9]*.json")]:
+        write_json(path, overview.portable(json.loads(path.read_text())))
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
+    write_report(args.experiment, target)
     print(f"published to {target}")
 
 

@@ -134,6 +134,8 @@ class Config:
 class Experiment:
     """question: what it answers. arms: name -> what differs from the scale's Config.
 
+    seeds: how many; smoke_seeds: at that scale, which concludes nothing anyway.
+
     controls: further arms, run with CONTROLS=1; aa: those of AA=1. common: what all arms share.
     report: what is made of the trials, a key of run.REPORTS.
 
@@ -151,6 +153,7 @@ class Experiment:
     controls: dict[str, dict] = field(default_factory=dict)
     aa: dict[str, dict] = field(default_factory=dict)
     seeds: int = 3
+    smoke_seeds: int = 2
     common: dict = field(default_factory=dict)
     report: str = "verdict"
     expected: str = ""

@@ -102,8 +102,9 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
     """Every number of the report."""
     study = experiments.EXPERIMENTS[folder.parent.name]
     planned = judge.planned(folder, False)
+    count = experiments.seeds(folder.parent.name, folder.name)
     y, labels = judge.arrays(baselines, arms)
-    every = sorted({seed for trials in arms.values() for seed in trials} | set(range(study.seeds)))
+    every = sorted({seed for trials in arms.values() for seed in trials} | set(range(count)))
     rows = {}
     for arm in dict.fromkeys([*planned, *arms]):
         trials = arms.get(arm, {})

@@ -136,7 +136,7 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         "question": study.question if study else "",
         **{key: found[key] for key in ("decision", "supported", "reason", "seeds", "alpha")},
         "seeds_compared": common,
-        "seeds_planned": study.seeds if study else None,
+        "seeds_planned": experiments.seeds(experiment, folder.name) if study else None,
         **{"tasks": found["tasks"], "aa": aa},
         "arms": {arm: row(arm) for arm in dict.fromkeys([*planned(folder, False), *arms])},
         "references": {

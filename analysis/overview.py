@@ -1,4 +1,4 @@
-"""All experiments on one page; published reports against their trials; tables for LaTeX."""
+"""All experiments on one page; what is published, and whether it follows; tables for LaTeX."""
 
 import re
 import shutil
@@ -57,6 +57,20 @@ def stale(results: Path, write: Callable[[str, Path], object]) -> list[str]:
                 if not (old.exists() and new.exists() and old.read_bytes() == new.read_bytes()):
                     found.append(str(old))
     return found
+
+
+def portable(result: dict) -> dict:
+    """A stored result without the folders of the machine: a path becomes its last part, which
+    names the data or base; what they were is told by their fingerprints."""
+
+    def last(value: object) -> object:
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    return {
+        **result,
+        "config": {k: last(v) if k in ("base", "data") else v for k, v in result["config"].items()},
+        "data": {k: last(v) for k, v in result["data"].items()},
+    }
 
 
 SPECIAL = {**{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\textasciitilde{}", "±": r"$\pm$",

@@ -158,7 +158,7 @@ def study(folder: Path, arms: dict[str, dict[int, dict]]) -> dict[str, Any]:
         "question": experiment.question,
         "expected": experiment.expected,
         "split": first["config"]["split"],
-        "seeds_planned": experiment.seeds,
+        "seeds_planned": experiments.seeds(folder.parent.name, folder.name),
         "rows": rows,
         "slopes": slopes.fits(rows, ladder.scores, ladder.labels),
         "seconds": sum(sum(file["seconds"].values()) for file in files.values()),

@@ -343,3 +343,11 @@ def _copy(path: Path, name: str, info: TensorInfo, target: torch.Tensor) -> None
                 f"{name} in {path} ({info.dtype}) has values that {target.dtype} cannot hold: "
                 "load it as bfloat16 or float32"
             )
+
+
+def revision(folder: Path | str) -> str:
+    """Of a checkpoint: 16 digits of a sha256 over the files of `save_pretrained`."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "adapters.safetensors", "heads.safetensors"):
+        digest.update((Path(folder) / name).read_bytes())
+    return digest.hexdigest()[:16]

@@ -20,7 +20,7 @@ LEAVES = ("trials", "experiments")  # a trial's settings, the study's table: std
 LEAF_USERS = ("experiments", "eval", "train", "analysis", "run")
 OUTSIDE = ("bench", "tests")  # may import anything, and nothing imports them
 OURS = {*ORDER, *LEAVES, *OUTSIDE}
-ONLY_IN = {"mteb": "eval"}  # pulls transformers in
+ONLY_IN = {"mteb": "eval", "datasets": "eval"}  # pulls transformers in, and what it takes
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 MODULES = {  # distribution -> module
     "pytrec_eval_terrier": "pytrec_eval",

@@ -23,6 +23,7 @@ import experiments
 import model.prefix
 import run
 import train.trial
+from analysis import overview
 from eval.collections import load
 from eval.metrics import METRICS
 from eval.protocol import EvaluationSet
@@ -442,9 +443,10 @@ def test_publish_copies_what_is_quoted(copy, words, setting, tmp_path, monkeypat
     assert run.main(words(tmp_path / "runs", command="publish")) == 0
     files = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     assert files == {"baselines.json", "report.md", *(f"{arm}/seed0.json" for arm in ARMS)}
-    assert (target / "joint-moe" / "seed0.json").read_bytes() == (
-        copy / "joint-moe" / "seed0.json"
-    ).read_bytes()
+    there, here = (
+        json.loads((at / "joint-moe" / "seed0.json").read_text()) for at in (target, copy)
+    )
+    assert there == overview.portable(here) and str(tmp_path) not in json.dumps(there)
     assert [path.name for path in target.parent.iterdir()] == [setting]
     assert str(target) in capsys.readouterr().out
 

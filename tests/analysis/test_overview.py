@@ -99,3 +99,11 @@ def test_report_of_all_experiments(
     assert "no trial of smoke" in capsys.readouterr().out
     assert run.main(["report", "nothing"]) == 2
     assert "unknown experiment 'nothing'" in capsys.readouterr().err
+
+
+def test_what_is_published_names_no_folder_of_this_machine() -> None:
+    made = {"config": {"base": "org/name", "data": "/home/me/scifact", "end_token": "/x"},
+            "data": {"name": "scifact", "path": "/home/me/scifact"}, "seed": 1}  # fmt: skip
+    assert overview.portable(made) == {
+        "config": {"base": "org/name", "data": "scifact", "end_token": "/x"},
+        "data": {"name": "scifact", "path": "scifact"}, "seed": 1}  # fmt: skip

@@ -1,0 +1,162 @@
+"""`python -m eval beir | mteb`: a saved model on public benchmarks or on a folder of one's own.
+
+beir: full-corpus retrieval, and reranking of BM25's own top candidates, by our protocol.
+mteb: tasks by name or a whole benchmark through `mteb`, or a collection as two tasks of mteb's;
+results in mteb's own layout, which its leaderboard tools read.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from eval import metrics
+from eval.collections import Collection, load
+from eval.metrics import METRICS
+from eval.protocol import EvaluationSet
+from model import bases
+from model.prefix import TextSet
+from model.unimoer import UniMoER
+from model.weights import revision
+from trials import Config
+
+TITLES = {"embedding": "retrieval", "reranking": "reranking"}
+
+
+def evaluation_set(model: UniMoER, collection: Collection, args) -> EvaluationSet:
+    config = Config(
+        split=args.split, retrieval_depth=args.depth, candidates=args.candidates,
+        reranking_pooling=model.config.reranking_pooling, reranking_queries=args.queries,
+    )  # fmt: skip
+    return EvaluationSet(collection, model.tokenizer, config, lambda ids, title: TextSet(ids))
+
+
+def file_name(args, collection: Collection) -> str:
+    """`scifact-test.json`."""
+    return f"{collection.name.lower()}-{args.split}.json"
+
+
+def beir(args: argparse.Namespace) -> None:
+    """Retrieval and reranking on each collection, a JSON each with per-query scores."""
+    model = UniMoER.from_pretrained(args.model, args.device)
+    for data in args.data:
+        collection = load(data, bases.cache_folder() / "data")
+        place = Path(args.out) / "beir" / args.name / file_name(args, collection)
+        if place.exists():
+            result = json.loads(place.read_text())
+            asked = {k: getattr(args, k) for k in ("depth", "candidates", "queries")}
+            known = (result["data"]["fingerprint"], result["revision"], result["asked"])
+            if known != (collection.fingerprint, revision(args.model), asked):
+                raise ValueError(
+                    f"{place} is of another model, data or setting: move it away, or give another "
+                    "--name"
+                )
+        else:
+            evaluation = evaluation_set(model, collection, args)
+            scores = {
+                "embedding": evaluation.retrieval(model, progress=True),
+                "reranking": evaluation.reranking(model, progress=True),
+            }
+            result = {
+                "model": args.name, "revision": revision(args.model), "base": model.identity,
+                "prompts": vars(model.config.prompts), "split": args.split,
+                "asked": {k: getattr(args, k) for k in ("depth", "candidates", "queries")},
+                "data": {"name": collection.name, "fingerprint": collection.fingerprint},
+                "bm25": evaluation.bm25_scores(), "scores": scores,
+                "ceiling": {"reranking": evaluation.ceiling()},
+            }  # fmt: skip
+            write(place, result)
+        show(result)
+
+
+def write(path: Path, content: dict) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, allow_nan=False))
+    os.replace(part, path)
+
+
+def show(result: dict) -> None:
+    """A table of one collection's means."""
+    print(f"{result['data']['name']}, {result['split']}, {result['model']}")
+    print(f"{'':28}" + "".join(f"{name:>13}" for name in METRICS))
+    rows = {
+        f"{TITLES[task]}, {who}": scores
+        for who, of in (("BM25", result["bm25"]), ("model", result["scores"]),
+                        ("ceiling", result["ceiling"]))
+        for task, scores in of.items()
+    }  # fmt: skip
+    for name, scores in sorted(rows.items()):
+        cells = "".join(f"{metrics.mean(scores, m):13.4f}" for m in METRICS)
+        print(f"{name:28}{cells}")
+
+
+def through_mteb(args: argparse.Namespace) -> None:
+    """Tasks of mteb, or a collection as tasks; the results lie in --out/mteb."""
+    import mteb  # of the development set, and slow to import
+
+    from eval import mteb_adapter
+
+    model = UniMoER.from_pretrained(args.model, args.device)
+    version = revision(args.model)
+    made = []
+    for data in args.data:
+        collection = load(data, bases.cache_folder() / "data")
+        candidates = evaluation_set(model, collection, args).candidates
+        made += mteb_adapter.tasks(collection, args.split, candidates)
+    if args.tasks:
+        made += mteb.get_tasks(tasks=args.tasks)
+    if args.benchmark:
+        made += mteb.get_benchmark(args.benchmark).tasks
+    if not made:
+        raise ValueError("nothing to evaluate: give --tasks, --benchmark or --data")
+    cache = mteb.ResultCache(Path(args.out) / "mteb")
+    sides = {
+        False: mteb_adapter.Encoder(model, f"unimoer/{args.name}", version),
+        True: mteb_adapter.CrossEncoder(model, f"unimoer/{args.name}-reranker", version),
+    }
+    for task in made:
+        side = sides[task.metadata.type in ("Reranking", "InstructionReranking")]
+        found = mteb.evaluate(side, task, cache=cache, encode_kwargs={"batch_size": 32})
+        for result in found.task_results:
+            print(f"{result.task_name}: {result.get_score():.4f} ({task.metadata.main_score})")
+    print(f"results: {cache.cache_path}")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
+    made.add_argument("bench", choices=("beir", "mteb"))
+    made.add_argument("--model", required=True, help="a folder written by save_pretrained")
+    made.add_argument("--name", default="", help="of the model in the results; default: its folder")
+    made.add_argument("--data", nargs="*", default=[], help="stdlib, BEIR names, msmarco, folders")
+    made.add_argument("--tasks", nargs="*", default=[], help="mteb: tasks by name")
+    made.add_argument("--benchmark", default="", help="mteb: such as 'MTEB(eng, v2)'")
+    made.add_argument("--split", default="test")
+    made.add_argument("--depth", type=int, default=1000, help="documents retrieved for a query")
+    made.add_argument("--candidates", type=int, default=100, help="of BM25, that are reranked")
+    made.add_argument("--queries", type=int, default=0, help="reranked; 0: all")
+    made.add_argument("--out", default="runs/eval", help="folder of the results")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    folder = Path(args.model).resolve()
+    args.name = args.name or f"{folder.parent.name}-{folder.stem}"
+    try:
+        if args.bench == "beir" and not args.data:
+            raise ValueError("--data is missing: which collections?")
+        (beir if args.bench == "beir" else through_mteb)(args)
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""A saved model as `mteb` sees it, and a BEIR folder as tasks of its own.
+
+`mteb` (2.26) pulls in transformers and is of the development set: nothing else imports this file.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import PromptType
+from torch import Tensor
+
+from eval.collections import Collection, require_split
+from model.prefix import TextSet
+from model.unimoer import UniMoER
+
+
+def meta(model: UniMoER, name: str, version: str, *, cross: bool) -> ModelMeta:
+    """What mteb keeps beside the scores (`model_meta.json`): with base, prompts and lengths."""
+    weights = [*model.decoder.parameters(), *model.decoder.buffers()]
+    c = model.config
+    return ModelMeta(
+        loader=None,
+        loader_kwargs={
+            "base": model.identity,
+            "prompts": {"query": c.prompts.query, "document": c.prompts.document,
+                        "pair": c.prompts.pair},
+            "document_tokens": c.document_tokens,
+            "pooling": {"embedding": c.embedding_pooling, "reranking": c.reranking_pooling},
+        },
+        name=name, revision=version, release_date=None, languages=None,
+        n_parameters=sum(p.numel() for p in weights), memory_usage_mb=None,
+        max_tokens=c.document_tokens, embed_dim=model.decoder.config.hidden_size,
+        license="apache-2.0", open_weights=True, public_training_code=None,
+        public_training_data=None, framework=["PyTorch"], use_instructions=False,
+        similarity_fn_name=None if cross else ScoringFunction.COSINE, training_datasets=None,
+        model_type=["cross-encoder" if cross else "dense"],
+    )  # fmt: skip
+
+
+def texts_of(inputs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The texts of mteb's batches, in their order."""
+    return [text for batch in inputs for text in batch["text"]]
+
+
+class Encoder:
+    """The embedding side: mteb's EncoderProtocol.
+
+    Queries take the query's template; documents, and the texts of tasks without sides (similarity,
+    clustering, classification), the document's.
+    """
+
+    def __init__(self, model: UniMoER, name: str, version: str):
+        self.model = model
+        self.mteb_model_meta = meta(model, name, version, cross=False)
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(n, D) unit vectors, fp32."""
+        task = "query" if prompt_type == PromptType.query else "document"
+        bar = kwargs.get("show_progress_bar")
+        return self.model.encode(texts_of(inputs), task=task, progress=bar)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """Cosine (n, m)."""
+        first, second = (torch.as_tensor(e).float() for e in (embeddings1, embeddings2))
+        return _unit(first) @ _unit(second).t()
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """Cosine of corresponding rows (n,)."""
+        first, second = (torch.as_tensor(e).float() for e in (embeddings1, embeddings2))
+        return (_unit(first) * _unit(second)).sum(-1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x if x.dim() > 1 else x[None], dim=-1)
+
+
+class CrossEncoder:
+    """The reranking side: mteb's CrossEncoderProtocol."""
+
+    def __init__(self, model: UniMoER, name: str, version: str):
+        self.model = model
+        self.mteb_model_meta = meta(model, name, version, cross=True)
+
+    def predict(
+        self,
+        inputs1: Iterable[Mapping[str, Any]],
+        inputs2: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(n,) logits of relevance: in fp32 their sigmoid ties where it saturates."""
+        pairs = list(zip(texts_of(inputs1), texts_of(inputs2), strict=True))
+        bar = bool(kwargs.get("show_progress_bar"))
+        return self.model.score_all(TextSet(self.model.tokenizer.pairs(pairs)), progress=bar)
+
+
+def tasks(
+    collection: Collection, split: str, candidates: Mapping[str, Iterable[str]] | None = None
+) -> list[AbsTaskRetrieval]:
+    """A collection as a retrieval task and, with candidates, a reranking task.
+
+    Args:
+        candidates: query id -> ids of the documents that are to be ordered.
+    """
+    judged = require_split(collection, split)
+    documents = collection.pools[split]
+    corpus = Dataset.from_dict({"id": documents, "text": [collection.corpus[d] for d in documents]})
+    made = [_task(collection, split, "Retrieval", collection.name, judged, corpus, None)]
+    if candidates is not None:
+        ranked = {query: list(found) for query, found in candidates.items()}
+        chosen = {query: judged[query] for query in ranked}
+        name = f"{collection.name}-reranking"
+        made.append(_task(collection, split, "Reranking", name, chosen, corpus, ranked))
+    return made
+
+
+def _task(
+    collection: Collection,
+    split: str,
+    kind: Literal["Retrieval", "Reranking"],
+    name: str,
+    judged: Mapping[str, Mapping[str, int]],
+    corpus: Dataset,
+    ranked: dict[str, list[str]] | None,
+) -> AbsTaskRetrieval:
+    queries = list(judged)
+    data = {
+        "corpus": corpus,
+        "queries": Dataset.from_dict(
+            {"id": queries, "text": [collection.queries[q] for q in queries]}
+        ),
+        "relevant_docs": {query: dict(row) for query, row in judged.items()},
+        "top_ranked": ranked,
+    }
+    metadata = TaskMetadata(
+        name=name, description=f"{collection.name}, {split} split, from files of one's own",
+        type=kind, category="t2t", eval_splits=[split], eval_langs=["eng-Latn"],
+        main_score="ndcg_at_10",
+        dataset={"path": collection.name, "revision": collection.fingerprint},
+    )  # fmt: skip
+
+    class Local(AbsTaskRetrieval):
+        def load_data(self, *args: Any, **kwargs: Any) -> None:
+            self.dataset, self.data_loaded = {"default": {split: data}}, True  # type: ignore[assignment]
+
+    Local.metadata = metadata
+    return Local()

@@ -1,0 +1,152 @@
+"""MTEB's scores of a model are ours; every type of task runs; what is kept beside the scores."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import mteb
+import pytest
+import torch
+from mteb.mocks.mock_tasks import (
+    bitext_mining,
+    classification,
+    clustering,
+    pair_classification,
+    regression,
+    reranking,
+    retrieval,
+    sts,
+    summarization,
+)
+from mteb.models.models_protocols import CrossEncoderProtocol, EncoderProtocol
+
+from eval import __main__ as program
+from eval import metrics, mteb_adapter
+from eval.collections import load
+from eval.protocol import EvaluationSet
+from experiments import Config
+from model.unimoer import UniMoER
+from model.weights import revision
+from tests.train.tiny import NOISY_MOE, tiny_config, tokens_only, write_collection
+from train.trial import model_config
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # mteb's own
+TASKS = [
+    bitext_mining.MockBitextMiningTask, classification.MockClassificationTask,
+    classification.MockMultilabelClassification, clustering.MockClusteringTask,
+    pair_classification.MockPairClassificationTask, regression.MockRegressionTask,
+    reranking.MockRerankingTask, reranking.MockInstructionReranking, retrieval.MockRetrievalTask,
+    retrieval.MockInstructionRetrieval, sts.MockSTSTask, summarization.MockSummarizationTask,
+]  # fmt: skip
+METRICS = {"ndcg_at_10": "ndcg_cut_10", "map_at_1000": "map", "recall_at_100": "recall_100"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_collection(tmp_path_factory.mktemp("mteb") / "Tiny")
+
+
+@pytest.fixture(scope="module")
+def config(tiny_base: Path, data: Path) -> Config:
+    return tiny_config(tiny_base, data, **NOISY_MOE, retrieval_depth=1000)
+
+
+@pytest.fixture(scope="module")
+def model(config: Config) -> UniMoER:
+    model = UniMoER(model_config(config))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.trained().items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(model: UniMoER, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("saved") / "joint-moe" / "seed0.model"
+    model.save_pretrained(place)
+    return place
+
+
+def test_the_scores_are_ours(model: UniMoER, config: Config, data: Path, tmp_path: Path) -> None:
+    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only)
+    sides = (mteb_adapter.Encoder(model, "unimoer/x", "1"),
+             mteb_adapter.CrossEncoder(model, "unimoer/x-reranker", "1"))  # fmt: skip
+    assert isinstance(sides[0], EncoderProtocol) and isinstance(sides[1], CrossEncoderProtocol)
+    made = mteb_adapter.tasks(evaluation.collection, "test", evaluation.candidates)
+    ours = (evaluation.retrieval(model), evaluation.reranking(model))
+    for side, task, mine in zip(sides, made, ours, strict=True):
+        found = mteb.evaluate(cast(Any, side), task, cache=mteb.ResultCache(tmp_path))
+        scores = found.task_results[0].scores["test"][0]
+        for theirs, name in METRICS.items():
+            rounded = round(metrics.mean(mine, name), 5)  # as mteb stores them
+            assert scores[theirs] == pytest.approx(rounded, abs=1e-6), theirs
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.json")}
+    assert "results/unimoer__x/1/Tiny.json" in files
+    assert "results/unimoer__x-reranker/1/Tiny-reranking.json" in files
+    kept = json.loads((tmp_path / "results/unimoer__x/1/model_meta.json").read_text())
+    assert kept["loader_kwargs"]["prompts"]["query"] == config.query_prompt
+    assert kept["loader_kwargs"]["base"]["fingerprint"] == model.identity["fingerprint"]
+    loaded = mteb.ResultCache(tmp_path).load_results(require_model_meta=True)
+    assert {m.model_name for m in loaded.model_results} == {"unimoer/x", "unimoer/x-reranker"}
+
+
+@pytest.mark.parametrize("kind", TASKS, ids=lambda kind: kind.__name__)
+def test_every_type_of_task_runs(kind: type, model: UniMoER) -> None:
+    task, side = kind(), mteb_adapter.Encoder(model, "unimoer/x", "1")
+    task.load_data()
+    made = mteb.evaluate(cast(Any, side), task, cache=None)
+    assert torch.isfinite(torch.tensor(made.task_results[0].get_score()))
+
+
+def test_queries_and_documents_take_their_templates(model: UniMoER) -> None:
+    side = mteb_adapter.Encoder(model, "unimoer/x", "1")
+    asked = {"task_metadata": None, "hf_split": "test", "hf_subset": "default"}
+    batches = [{"text": ["rare1", "ba"]}, {"text": ["ko"]}]
+    for kind, task in (("query", "query"), ("document", "document"), (None, "document")):
+        prompt = None if kind is None else mteb.types.PromptType(kind)
+        found = side.encode(batches, prompt_type=prompt, **asked)
+        torch.testing.assert_close(found, model.encode(["rare1", "ba", "ko"], task=task))
+    vectors = model.encode(["rare1", "ba", "ko"])
+    torch.testing.assert_close(side.similarity(3 * vectors, vectors), vectors @ vectors.t())
+    pairs = side.similarity_pairwise(vectors, 2 * vectors)
+    torch.testing.assert_close(pairs, torch.ones(3))
+
+
+def test_the_command(folder: Path, data: Path, tmp_path: Path, capsys) -> None:
+    line = ["--model", str(folder), "--data", str(data), "--out", str(tmp_path), "--device", "cpu",
+            "--candidates", "6"]  # fmt: skip
+    assert program.main(["mteb", *line]) == 0
+    assert program.main(["beir", *line]) == 0
+    out = capsys.readouterr().out
+    place = tmp_path / "beir" / "joint-moe-seed0" / "tiny-test.json"
+    result = json.loads(place.read_text())
+    score = metrics.mean(result["scores"]["embedding"], "ndcg_cut_10")
+    assert f"Tiny: {score:.4f} (ndcg_at_10)" in out and "reranking, BM25" in out
+    assert result["revision"] == revision(folder) and str(data) not in place.read_text()
+    before = place.stat().st_mtime_ns
+    assert program.main(["beir", *line]) == 0 and place.stat().st_mtime_ns == before  # read again
+    assert program.main(["beir", *line[:-1], "3"]) == 2  # another setting, the same place
+    assert "is of another model, data or setting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["beir"], "--data is missing"),
+        (["mteb"], "nothing to evaluate"),
+        (["beir", "--data", "nowhere"], "neither a collection nor a folder"),
+    ],
+)
+def test_what_cannot_be_evaluated(words: list[str], message: str, folder: Path, capsys) -> None:
+    assert program.main([*words, "--model", str(folder), "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_checkpoint_has_another_revision(folder: Path, tmp_path: Path) -> None:
+    other = UniMoER.from_pretrained(folder)
+    with torch.no_grad():
+        next(iter(other.trained().values())).add_(1)
+    other.save_pretrained(tmp_path / "other")
+    assert revision(tmp_path / "other") != revision(folder)
