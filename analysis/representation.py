@@ -276,8 +276,11 @@ def tsne(x: np.ndarray) -> np.ndarray:
 def umap(x: np.ndarray) -> np.ndarray:
     from umap import UMAP  # compiles itself for seconds when it is imported
 
-    near = min(15, len(x) - 1)
-    return np.asarray(UMAP(near, init="pca", random_state=0, n_jobs=1).fit_transform(x))
+    near, threads = min(15, len(x) - 1), torch.get_num_threads()
+    try:
+        return np.asarray(UMAP(near, init="pca", random_state=0, n_jobs=1).fit_transform(x))
+    finally:
+        torch.set_num_threads(threads)  # its compiler sets OpenMP's number for the whole process
 
 
 MAPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"t-SNE": tsne, "UMAP": umap}

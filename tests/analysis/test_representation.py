@@ -274,6 +274,18 @@ def test_measure_of_two_arms(tiny_base: Path, data: Path, tmp_path: Path) -> Non
     json.dumps(moe, allow_nan=False)
 
 
+@pytest.mark.parametrize("method", representation.MAPS)
+def test_a_map_keeps_clusters_apart_and_torch_s_threads(method: str) -> None:
+    """Two far groups stay two; the number of threads decides torch's rounding."""
+    x = np.concatenate([normal(30, 8).numpy(), 50 + normal(30, 8, seed=1).numpy()])
+    before = torch.get_num_threads()
+    made = representation.MAPS[method](x.astype(np.float32))
+    assert torch.get_num_threads() == before and made.shape == (60, 2)
+    first, second = made[:30], made[30:]
+    gap = np.linalg.norm(first.mean(0) - second.mean(0))
+    assert gap > max(np.linalg.norm(p - p.mean(0), axis=1).mean() for p in (first, second))
+
+
 def test_changes_of_two_seeds(tiny_base: Path, data: Path, tmp_path: Path) -> None:
     """The experts of one arm, and the specialists in the row of Rank-Only."""
     for arm in ("emb-only", "rank-only", "joint-moe"):
