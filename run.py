@@ -67,11 +67,11 @@ REPORTS = {  # each has write(folder) and summary(what it wrote)
     "scale": scale,
 }
 
-# name -> (model, evaluation set, training data of both tasks when called, texts of each kind, the
-# trial's place) -> what <arm>/<name>-seed<k>.json holds
+# name -> (model, evaluation set, training data of both tasks when called, the trial's config and
+# place) -> what <arm>/<name>-seed<k>.json holds
 MEASURES = {
-    "routing": lambda model, evaluation, data, count, place: routing.measure(
-        model, evaluation, count
+    "routing": lambda model, evaluation, data, config, place: routing.measure(
+        model, evaluation, config.measured
     ),
     "representation": representation.measure,
     "probing": probing.measure,
@@ -136,7 +136,7 @@ def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
         return TrainingData(bench.collection, model.tokenizer, both, bench.states(model, both))
 
     evaluation = bench.evaluation(model, config)
-    found = MEASURES[name](model, evaluation, data, config.measured, place)
+    found = MEASURES[name](model, evaluation, data, config, place)
     if found is not None:
         write_json(path, {"sources": sources(), **found})
 

@@ -21,6 +21,7 @@ from eval import metrics
 from eval.protocol import EvaluationSet
 from model.lora import LinearGroup
 from model.unimoer import UniMoER
+from trials import Config
 
 BLOCKS = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -89,11 +90,11 @@ def components(model: UniMoER) -> dict[str, Callable[[Part], bool]]:
 
 
 def measure(
-    model: UniMoER, evaluation: EvaluationSet, data: object, count: int, place: Path
+    model: UniMoER, evaluation: EvaluationSet, data: object, config: Config, place: Path
 ) -> dict[str, Any]:
-    """nDCG@10 of each task: whole, base, and for each component `omit` and `keep`."""
-    sample = evaluation.sample(max(count // SHARE, 1))
-    tasks = evaluation.config.scored or evaluation.config.tasks
+    """nDCG@10 of each task of the trial: whole, base, and for each component `omit` and `keep`."""
+    sample = evaluation.sample(max(config.measured // SHARE, 1))
+    tasks = config.scored or config.tasks
 
     def scores() -> dict[str, float]:
         measures = {"embedding": sample.retrieval, "reranking": sample.reranking}

@@ -157,7 +157,7 @@ def draw(v: dict[str, Any]) -> Figure:
     arms = v["probed"]
     names = list(next(iter(arms.values()))["views"]["model"])
     with matplotlib.rc_context(figures.STYLE):
-        wide = 5
+        wide = 4
         deep = -(-len(names) // wide)
         figure = Figure(figsize=(figures.WIDTH, 1.5 * deep + 0.5), layout="constrained")
         grid = figure.subplots(deep, wide, sharex=True, squeeze=False).flatten()

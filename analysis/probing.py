@@ -27,6 +27,7 @@ from analysis.representation import features
 from eval.protocol import EvaluationSet
 from model.prefix import TextSet
 from model.unimoer import UniMoER
+from trials import Config
 
 FOLDS = 5
 PORTIONS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the queries; the first is sent without a probe
@@ -191,16 +192,17 @@ def probe(
 
 
 def measure(
-    model: UniMoER, evaluation: EvaluationSet, data: object, count: int, place: Path
+    model: UniMoER, evaluation: EvaluationSet, data: object, config: Config, place: Path
 ) -> dict[str, Any]:
-    """Probes of the pairs of `count` reranking queries: the model, its experts, and the base.
+    """Probes of the pairs of `measured` reranking queries: the model, its experts, and the base.
 
     Of the properties of text also `similarity`, the cosine of query and document in the untrained
     base, `nouns` and `verbs`, their shares in the query, and `relevant`, the judgment.
     """
     assert model.config.lora is not None
     texts, experts = evaluation.collection, model.config.lora.experts
-    chosen = sorted(evaluation.candidates, key=lambda query: random.Random(query).random())[:count]
+    chosen = sorted(evaluation.candidates, key=lambda query: random.Random(query).random())
+    chosen = chosen[: config.measured]
     keys = [(q, d) for q in chosen for d in evaluation.candidates[q]]
     keys = keys[:MOST]
     pairs = [(texts.queries[q], texts.corpus[d]) for q, d in keys]

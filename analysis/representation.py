@@ -33,6 +33,7 @@ from model.prefix import TextSet
 from model.router import TASKS
 from model.unimoer import UniMoER
 from train.batches import TrainingData
+from trials import Config
 
 KINDS = {"document": "embedding", "pair": "reranking"}  # -> the task that sees it
 OTHERS = ("emb-only", "rank-only", "joint-single")  # whose features an arm is held against
@@ -42,14 +43,14 @@ Data = Callable[[], TrainingData]  # of both tasks, made when it is asked for
 
 
 def measure(
-    model: UniMoER, evaluation: EvaluationSet, data: Data, count: int, place: Path
+    model: UniMoER, evaluation: EvaluationSet, data: Data, config: Config, place: Path
 ) -> dict[str, Any]:
     """Everything about one trained model; its features are kept as `<place>.features/<kind>.npy`.
 
     place: runs/<experiment>/<setting>/<arm>/seed<k>; arms that were measured before lie beside it.
     """
     with tempfile.TemporaryDirectory(prefix=".views", dir=place.parent) as folder:
-        found = _measure(model, evaluation, count, place, Path(folder))
+        found = _measure(model, evaluation, config.measured, place, Path(folder))
     return {
         **found,
         "gradients": subspaces.of_gradients(model, data()),

@@ -1,5 +1,6 @@
 """Keep and omit: components that are taken back, and what planted scores say of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,11 @@ def test_a_component_is_taken_out_alone(made) -> None:
 
 def test_measure(made, tmp_path: Path) -> None:
     model, evaluation = made
-    found = ablation.measure(model, evaluation, None, 16, tmp_path)
+    config = replace(evaluation.config, measured=16)
+    found = ablation.measure(model, evaluation, None, config, tmp_path)
     assert found["queries"] == 4 and found["whole"].keys() == {"embedding", "reranking"}
+    one = ablation.measure(model, evaluation, None, replace(config, tasks=("reranking",)), tmp_path)
+    assert one["whole"].keys() == {"reranking"}  # the trial's tasks, whose the set may not be
     names = set(found["components"])
     assert names == {*experiments.Config().targets, "attention", "MLP", "layer 2", "layer 3",
                      "expert embedding", "expert reranking", "expert shared"}  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,8 @@ def test_measure_of_two_arms(tiny_base: Path, data: Path, tmp_path: Path) -> Non
     found = {}
     for arm, place in places.items():
         model, evaluation, texts = trained(arm, tiny_base, data, place)
-        found[arm] = representation.measure(model, evaluation, lambda t=texts: t, 10, place)
+        config = replace(texts.config, measured=10)
+        found[arm] = representation.measure(model, evaluation, lambda t=texts: t, config, place)
         assert not list(place.parent.glob(".*"))  # nothing is left over
     single, moe = found["joint-single"], found["joint-moe"]
     assert single["cka_arms"] == {"document": {}, "pair": {}}
