@@ -1,20 +1,26 @@
-"""`python -m eval beir | mteb`: a saved model on public benchmarks or on a folder of one's own.
+"""`python -m eval beir | mteb | rag`: a saved model on benchmarks or on a folder of one's own.
 
 beir: full-corpus retrieval, and reranking of BM25's own top candidates, by our protocol.
 mteb: tasks by name or a whole benchmark through `mteb`, or a collection as two tasks of mteb's;
 results in mteb's own layout, which its leaderboard tools read.
+rag: retrieve, rerank, generate, on folders with `answers.json`; one model in all roles against two
+and three, each in a process of its own, for the sake of its peak memory.
 """
 
 import argparse
 import json
 import os
+import random
+import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from eval import metrics
-from eval.collections import Collection, load
+from eval import metrics, rag
+from eval.answers import NORMALISERS
+from eval.collections import Collection, load, require_split
 from eval.metrics import METRICS
 from eval.protocol import EvaluationSet
 from model import bases
@@ -127,18 +133,70 @@ def through_mteb(args: argparse.Namespace) -> None:
     print(f"results: {cache.cache_path}")
 
 
+def answer(args: argparse.Namespace) -> None:
+    """Questions of each folder, once for each of the sides; a JSON each, and a table."""
+    settings = rag.Settings(args.depth, args.passages, rule=args.rule)
+    for data in args.data:
+        collection = load(data, bases.cache_folder() / "data")
+        judged = sorted(require_split(collection, args.split))
+        order = sorted(judged, key=lambda query: random.Random(query).random())
+        answers = rag.read_answers(Path(data), sorted(order[: args.queries or None]))
+        origin = {
+            "revision": revision(Path(args.model)),
+            "asked": {**asdict(settings), "queries": args.queries},
+            "data": {"name": collection.name, "fingerprint": collection.fingerprint},
+        }
+        found = []
+        for side in args.sides:
+            name = f"{collection.name.lower()}-{args.split}-{side}.json"
+            place = Path(args.out) / "rag" / args.name / name
+            if not place.exists() and len(args.sides) > 1:
+                _alone(args, data, side)
+            elif not place.exists():
+                made = rag.measure(
+                    args.model, side, collection, args.split, answers, settings, args.device
+                )
+                write(place, {"model": args.name, **origin, **made})
+            result = json.loads(place.read_text())
+            if {k: result[k] for k in origin} != origin:
+                raise ValueError(
+                    f"{place} is of another model, data or setting: move it away, or give another "
+                    "--name"
+                )
+            found.append(result)
+        if not args.alone:
+            print(rag.table(found, f"{collection.name}, {args.split}, {args.name}"))
+
+
+def _alone(args: argparse.Namespace, data: str, side: str) -> None:
+    """One side in a process of its own: the peak of memory is a process's."""
+    words = ["rag", "--alone", "--data", data, "--sides", side]
+    for option in ("model", "name", "split", "depth", "passages", "rule", "queries", "out",
+                   "device"):  # fmt: skip
+        words += [f"--{option}", str(getattr(args, option))]
+    if subprocess.run([sys.executable, "-m", "eval", *words], check=False).returncode:
+        raise ValueError(f"the side {side!r} ended with an error, see above")
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
-    made.add_argument("bench", choices=("beir", "mteb"))
+    made.add_argument("bench", choices=("beir", "mteb", "rag"))
     made.add_argument("--model", required=True, help="a folder written by save_pretrained")
     made.add_argument("--name", default="", help="of the model in the results; default: its folder")
     made.add_argument("--data", nargs="*", default=[], help="stdlib, BEIR names, msmarco, folders")
     made.add_argument("--tasks", nargs="*", default=[], help="mteb: tasks by name")
     made.add_argument("--benchmark", default="", help="mteb: such as 'MTEB(eng, v2)'")
     made.add_argument("--split", default="test")
-    made.add_argument("--depth", type=int, default=1000, help="documents retrieved for a query")
+    made.add_argument("--depth", type=int, default=0, help="documents retrieved for a query; "
+                      "0: 1000, or 20 for rag")  # fmt: skip
     made.add_argument("--candidates", type=int, default=100, help="of BM25, that are reranked")
-    made.add_argument("--queries", type=int, default=0, help="reranked; 0: all")
+    made.add_argument("--queries", type=int, default=0, help="reranked, or asked by rag; 0: all")
+    made.add_argument("--sides", nargs="+", choices=list(rag.SIDES), default=list(rag.SIDES),
+                      help="rag: how many models play the three roles")  # fmt: skip
+    made.add_argument("--passages", type=int, default=3, help="rag: documents the generator reads")
+    made.add_argument("--rule", choices=list(NORMALISERS), default="nq",
+                      help="rag: whose normalisation of answers")  # fmt: skip
+    made.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one of several
     made.add_argument("--out", default="runs/eval", help="folder of the results")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return made
@@ -146,12 +204,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    args.depth = args.depth or (20 if args.bench == "rag" else 1000)
     folder = Path(args.model).resolve()
     args.name = args.name or f"{folder.parent.name}-{folder.stem}"
     try:
-        if args.bench == "beir" and not args.data:
+        if args.bench != "mteb" and not args.data:
             raise ValueError("--data is missing: which collections?")
-        (beir if args.bench == "beir" else through_mteb)(args)
+        {"beir": beir, "mteb": through_mteb, "rag": answer}[args.bench](args)
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.attention import attention
 from kernels.reference import rope
 from model import bases, weights
+from model.config import DecoderConfig
 from model.packed import Packed, pack
 from model.transformer import Attention, Decoder, DecoderLayer
 from model.unimoer import UniMoER
@@ -103,16 +104,17 @@ def output_matrix(model: UniMoER) -> Tensor:
     Raises:
         ValueError: layers of the base were cut off, or it is not causal: it cannot generate.
     """
-    if model.config.layers is not None or not model.config.causal:
+    folder, mine = bases.resolve(model.config.base, model.config.revision), model.decoder.config
+    whole = DecoderConfig.read(folder).num_hidden_layers
+    if mine.num_hidden_layers < whole or not mine.causal:
         raise ValueError(
-            f"generation needs the whole causal base, but this model has layers="
-            f"{model.config.layers}, causal={model.config.causal}"
+            f"generation needs the whole causal base, but this model has "
+            f"{mine.num_hidden_layers} of {whole} layers and causal={mine.causal}"
         )
     table = model.decoder.embed_tokens.weight
-    if model.decoder.config.tie_word_embeddings:
+    if mine.tie_word_embeddings:
         return table
     head = torch.empty_like(table)
-    folder = bases.resolve(model.config.base, model.config.revision)
     weights.load_into(
         folder, {"lm_head.weight": head}, ignore=lambda name: name != "lm_head.weight"
     )

@@ -73,7 +73,9 @@ class Tokenizer:
         if not known:
             raise ValueError(f"{path}: none of {[end_token] if end_token else END_TOKENS} in it")
         self.end_token = known[0]
-        self.end_id = self.fast.token_to_id(self.end_token)
+        end = self.fast.token_to_id(self.end_token)
+        assert end is not None
+        self.end_id = end
 
     def id(self, token: str) -> int | None:
         return self.fast.token_to_id(token)

@@ -111,9 +111,9 @@ def test_choose_cuts_what_it_says() -> None:
 
 
 def test_what_cannot_generate(tiny_base: Path) -> None:
-    with pytest.raises(ValueError, match="needs the whole causal base.*layers=2"):
+    with pytest.raises(ValueError, match="whole causal base, but this model has 2 of 4 layers"):
         generate.generate(ours(tiny_base, layers=2), PROMPTS, 1)
-    model = ours(tiny_base)
+    model = ours(tiny_base, layers=4)  # all there are
     wrong: list[dict[str, Any]] = [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}]
     for options in wrong:
         with pytest.raises(ValueError, match="generate: expected"):

@@ -1,0 +1,180 @@
+"""Retrieve, rerank, generate: one question after the other, and what each stage costs.
+
+The three jobs are roles of models: one UniMoER does all three (its generator is the bare base), or
+two or three models share them, with the same weights, so that answers agree and memory does not.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eval.answers import NORMALISERS, exact_match, f1
+from eval.collections import Collection
+from eval.retrieval import search
+from model.generate import generate
+from model.unimoer import UniMoER
+
+PROMPT = "{passages}\n\nQuestion: {question}\nAnswer:"
+SIDES = {"one": (0, 0, 0), "two": (0, 0, 1), "three": (0, 1, 2)}  # which model plays which role
+STAGES = ("retrieve", "rerank", "generate")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """depth: documents retrieved, which are reranked. passages: of these, that the generator reads,
+    each cut to `passage_tokens`. rule: whose normalisation, a key of `NORMALISERS`."""
+
+    depth: int = 20
+    passages: int = 3
+    passage_tokens: int = 96
+    new_tokens: int = 16
+    rule: str = "nq"
+
+    def __post_init__(self):
+        if self.rule not in NORMALISERS:
+            raise ValueError(f"rule must be one of {list(NORMALISERS)}, got {self.rule!r}")
+        if not 1 <= self.passages <= self.depth:
+            raise ValueError(
+                f"passages must lie between 1 and depth={self.depth}, got {self.passages}"
+            )
+
+
+def read_answers(folder: Path, queries: Sequence[str]) -> dict[str, list[str]]:
+    """query id -> gold answers, from `answers.json` beside a BEIR folder's files.
+
+    Raises:
+        ValueError: the file is missing or malformed, or a query has no answer in it.
+    """
+    path = Path(folder) / "answers.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is missing: expected gold answers, {{query id: [answer, ...]}}"
+        ) from None
+    except ValueError as problem:
+        raise ValueError(f"{path} is not JSON: {problem}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, expected {{query id: [...]}}")
+    for query in queries:
+        gold = found.get(query)
+        if not (isinstance(gold, list) and gold and all(isinstance(text, str) for text in gold)):
+            raise ValueError(f"{path}: query {query!r} has {gold!r}, expected a list of answers")
+    return {query: found[query] for query in queries}
+
+
+class Pipeline:
+    """An index over a collection's documents, and the models of the three roles."""
+
+    def __init__(self, models: Sequence[UniMoER], collection: Collection, split: str, s: Settings):
+        self.embedder, self.reranker, self.generator = models
+        self.collection, self.settings = collection, s
+        self.documents = collection.pools[split]
+        started = time.perf_counter()
+        texts = [collection.corpus[d] for d in self.documents]
+        self.vectors = self.embedder.encode_document(texts, progress=True)
+        self.index_seconds = time.perf_counter() - started
+        fast = self.generator.tokenizer.fast
+        lines = {i for i in range(fast.get_vocab_size()) if "\n" in fast.decode([i])}
+        self.stop: set[int] = lines | {self.generator.tokenizer.end_id}
+
+    def ask(self, query: str) -> tuple[str, list[str], dict[str, float]]:
+        """The answer to one question, the documents that were read, and seconds by stage."""
+        s, text, clock = self.settings, self.collection.queries[query], [time.perf_counter()]
+        vector = self.embedder.encode_query([text])
+        found = search(vector, self.vectors, [query], self.documents, s.depth)[query]
+        clock.append(time.perf_counter())
+        near = list(found)
+        order = self.reranker.rank(text, [self.collection.corpus[d] for d in near], s.passages)
+        read = [near[i] for i, _ in order]
+        clock.append(time.perf_counter())
+        ids = generate(self.generator, [self.prompt(text, read)], s.new_tokens, stop=self.stop)[0]
+        clock.append(time.perf_counter())
+        answer = self.generator.tokenizer.fast.decode([i for i in ids if i not in self.stop])
+        took = np.diff(clock).tolist()
+        return answer.strip(), read, dict(zip(STAGES, took, strict=True))
+
+    def prompt(self, question: str, documents: Sequence[str]) -> list[int]:
+        """Token ids of the passages, each cut, and the question."""
+        fast, passages = self.generator.tokenizer.fast, []
+        for document in documents:
+            ids = fast.encode(self.collection.corpus[document], add_special_tokens=False).ids
+            passages.append(fast.decode(ids[: self.settings.passage_tokens]))
+        text = PROMPT.format(passages="\n\n".join(passages), question=question)
+        return fast.encode(text, add_special_tokens=False).ids
+
+
+def resident_bytes(models: Sequence[UniMoER]) -> int:
+    """Of parameters and buffers of all different models."""
+    tensors = [
+        t for model in {id(m): m for m in models}.values()
+        for t in (*model.parameters(), *model.buffers())
+    ]  # fmt: skip
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def peak_bytes(device: str) -> int:
+    """Of this process: on the card where there is one, else resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def measure(
+    folder: str, side: str, collection: Collection, split: str, answers: dict[str, list[str]],
+    settings: Settings, device: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Every question of `answers` with the models of a side; means, latencies, memory."""
+    roles = SIDES[side]
+    loaded = [UniMoER.from_pretrained(folder, device).compact() for _ in set(roles)]
+    models = [loaded[i] for i in roles]
+    pipeline = Pipeline(models, collection, split, settings)
+    normalise, rows = NORMALISERS[settings.rule], {}
+    for query, gold in answers.items():
+        answer, read, seconds = pipeline.ask(query)
+        relevant = collection.qrels[split].get(query, {})
+        rows[query] = {
+            "answer": answer, "read": read, "seconds": seconds,
+            "exact_match": exact_match(answer, gold, normalise),
+            "f1": f1(answer, gold, normalise, settings.rule == "hotpotqa"),
+            "found": float(any(relevant.get(d, 0) > 0 for d in read)),
+        }  # fmt: skip
+    took = {stage: [row["seconds"][stage] for row in rows.values()] for stage in STAGES}
+    took["together"] = [sum(row["seconds"].values()) for row in rows.values()]
+    return {
+        "side": side, "models": len(loaded),
+        **{key: float(np.mean([row[key] for row in rows.values()]))
+           for key in ("exact_match", "f1", "found")},
+        "latency": {stage: {"median": float(np.median(values)),
+                            "p95": float(np.quantile(values, 0.95))}
+                    for stage, values in took.items()},
+        "index_seconds": pipeline.index_seconds,
+        "resident_bytes": resident_bytes(models), "peak_bytes": peak_bytes(device),
+        "documents": len(pipeline.documents), "questions": rows,
+    }  # fmt: skip
+
+
+def table(found: Sequence[dict[str, Any]], title: str) -> str:
+    """A line for each side: answers, latencies in ms (median, p95), memory in GB."""
+    stages = "".join(f"{stage:>18}" for stage in (*STAGES, "together"))
+    head = f"{'models':<8}{'EM':>7}{'F1':>7}{'found':>7}{stages}{'resident':>10}{'peak':>8}"
+    lines = [title, head]
+    for row in found:
+        cells = [f"{row['side']:<8}", *(f"{row[k]:7.3f}" for k in ("exact_match", "f1", "found"))]
+        for of in row["latency"].values():
+            cells.append(f"{1000 * of['median']:.0f}, {1000 * of['p95']:.0f} ms".rjust(18))
+        cells += [f"{row['resident_bytes'] / 1e9:10.3f}", f"{row['peak_bytes'] / 1e9:8.3f}"]
+        lines.append("".join(cells))
+    same = [{q: row["answer"] for q, row in of["questions"].items()} for of in found]
+    if len(found) > 1:
+        lines.append(f"the sides give the same answers: {'yes' if same[1:] == same[:-1] else 'no'}")
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""The pipeline of three stages: what it reads, what it answers, what it says of memory and time."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval import __main__ as program
+from eval import rag
+from eval.collections import load
+from experiments import SPARSEGEN
+from model.generate import generate
+from model.unimoer import UniMoER
+from tests.train.tiny import TEST, tiny_config, write_collection
+from train.trial import model_config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny collection; query i is answered by its document's rare word."""
+    folder = write_collection(tmp_path_factory.mktemp("rag") / "Tiny")
+    lines = (folder / "queries.jsonl").read_text().splitlines()
+    queries = [json.loads(line)["_id"] for line in lines]
+    answers = {q: [f"rare{q[1:]}", "another"] for q in queries}
+    (folder / "answers.json").write_text(json.dumps(answers))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = UniMoER(model_config(tiny_config(tiny_base, data, **SPARSEGEN)))
+    with torch.no_grad():
+        for name, parameter in model.trained().items():
+            if ".lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    place = tmp_path_factory.mktemp("saved") / "arm" / "seed0.model"
+    model.save_pretrained(place)
+    return place
+
+
+def test_each_stage_hands_on_what_it_found(folder: Path, data: Path) -> None:
+    """The reranker's best of the retriever's, cut and put before the question."""
+    model = UniMoER.from_pretrained(folder)
+    collection = load(str(data))
+    settings = rag.Settings(depth=6, passages=2, passage_tokens=5, new_tokens=4)
+    made = rag.Pipeline([model] * 3, collection, "test", settings)
+    query = "q30"
+    answer, read, seconds = made.ask(query)
+    text = collection.queries[query]
+    vectors = model.encode_document([collection.corpus[d] for d in made.documents])
+    near = (model.encode_query([text]) @ vectors.t())[0].topk(6).indices.tolist()
+    ranked = model.rank(text, [collection.corpus[made.documents[i]] for i in near], 2)
+    assert read == [made.documents[near[i]] for i, _ in ranked]
+    fast = model.tokenizer.fast
+    cut = [fast.decode(fast.encode(collection.corpus[d]).ids[:5]) for d in read]
+    prompt = f"{cut[0]}\n\n{cut[1]}\n\nQuestion: {text}\nAnswer:"
+    ids = generate(model, [fast.encode(prompt).ids], 4, stop=made.stop)[0]
+    assert answer == fast.decode([i for i in ids if i not in made.stop]).strip()
+    assert set(seconds) == set(rag.STAGES) and min(seconds.values()) > 0
+    assert all("\n" in fast.decode([i]) for i in made.stop - {model.tokenizer.end_id})
+
+
+def test_more_models_hold_more_and_answer_alike(folder: Path, data: Path, tmp_path: Path, capsys):
+    line = ["rag", "--model", str(folder), "--data", str(data), "--out", str(tmp_path),
+            "--device", "cpu", "--depth", "5", "--passages", "2", "--queries", "3"]  # fmt: skip
+    assert program.main(line) == 0
+    out = capsys.readouterr().out
+    assert "the sides give the same answers: yes" in out
+    results = [json.loads((tmp_path / "rag" / "arm-seed0" / f"tiny-test-{side}.json").read_text())
+               for side in rag.SIDES]  # fmt: skip
+    sizes = [result["resident_bytes"] for result in results]
+    assert sizes[1] == 2 * sizes[0] and sizes[2] == 3 * sizes[0]
+    for result in results:
+        assert len(result["questions"]) == 3 and result["exact_match"] <= result["f1"] <= 1
+        assert result["peak_bytes"] > 0 and set(result["latency"]) == {*rag.STAGES, "together"}
+    before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.json"))
+    assert program.main(line) == 0  # nothing is computed twice
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.json"))
+    assert program.main([*line, "--passages", "1"]) == 2
+    assert "is of another model, data or setting" in capsys.readouterr().err
+
+
+def test_right_answers_count(folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator that says the rare word of the question scores 1 throughout."""
+    collection = load(str(data))
+    queries = [q for q in collection.qrels["test"] if q != f"q{24 + 4 + TEST - 1}"]
+    answers = rag.read_answers(data, queries)
+    monkeypatch.setattr(rag.Pipeline, "ask", lambda self, query: (
+        f"The {answers[query][0]}.", [], dict.fromkeys(rag.STAGES, 0.1)))  # fmt: skip
+    found = rag.measure(str(folder), "one", collection, "test", answers, rag.Settings(), "cpu")
+    assert (found["exact_match"], found["f1"], found["found"]) == (1, 1, 0)
+    assert found["latency"]["together"]["p95"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "answers.json is missing"),
+        ("{", "is not JSON"),
+        ("[]", "holds a list"),
+        ('{"q0": []}', "query 'q0' has \\[\\], expected a list of answers"),
+        ('{"q1": ["a"]}', "query 'q0' has None"),
+    ],
+)
+def test_answers_that_cannot_be_read(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "answers.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        rag.read_answers(tmp_path, ["q0"])
+
+
+def test_settings_that_cannot_work() -> None:
+    with pytest.raises(ValueError, match="rule must be one of"):
+        rag.Settings(rule="mine")
+    with pytest.raises(ValueError, match="passages must lie between 1 and depth=2"):
+        rag.Settings(depth=2, passages=3)
