@@ -35,6 +35,7 @@ from analysis import (
     sweep,
 )
 from eval import metrics
+from eval.machine import device_name
 from kernels.choice import KERNELS, use_triton
 from model import bases
 from model.config import DTYPES
@@ -43,7 +44,6 @@ from train.batches import TrainingData, check_training
 from train.loop import NonFiniteLoss, forget
 from train.trial import (
     Workbench,
-    device_name,
     model_config,
     repeatable,
     resolve_dtype,
@@ -324,7 +324,10 @@ def command_publish(args: argparse.Namespace) -> None:
         write_json(path, overview.portable(json.loads(path.read_text())))
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
-    write_report(args.experiment, target)
+    # A report of sizes takes in the settings of other bases, so theirs change too.
+    together = experiments.EXPERIMENTS[args.experiment].report == "scale"
+    for place in sorted(target.parent.iterdir()) if together else [target]:
+        write_report(args.experiment, place)
     print(f"published to {target}")
 
 

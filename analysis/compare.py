@@ -336,7 +336,10 @@ def differences_table(v: dict[str, Any]) -> str:
         for row in v["differences"]
     ]
     if not rows:
-        return f"{label(v['reference']) or 'No pair'} has no trial to hold against.\n\n"
+        name = label(v["reference"])
+        return (
+            f"{name} has no trial to hold against.\n\n" if name else "No pair has trials yet.\n\n"
+        )
     first = ["what it shows", "arms"] if contrasts else ["arm"]
     return table([*first, "task", "difference, points", "p", "Holm p", "detectable"], rows)
 

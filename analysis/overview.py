@@ -43,9 +43,11 @@ def stale(results: Path, write: Callable[[str, Path], object]) -> list[str]:
     """
     found = []
     with tempfile.TemporaryDirectory() as place:
-        for folder in sorted(path for path in results.glob("*/*") if path.is_dir()):
+        folders = sorted(path for path in results.glob("*/*") if path.is_dir())
+        for folder in folders:  # all of them first: a report may take in other settings
+            shutil.copytree(folder, Path(place) / folder.parent.name / folder.name)
+        for folder in folders:
             copy = Path(place) / folder.parent.name / folder.name
-            shutil.copytree(folder, copy)
             for path in copy.glob("report.md"):
                 path.unlink()
             write(folder.parent.name, copy)

@@ -26,7 +26,7 @@ of the merged adapter holds.
 """
 CAPTION = (
     "nDCG@10 × 100 of both tasks: mean over seeds with 95 % intervals. Grey line: the weights of "
-    "the losses, from retrieval alone to reranking alone; stairs: the front of the means; dotted: "
+    "the losses, from 10 % on retrieval to 90 %; stairs: the front of the means; dotted: "
     "the specialists."
 )
 
@@ -127,7 +127,7 @@ def draw(v: dict[str, Any], means: dict[str, tuple[float, float]], best: list[st
                 axes.plot([100 * x] * 2, [low, high], color=colour, linewidth=0.6, alpha=0.5)
         stairs = sorted(means[arm] for arm in best)
         for (x, y), (right, down) in zip(stairs, stairs[1:], strict=False):
-            axes.plot([100 * x, 100 * right, 100 * right], [100 * y, 100 * y, 100 * down],
+            axes.plot([100 * x, 100 * x, 100 * right], [100 * y, 100 * down, 100 * down],
                       color="black", linewidth=0.8, linestyle=(0, (5, 1.5)), zorder=0)  # fmt: skip
         for arm, (task, draw_line) in zip(
             SPECIALISTS, (("embedding", axes.axvline), ("reranking", axes.axhline)), strict=True

@@ -102,7 +102,7 @@ def probe_for(y: np.ndarray, weigh: bool = False) -> Any:
 def score(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> float | None:
     """R^2 of ridge, or balanced accuracy of a logistic probe, over folds of unseen queries.
 
-    R^2 is against each fold's own mean, pooled over folds. None where y does not vary.
+    R^2 is pooled over folds, against the mean of all values. None where y does not vary.
     """
     if len(np.unique(y)) < 2:
         return None
@@ -151,7 +151,9 @@ def compression(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> float |
     sent = prior(z[rank < ends[0]]) + step * int((rank < ends[0]).sum())
     for begin, end in zip(ends, ends[1:], strict=False):
         known, new = rank < begin, (rank >= begin) & (rank < end)
-        if len(np.unique(z[known])) < 2 or known.sum() < 2 * FOLDS:
+        groups = np.asarray(queries)[known]
+        folds = min(FOLDS, len(np.unique(groups)))
+        if len(np.unique(z[known])) < 2 or known.sum() < 2 * FOLDS or folds < 2:
             sent += prior(z[new]) + step * int(new.sum())
             continue
         made = probe_for(z).fit(x[known], z[known])
@@ -159,8 +161,6 @@ def compression(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> float |
             p = np.clip(made.predict_proba(x[new])[:, 1], 1e-3, 1 - 1e-3)
             sent += float(-(z[new] * np.log2(p) + (1 - z[new]) * np.log2(1 - p)).sum())
             continue
-        groups = np.asarray(queries)[known]
-        folds = min(FOLDS, len(np.unique(groups)))
         left = np.concatenate([
             z[known][test] - probe_for(z).fit(x[known][train], z[known][train]).predict(
                 x[known][test])

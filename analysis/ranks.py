@@ -86,6 +86,9 @@ def enough(y: dict[str, np.ndarray], steps: dict[str, int], labels: list[str]) -
     found = {"arm": arm, "rank": steps[arm], "best": best, "best_rank": steps[best]}
     if arm == best:
         return found | {"loss": 0.0, "interval": None, "shown": True}
+    if len(set(labels)) < 2:  # one cluster gives no interval
+        loss = 100 * (1 - means[arm] / means[best]) if means[best] else 0.0
+        return found | {"loss": loss, "interval": None, "shown": False}
     loss = stats.interference(y, labels, best, arm)
     shown = loss.interval is not None and loss.interval[1] < 100 * ENOUGH
     return found | {"loss": loss.value, "interval": loss.interval, "shown": shown}

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 from analysis import gradients
-from train.trial import Workbench, device_name, sources
+from eval.machine import device_name
+from train.trial import Workbench, sources
 from trials import Config
 
 

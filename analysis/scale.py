@@ -53,6 +53,7 @@ How much I changes when the size doubles, in points of I, over the measurable si
 
 {provenance}
 """
+FREE = ("base", "revision", "dtype", "ranks", "learning_rate", "clip")  # of a base, or tuned
 DOUBLES = {
     "parameters": "the parameters outside the embeddings double",
     "share": "they double and the rank grows with the width",
@@ -75,7 +76,7 @@ def write(folder: Path) -> dict[str, Any]:
     if not arms:
         raise ValueError(f"{folder} has no trial yet: `make scale-study` makes them")
     found = study(folder, arms)
-    drawn = {"scale": draw(found)} if any(row["interval"] for row in found["rows"]) else {}
+    drawn = {"scale": draw(found)} if any(row.get("interval") for row in found["rows"]) else {}
     write_folder(folder, {"scale.json": found}, markdown(found), drawn)
     return found
 
@@ -126,16 +127,24 @@ def climb(folder: Path, arms: dict[str, dict[int, dict]], ladder: Ladder, place:
 
 
 def others(folder: Path) -> list[Path]:
-    """Settings of the same scale and data with other bases, whose queries are the same."""
+    """Settings of the same scale and data with other bases: the same queries and the same configs
+    but for what belongs to a base or is tuned."""
     mine, found = judge.read(folder / "baselines.json"), []
     for path in sorted(folder.parent.glob(f"{_scale(folder)}*/baselines.json")):
         theirs = judge.read(path)
-        same = theirs["data"] == mine["data"]
-        same &= theirs["config"]["split"] == mine["config"]["split"]
+        same = theirs["data"] == mine["data"] and theirs["base"] != mine["base"]
         queries = all(theirs["untrained"][t].keys() == mine["untrained"][t].keys() for t in TASKS)
-        if path.parent != folder and same and queries and theirs["base"] != mine["base"]:
+        pairs = [(mine, theirs)]
+        for trial in path.parent.glob("*/seed[0-9]*.json"):
+            if (own := folder / trial.parent.name / trial.name).exists():
+                pairs.append((judge.read(own), judge.read(trial)))
+        if same and queries and all(_alike(a["config"], b["config"]) for a, b in pairs):
             found.append(path.parent)
     return found
+
+
+def _alike(mine: dict, theirs: dict) -> bool:
+    return all(mine.get(k) == theirs.get(k) for k in mine.keys() | theirs.keys() if k not in FREE)
 
 
 def study(folder: Path, arms: dict[str, dict[int, dict]]) -> dict[str, Any]:

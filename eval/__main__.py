@@ -21,6 +21,7 @@ import torch
 from eval import metrics, rag
 from eval.answers import NORMALISERS
 from eval.collections import Collection, load, require_split
+from eval.machine import device_name
 from eval.metrics import METRICS
 from eval.protocol import EvaluationSet
 from model import bases
@@ -127,24 +128,34 @@ def through_mteb(args: argparse.Namespace) -> None:
     }
     for task in made:
         side = sides[task.metadata.type in ("Reranking", "InstructionReranking")]
-        found = mteb.evaluate(side, task, cache=cache, encode_kwargs={"batch_size": 32})
+        # By default mteb keeps a stored result whatever the revision of the data it was made on.
+        place = cache.get_task_result_path(task.metadata.name, side.mteb_model_meta)
+        known = json.loads(place.read_text())["dataset_revision"] if place.exists() else None
+        same = known in (None, task.metadata.revision)
+        found = mteb.evaluate(
+            side, task, cache=cache, encode_kwargs={"batch_size": 32},
+            overwrite_strategy="only-missing" if same else "always",
+        )  # fmt: skip
         for result in found.task_results:
-            print(f"{result.task_name}: {result.get_score():.4f} ({task.metadata.main_score})")
+            score = result.get_score(splits=task.metadata.eval_splits)
+            print(f"{result.task_name}: {score:.4f} ({task.metadata.main_score})")
     print(f"results: {cache.cache_path}")
 
 
 def answer(args: argparse.Namespace) -> None:
     """Questions of each folder, once for each of the sides; a JSON each, and a table."""
     settings = rag.Settings(args.depth, args.passages, rule=args.rule)
+    version = revision(args.model)
     for data in args.data:
         collection = load(data, bases.cache_folder() / "data")
         judged = sorted(require_split(collection, args.split))
         order = sorted(judged, key=lambda query: random.Random(query).random())
         answers = rag.read_answers(Path(data), sorted(order[: args.queries or None]))
         origin = {
-            "revision": revision(Path(args.model)),
+            "revision": version,
             "asked": {**asdict(settings), "queries": args.queries},
             "data": {"name": collection.name, "fingerprint": collection.fingerprint},
+            "device": device_name(args.device),
         }
         found = []
         for side in args.sides:
@@ -160,8 +171,8 @@ def answer(args: argparse.Namespace) -> None:
             result = json.loads(place.read_text())
             if {k: result[k] for k in origin} != origin:
                 raise ValueError(
-                    f"{place} is of another model, data or setting: move it away, or give another "
-                    "--name"
+                    f"{place} is of another model, data, setting or device: move it away, or give "
+                    "another --name"
                 )
             found.append(result)
         if not args.alone:

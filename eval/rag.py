@@ -5,8 +5,6 @@ two or three models share them, with the same weights, so that answers agree and
 """
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +16,9 @@ import torch
 
 from eval.answers import NORMALISERS, exact_match, f1
 from eval.collections import Collection
+from eval.machine import peak_bytes
 from eval.retrieval import search
-from model.generate import generate
+from model.generate import generate, output_matrix
 from model.unimoer import UniMoER
 
 PROMPT = "{passages}\n\nQuestion: {question}\nAnswer:"
@@ -82,6 +81,7 @@ class Pipeline:
         texts = [collection.corpus[d] for d in self.documents]
         self.vectors = self.embedder.encode_document(texts, progress=True)
         self.index_seconds = time.perf_counter() - started
+        self.head = output_matrix(self.generator)
         fast = self.generator.tokenizer.fast
         lines = {i for i in range(fast.get_vocab_size()) if "\n" in fast.decode([i])}
         self.stop: set[int] = lines | {self.generator.tokenizer.end_id}
@@ -96,7 +96,8 @@ class Pipeline:
         order = self.reranker.rank(text, [self.collection.corpus[d] for d in near], s.passages)
         read = [near[i] for i, _ in order]
         clock.append(time.perf_counter())
-        ids = generate(self.generator, [self.prompt(text, read)], s.new_tokens, stop=self.stop)[0]
+        prompt, options = self.prompt(text, read), {"stop": self.stop, "head": self.head}
+        ids = generate(self.generator, [prompt], s.new_tokens, **options)[0]
         clock.append(time.perf_counter())
         answer = self.generator.tokenizer.fast.decode([i for i in ids if i not in self.stop])
         took = np.diff(clock).tolist()
@@ -112,21 +113,10 @@ class Pipeline:
         return fast.encode(text, add_special_tokens=False).ids
 
 
-def resident_bytes(models: Sequence[UniMoER]) -> int:
-    """Of parameters and buffers of all different models."""
-    tensors = [
-        t for model in {id(m): m for m in models}.values()
-        for t in (*model.parameters(), *model.buffers())
-    ]  # fmt: skip
+def resident_bytes(models: Sequence[UniMoER], head: torch.Tensor) -> int:
+    """Of parameters and buffers of all different models, and of the generator's output matrix."""
+    tensors = [head, *(t for m in models for t in (*m.parameters(), *m.buffers()))]
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
-
-
-def peak_bytes(device: str) -> int:
-    """Of this process: on the card where there is one, else resident."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def measure(
@@ -158,7 +148,7 @@ def measure(
                             "p95": float(np.quantile(values, 0.95))}
                     for stage, values in took.items()},
         "index_seconds": pipeline.index_seconds,
-        "resident_bytes": resident_bytes(models), "peak_bytes": peak_bytes(device),
+        "resident_bytes": resident_bytes(models, pipeline.head), "peak_bytes": peak_bytes(device),
         "documents": len(pipeline.documents), "questions": rows,
     }  # fmt: skip
 

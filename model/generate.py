@@ -156,6 +156,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
+    head: Tensor | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by the bare base, the experts left out.
 
@@ -164,6 +165,7 @@ def generate(
         stop: tokens that end a text; the first one is its last token.
         temperature: 0 for greedy decoding. top_k, top_p: as `choose`.
         seed: of the draws; None: PyTorch's own random state.
+        head: `output_matrix(model)`, kept by who generates more than once: it may come from disk.
     Returns:
         the new tokens of each text, at most `max_new_tokens`.
     Raises:
@@ -174,7 +176,7 @@ def generate(
             "generate: expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1; "
             f"got {temperature}, {top_p}, {top_k}, {max_new_tokens}"
         )
-    decoder, head = model.decoder, output_matrix(model)
+    decoder, head = model.decoder, output_matrix(model) if head is None else head
     generator = None
     if seed is not None:
         generator = torch.Generator(model.device).manual_seed(seed)

@@ -346,8 +346,14 @@ def _copy(path: Path, name: str, info: TensorInfo, target: torch.Tensor) -> None
 
 
 def revision(folder: Path | str) -> str:
-    """Of a checkpoint: 16 digits of a sha256 over the files of `save_pretrained`."""
+    """Of a checkpoint: 16 digits of a sha256 over the files of `save_pretrained`.
+
+    Raises ValueError if one is missing.
+    """
     digest = hashlib.sha256()
     for name in ("config.json", "adapters.safetensors", "heads.safetensors"):
-        digest.update((Path(folder) / name).read_bytes())
+        path = Path(folder) / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: expected a folder written by save_pretrained")
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from eval.collections import Collection, load
+from eval.machine import device_name, peak_bytes
 from eval.protocol import EvaluationSet
 from model.lora import LoRAConfig
 from model.prefix import TextSet, prefix_states
@@ -203,7 +203,7 @@ def run_trial(
     model.save_pretrained(place.with_name(place.name + ".model"))
     seconds = {"prepare": prepared - started, "train": trained - prepared, "test": ended - trained}
     parameters = sum(p.numel() for p in model.trained().values())
-    parameters -= Held(model, config.frozen).count
+    parameters = parameters - Held(model, config.frozen).count if config.steps else 0
     return {
         **_record(config, arm, bench, model),
         "scores": scores,
@@ -211,7 +211,7 @@ def run_trial(
         "trainable_parameters": parameters,
         "merged_energy": merged,
         "seconds": seconds,
-        "peak_bytes": _peak_bytes(bench.device),
+        "peak_bytes": peak_bytes(bench.device),
     }
 
 
@@ -232,7 +232,7 @@ def run_baselines(config: Config, bench: Workbench, show: Callable[[str, dict], 
         "clusters": evaluation.clusters,
         "pool": len(evaluation.documents),
         "seconds": {"test": time.perf_counter() - started},
-        "peak_bytes": _peak_bytes(bench.device),
+        "peak_bytes": peak_bytes(bench.device),
     }
 
 
@@ -280,17 +280,6 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def device_name(device: str) -> str:
-    """The card, or the processor and how many threads torch uses."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = (models or [platform.processor() or platform.machine()])[0]
-    return f"{processor}, {torch.get_num_threads()} threads"
-
-
 def _body_parameters(model: UniMoER) -> int:
     """Of the base, the embeddings left out."""
     weights = model.decoder.named_weights().items()
@@ -305,11 +294,3 @@ def _trim_heap() -> None:
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _peak_bytes(device: str) -> int:
-    """Of the process so far: on the card where there is one, else resident."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

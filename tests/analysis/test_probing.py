@@ -78,6 +78,13 @@ def test_properties_of_a_pair() -> None:
     assert found["length"] == pytest.approx([math.log(6), 0])
 
 
+def test_a_few_queries_are_coded_by_the_prior() -> None:
+    """Too few for folds: no error, and no more bits than the values' own distribution takes."""
+    x, y = features()[:96], np.random.default_rng(3).normal(size=96)
+    queries = [i // 12 for i in range(96)]
+    assert probing.compression(x, y, queries) == pytest.approx(1, abs=0.2)
+
+
 def test_parts_of_speech() -> None:
     assert probing.parts_of_speech("Return the sorted list of open files.") == (
         pytest.approx(3 / 7), pytest.approx(1 / 7))  # fmt: skip

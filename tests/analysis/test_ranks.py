@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import experiments
@@ -55,6 +56,13 @@ def test_each_expert_s_ladder_passes_through_the_common_rank(made: Maker) -> Non
     assert {row["ladder"] for row in found["ladders"]} == {"shared"}
     assert [ranks.rank_of(a, "shared") for a in ("all-r16", "shared-r4", "all-r4", "x-r4")] == [
         16, 4, None, None]  # fmt: skip
+
+
+def test_one_cluster_gives_no_interval_and_shows_nothing() -> None:
+    y = {"all-r1": np.full((2, 5), 0.598), "all-r16": np.full((2, 5), 0.6)}
+    found = ranks.enough(y, {"all-r1": 1, "all-r16": 16}, ["one"] * 5)
+    assert (found["rank"], found["interval"], found["shown"]) == (1, None, False)
+    assert found["loss"] == pytest.approx(100 * 0.002 / 0.6)
 
 
 def test_one_rank_is_no_ladder(made: Maker) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import experiments
-from analysis import scale
+from analysis import overview, scale
 from eval import stats
 from tests.analysis.made import Maker
 
@@ -157,3 +157,23 @@ def test_a_setting_with_other_queries_or_data_stays_out(whole: None, tmp_path: P
     content = json.loads(other.read_text())
     other.write_text(json.dumps({**content, "data": {"name": "another"}}))
     assert scale.others(folder) == []
+    other.write_text(json.dumps(content))
+    trial = other.parent / "emb-only" / "seed0.json"  # trained for longer: not the size alone
+    changed = json.loads(trial.read_text())
+    changed["config"]["steps"] += 1
+    trial.write_text(json.dumps(changed))
+    assert scale.others(folder) == []
+
+
+def test_published_bases_that_take_each_other_in_are_not_stale(whole: None, tmp_path: Path) -> None:
+    make_bases(tmp_path, {"Qwen3-0.6B-Base": 9.0, "Qwen3-1.7B-Base": 6.0})
+    settings = sorted((tmp_path / "scale_study").iterdir())
+    for _ in range(2):  # the first report is written before the second setting has one
+        for setting in settings:
+            scale.write(setting)
+    assert overview.stale(tmp_path, lambda name, folder: scale.write(folder)) == []
+
+
+def test_sizes_may_be_missing_before_the_first_that_is_there(tmp_path: Path) -> None:
+    folder = make(tmp_path, {16: 6.0})
+    assert scale.write(folder)["rows"][0]["missing"]  # of 8 layers

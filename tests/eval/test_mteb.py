@@ -127,6 +127,10 @@ def test_the_command(folder: Path, data: Path, tmp_path: Path, capsys) -> None:
     assert result["revision"] == revision(folder) and str(data) not in place.read_text()
     before = place.stat().st_mtime_ns
     assert program.main(["beir", *line]) == 0 and place.stat().st_mtime_ns == before  # read again
+    assert program.main(["mteb", *line[:-1], "1"]) == 0  # other candidates: measured anew
+    again = capsys.readouterr().out
+    score = [text for text in (out, again) for text in text.splitlines() if "reranking:" in text]
+    assert len(score) == 2 and score[0] != score[1]
     assert program.main(["beir", *line[:-1], "3"]) == 2  # another setting, the same place
     assert "is of another model, data or setting" in capsys.readouterr().err
 
@@ -137,10 +141,13 @@ def test_the_command(folder: Path, data: Path, tmp_path: Path, capsys) -> None:
         (["beir"], "--data is missing"),
         (["mteb"], "nothing to evaluate"),
         (["beir", "--data", "nowhere"], "neither a collection nor a folder"),
+        (["rag", "--data", "stdlib", "--model", "nowhere"], "nowhere/config.json is missing"),
+        (["beir", "--data", "stdlib", "--model", "nowhere"], "nowhere/config.json is missing"),
     ],
 )
 def test_what_cannot_be_evaluated(words: list[str], message: str, folder: Path, capsys) -> None:
-    assert program.main([*words, "--model", str(folder), "--device", "cpu"]) == 2
+    given = [] if "--model" in words else ["--model", str(folder)]
+    assert program.main([*words, *given, "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -78,7 +78,7 @@ def test_more_models_hold_more_and_answer_alike(folder: Path, data: Path, tmp_pa
     assert program.main(line) == 0  # nothing is computed twice
     assert before == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.json"))
     assert program.main([*line, "--passages", "1"]) == 2
-    assert "is of another model, data or setting" in capsys.readouterr().err
+    assert "is of another model, data, setting or device" in capsys.readouterr().err
 
 
 def test_right_answers_count(folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
