@@ -21,7 +21,13 @@ from eval.retrieval import search
 from model.generate import generate, output_matrix
 from model.unimoer import UniMoER
 
-PROMPT = "{passages}\n\nQuestion: {question}\nAnswer:"
+# Two examples show a bare model that an answer is a few words on the same line.
+PROMPT = (
+    "Answer each question in a few words.\n\n"
+    "Question: who wrote the play hamlet\nAnswer: William Shakespeare\n\n"
+    "Question: how many days are there in a leap year\nAnswer: 366\n\n"
+    "{passages}\n\nQuestion: {question}\nAnswer:"
+)
 SIDES = {"one": (0, 0, 0), "two": (0, 0, 1), "three": (0, 1, 2)}  # which model plays which role
 STAGES = ("retrieve", "rerank", "generate")
 

@@ -54,7 +54,8 @@ def test_each_stage_hands_on_what_it_found(folder: Path, data: Path) -> None:
     assert read == [made.documents[near[i]] for i, _ in ranked]
     fast = model.tokenizer.fast
     cut = [fast.decode(fast.encode(collection.corpus[d]).ids[:5]) for d in read]
-    prompt = f"{cut[0]}\n\n{cut[1]}\n\nQuestion: {text}\nAnswer:"
+    prompt = rag.PROMPT.format(passages=f"{cut[0]}\n\n{cut[1]}", question=text)
+    assert prompt.endswith(f"{cut[0]}\n\n{cut[1]}\n\nQuestion: {text}\nAnswer:")
     ids = generate(model, [fast.encode(prompt).ids], 4, stop=made.stop)[0]
     assert answer == fast.decode([i for i in ids if i not in made.stop]).strip()
     assert set(seconds) == set(rag.STAGES) and min(seconds.values()) > 0
