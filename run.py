@@ -5,7 +5,6 @@ One trial is config -> train -> evaluate -> one JSON under runs/<experiment>/<se
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from dataclasses import fields, replace
@@ -35,6 +34,7 @@ from analysis import (
     sweep,
 )
 from eval import metrics
+from eval.files import write_json, write_text
 from eval.machine import device_name
 from kernels.choice import KERNELS, use_triton
 from model import bases
@@ -77,21 +77,6 @@ MEASURES = {
     "probing": probing.measure,
     "ablation": ablation.measure,
 }
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, allow_nan=False))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: a temporary name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def stored(path: Path, config: Config) -> dict | None:

@@ -20,6 +20,7 @@ from analysis.figures import table
 from bench import designs, encoding, ops, serving, timing, training
 from bench.serving import PAIR
 from bench.shapes import SHAPES
+from eval.files import write_text
 from model import bases
 from model.config import DTYPES
 from train.trial import Workbench, device_name, resolve_dtype
@@ -224,8 +225,8 @@ def main(arguments: list[str] | None = None) -> None:
         record[section] += run()
         # What is there is kept if a later part dies.
         record["seconds"] = time.monotonic() - started
-        timing.write_text(RESULTS / f"{stem}.json", json.dumps(record, indent=1) + "\n")
-        timing.write_text(RESULTS / f"{stem}.md", render(record))
+        write_text(RESULTS / f"{stem}.json", json.dumps(record, indent=1) + "\n")
+        write_text(RESULTS / f"{stem}.md", render(record))
     print(render(record))
     print(f"written to {RESULTS / stem}.md and .json")
 

@@ -17,6 +17,7 @@ from model.lora import LoRAConfig
 from model.packed import pack
 from model.router import RouterConfig
 from model.transformer import Decoder
+from model.unimoer import CARD_BUDGET
 
 CARD = 24e9
 RANKS = experiments.MOE["ranks"]
@@ -76,8 +77,9 @@ def count(shape: DecoderConfig, checkpointing: bool) -> dict[str, float]:
             2 * GRADIENTS * 2 * max(RANKS) * widest + widest * d
         ),
         "CKA, one layer and batch": 8 * (2 * CKA_BATCH * d + 3 * CKA_BATCH**2),
+        # Two halves of each task, and the values and vectors of the one that is taken apart
         "STIR, covariances of one layer": 8 * (6 * d * d + BATCH * d),
-        "features of one batch of texts": 4 * layers * 1024 * d,
+        "features of one batch of texts": 4 * layers * (CARD_BUDGET // DOCUMENT) * d,
     }  # fmt: skip
 
 

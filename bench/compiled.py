@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 from analysis.figures import table
 from bench.designs import lora_config
 from bench.shapes import SHAPES
-from bench.timing import write_text
+from eval.files import write_text
 from kernels.sparsegen import fused_sparsegen
 from model.config import DecoderConfig
 from model.packed import pack

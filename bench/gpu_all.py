@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from analysis.figures import table
-from bench.timing import stem, write_text
+from bench.timing import stem
+from eval.files import write_text
 from train.trial import device_name
 
 ROOT = Path(__file__).parent.parent

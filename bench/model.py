@@ -30,7 +30,7 @@ from bench.roofline import (
 )
 from bench.serving import RANKS
 from bench.shapes import SHAPES
-from bench.timing import write_text
+from eval.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 SHOWN = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "mistral-7b")

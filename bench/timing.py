@@ -125,11 +125,3 @@ def milliseconds(run: Callable[[], object], device: str, budget: float = 200.0) 
 def stem(*words: str) -> str:
     """A file's name from what it is about: `nvidia-h100-80gb-hbm3`."""
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: a temporary name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)

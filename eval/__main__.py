@@ -9,7 +9,6 @@ and three, each in a process of its own, for the sake of its peak memory.
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch
 from eval import metrics, rag
 from eval.answers import NORMALISERS
 from eval.collections import Collection, load, require_split
+from eval.files import write_json
 from eval.machine import device_name
 from eval.metrics import METRICS
 from eval.protocol import EvaluationSet
@@ -75,16 +75,8 @@ def beir(args: argparse.Namespace) -> None:
                 "bm25": evaluation.bm25_scores(), "scores": scores,
                 "ceiling": {"reranking": evaluation.ceiling()},
             }  # fmt: skip
-            write(place, result)
+            write_json(place, result)
         show(result)
-
-
-def write(path: Path, content: dict) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, allow_nan=False))
-    os.replace(part, path)
 
 
 def show(result: dict) -> None:
@@ -167,7 +159,7 @@ def answer(args: argparse.Namespace) -> None:
                 made = rag.measure(
                     args.model, side, collection, args.split, answers, settings, args.device
                 )
-                write(place, {"model": args.name, **origin, **made})
+                write_json(place, {"model": args.name, **origin, **made})
             result = json.loads(place.read_text())
             if {k: result[k] for k in origin} != origin:
                 raise ValueError(
