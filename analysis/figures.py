@@ -169,9 +169,11 @@ def _effect_panel(axes: Axes, effects: list[tuple[str, str, dict[str, Any]]]) ->
     axes.axvspan(low, 1, color="#56B4E9", alpha=0.13, linewidth=0)
     axes.axvspan(2, high, color="#E69F00", alpha=0.16, linewidth=0)
     axes.axvline(0, color="black", linewidth=0.6)
-    # Right-aligned and left-aligned at their limits, so that they never meet between 1 and 2.
-    for x, side, text in ((1, "right", "under 1 %: pivot"), (2, "left", "2 % or more: proceed")):
-        axes.annotate(text, (x, 1), xycoords=axes.get_xaxis_transform(), xytext=(0, 2),
+    # Aligned to their limits from outside, and kept apart where a wide axis puts these together.
+    for x, side, off, text in (
+        (1, "right", -3, "under 1 %: pivot"), (2, "left", 3, "2 % or more: proceed")
+    ):  # fmt: skip
+        axes.annotate(text, (x, 1), xycoords=axes.get_xaxis_transform(), xytext=(off, 2),
                       textcoords="offset points", ha=side, fontsize=7, color=GREY)  # fmt: skip
     axes.set_title("Interference", fontweight="bold", pad=14, loc="left")
     axes.set_xlabel("nDCG@10 that Joint-Single loses, in % of the specialist's")
