@@ -3,6 +3,7 @@
 #   SCALE=smoke|small|full  BASE=hub id or folder  DATA=name or folder  SEEDS=  ARMS=  CONTROLS=1  AA=1
 #   ARGS=          more arguments for pytest (test, test-gpu), bench, eval, rag and gpu-all
 #   RUNS=          where trials go; runs/ if not given
+#   PROCESSES=n    n processes, each with a card of its own (or a share of the CPU); docs/cluster.md
 #   BENCH= MODEL= TASKS= BENCHMARK=  for eval, MODEL= for rag
 #   EXPERIMENT=    for report: one alone   LATEX=1  its tables as tables.tex too
 #   PYTHON=path    use this environment and install nothing (container, cluster, no network)
@@ -28,7 +29,8 @@ PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check --no-input \
 SETTING = $(if $(SCALE),--scale $(SCALE)) $(if $(BASE),--base '$(BASE)') $(if $(DATA),--data '$(DATA)')
 TRIALS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ARMS),--arms $(ARMS)) \
   $(if $(CONTROLS),--controls) $(if $(AA),--aa) $(if $(RUNS),--runs '$(RUNS)')
-STUDY = $(PY) -m run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS))
+TORCHRUN = $(if $(PROCESSES),torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m)
+STUDY = $(PY) -m $(TORCHRUN) run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS))
 
 help:  ## List the targets
 	@echo 'make TARGET [VARIABLE=value ...]'
@@ -77,7 +79,7 @@ STUDIES = gradient-conflict kill-gate scale-study soft-vs-hard routing represent
 study: $(STUDIES)  ## All experiments
 
 sweep: base  ## Try learning rates and clippings of each arm on dev; the choice goes into experiments.py
-	$(PY) -m run run sweep $(strip $(SETTING) $(TRIALS))
+	$(STUDY)
 
 eval: $(DEV) base  ## A saved model on public benchmarks: BENCH=beir or mteb, MODEL=folder, DATA= TASKS= BENCHMARK=
 	$(PY) -m eval $(BENCH) --model '$(MODEL)' $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) \

@@ -37,7 +37,7 @@ from eval import metrics
 from eval.files import write_json, write_text
 from eval.machine import device_name
 from kernels.choice import KERNELS, use_triton
-from model import bases
+from model import bases, parallel
 from model.config import DTYPES
 from model.unimoer import UniMoER
 from train.batches import TrainingData, check_training
@@ -98,8 +98,18 @@ def stored(path: Path, config: Config) -> dict | None:
     return result
 
 
+def finish(path: Path, result: dict) -> None:
+    """Store a result, once for all processes, before any of them looks for the next."""
+    parallel.wait()  # nobody is still to ask whether it is there
+    if parallel.rank() == 0:
+        write_json(path, result)
+    parallel.wait()
+
+
 def show_row(arm: str, seed: int | None, scores: dict) -> None:
     """One row of the running table: nDCG@10 of each task."""
+    if parallel.rank() > 0:
+        return
     cells = [
         f"{metrics.mean(scores[task], 'ndcg_cut_10'):.4f}" if task in scores else "-"
         for task in ("embedding", "reranking")
@@ -132,9 +142,9 @@ def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> N
     if (result := stored(path, plain)) is None:
         if (result := reuse.baselines_elsewhere(path, plain, bench)) is None:
             result = run_baselines(plain, bench, lambda arm, s: show_row(arm + of, None, s))
-            write_json(path, result)
+            finish(path, result)
             return
-        write_json(path, result)
+        finish(path, result)
     show_row("bm25", None, result["bm25"])
     show_row("untrained base" + of, None, result["untrained"])
 
@@ -168,7 +178,7 @@ def command_run(args: argparse.Namespace) -> None:
         if unknown:
             raise ValueError(f"unknown arms {unknown}: {args.experiment} has {list(known)}")
         chosen = {arm: known[arm] for arm in args.arms}
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = parallel.join(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = setting_folder(args)
     seeds = args.seeds or experiments.seeds(args.experiment, args.scale)
     if seeds < 1:
@@ -188,7 +198,10 @@ def command_run(args: argparse.Namespace) -> None:
     for _, config in trials:  # what cannot work is said before anything is computed
         model_config(config)
     check_training(bench.collection, first)
-    print(f"{args.experiment} {folder.name}: {len(trials)} trials on {device_name(device)}")
+    if parallel.rank() == 0:
+        of = f"{parallel.world()} x " if parallel.world() > 1 else ""
+        title = f"{args.experiment} {folder.name}: {len(trials)} trials"
+        print(f"{title} on {of}{device_name(device)}")
     sizes: dict[str, dict] = {"baselines.json": {}}
     for arm in chosen:
         size = experiments.size_of(args.experiment, arm, args.scale)
@@ -204,13 +217,17 @@ def command_run(args: argparse.Namespace) -> None:
             result = reuse.taken_over(path, config, bench) or run_trial(
                 config, arm, place, bench, gradients.watch
             )
-            write_json(path, result)
-        forget(place)
+            finish(path, result)
         show_row(arm, config.seed, result["scores"])
-        for name in experiments.EXPERIMENTS[args.experiment].measures:
-            look_into(place, name, config, bench)
-    print(write_report(args.experiment, folder))
-    print(f"report: {folder / 'report.md'}")
+        if parallel.rank() == 0:
+            with parallel.alone():
+                forget(place)
+                for name in experiments.EXPERIMENTS[args.experiment].measures:
+                    look_into(place, name, config, bench)
+    if parallel.rank() == 0:
+        print(write_report(args.experiment, folder))
+        print(f"report: {folder / 'report.md'}")
+    parallel.wait()
 
 
 def _override(text: str) -> tuple[str, object]:
@@ -363,9 +380,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         COMMANDS[args.command](args)
-    except (ValueError, NonFiniteLoss) as problem:
+    except (ValueError, NonFiniteLoss, parallel.LostProcess) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
+    finally:
+        parallel.leave()
     return 0
 
 

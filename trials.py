@@ -80,6 +80,8 @@ class Config:
     warmup: float = 0.1  # share of the steps
     clip: float = 1.0
     pcgrad: bool = False  # drop from each task's gradient what conflicts with the other's
+    # GradCache: how many tokens' activations are kept at once, 0 for a whole micro-batch
+    cached_tokens: int = 0
     checkpoint_every: int = 50
 
     # Measured how

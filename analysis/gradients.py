@@ -27,7 +27,8 @@ from torch import Tensor
 from model.lora import LinearGroup
 from model.unimoer import UniMoER
 from train.batches import TrainingData
-from train.loop import TASK_LOSS, Callback
+from train.loop import Callback
+from train.step import task_loss
 from trials import Config
 
 SPACES = ("ab", "w", "along", "across")
@@ -119,7 +120,7 @@ def task_gradient(
     named = {n: p for n, p in model.trained().items() if ".lora_" in n}
     total = [torch.zeros_like(p) for p in named.values()]
     for step in batches:
-        loss = TASK_LOSS[task](model, data, step, PROBE_SEED)[0] / len(batches)
+        loss = task_loss(task, model, data, step, PROBE_SEED) / len(batches)
         grads = torch.autograd.grad(loss, list(named.values()))
         for into, grad in zip(total, grads, strict=True):
             into += grad

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from analysis import gradients
 from eval.machine import device_name
+from model import parallel
 from train.trial import Workbench, sources
 from trials import Config
 
@@ -45,10 +46,14 @@ def taken_over(path: Path, config: Config, bench: Workbench) -> dict | None:
             result = gradients.unwatched(result)
         model = other.with_suffix(".model")
         if same(result, config, bench) and model.exists():
-            target = path.with_suffix(".model")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(model, target, copy_function=os.link)
-            print(f"{path.parent.name} seed {config.seed} is the same trial as {other}")
+            if parallel.rank() == 0:
+                _link(model, path.with_suffix(".model"))
+                print(f"{path.parent.name} seed {config.seed} is the same trial as {other}")
             return result | {"arm": path.parent.name}
     return None
+
+
+def _link(model: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(model, target, copy_function=os.link)

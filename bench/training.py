@@ -24,8 +24,8 @@ from model.prefix import TextSet
 from model.unimoer import UniMoER
 from train import losses
 from train.batches import TrainingData
-from train.loop import TASK_LOSS
 from train.optim import adamw
+from train.step import WORK, task_loss
 from train.trial import Workbench
 from trials import Config
 
@@ -48,7 +48,7 @@ class Ours:
         self.optimizer = adamw(self.parameters, *rates)
 
     def loss(self, step: int) -> Tensor:
-        return torch.stack([f(self.model, self.data, step)[0] for f in TASK_LOSS.values()]).sum()
+        return torch.stack([task_loss(task, self.model, self.data, step) for task in WORK]).sum()
 
     def step(self, step: int) -> float:
         self.optimizer.zero_grad(set_to_none=True)

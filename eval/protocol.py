@@ -98,7 +98,7 @@ class EvaluationSet:
 
     def retrieval(self, model: UniMoER, base: bool = False, progress: bool = False) -> Scores:
         """Per-query metrics of full-corpus retrieval."""
-        vectors = model.embed_all(self._set("embedding"), base=base, progress=progress)
+        vectors = model.embed_all(self._set("embedding"), base=base, progress=progress, shared=True)
         n = len(self.queries)
         run = search(
             vectors[:n], vectors[n:], self.queries, self.documents, self.config.retrieval_depth
@@ -107,7 +107,7 @@ class EvaluationSet:
 
     def reranking(self, model: UniMoER, progress: bool = False) -> Scores:
         """Per-query metrics of the reranked candidates."""
-        scores = model.score_all(self._set("reranking"), progress=progress)
+        scores = model.score_all(self._set("reranking"), progress=progress, shared=True)
         return evaluate(self.reranking_qrels, to_run(scores, self.pairs))
 
     @torch.no_grad()

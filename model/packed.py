@@ -12,12 +12,30 @@ from kernels.segments import Segments
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which texts of a larger batch a Packed holds: how many texts and tokens there are in all, and
+    (int64) where its own stand among them."""
+
+    texts: tuple[int, Tensor]
+    tokens: tuple[int, Tensor]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], chosen: Sequence[int], device: torch.device) -> "Part":
+        """The `chosen` of texts with these lengths."""
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        tokens = torch.cat([torch.arange(ends[i] - lengths[i], ends[i]) for i in chosen])
+        texts = torch.tensor(chosen)
+        return cls((len(lengths), texts.to(device)), (ends[-1], tokens.to(device)))
+
+
+@dataclass(frozen=True)
 class Packed:
     """A batch as one row of N tokens.
 
     input_ids, positions, sequence: (N,) int64: token, place in its text, and which text.
     lengths: tokens of each text. last: (B,) where each text's last token is.
     groups: (count, length) of each run of equally long texts.
+    part: of what larger batch, if it is a part of one.
     """
 
     input_ids: Tensor
@@ -26,6 +44,7 @@ class Packed:
     last: Tensor
     lengths: tuple[int, ...]
     groups: list[tuple[int, int]]
+    part: Part | None = None
 
     @cached_property
     def segments(self) -> Segments:

@@ -1,6 +1,7 @@
 """The router of one layer: one set of expert weights per text, or per token."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from kernels.sparsegen import sparsegen
 from model.weights import draw_into
 
 TASKS = ("embedding", "reranking")
+Part = tuple[int, Tensor] | None
 
 
 def route_task(router: "Router", logits: Tensor, tasks: Tensor) -> Tensor:
@@ -45,11 +47,11 @@ def route_tsallis(router: "Router", logits: Tensor, tasks: Tensor) -> Tensor:
 
     Undecided: Tsallis' entropy S_q = (1 - sum p^q) / (q - 1) above TSALLIS_THRESHOLD of its
     maximum. Else the most likely experts whose p add up to at most TSALLIS_TOP_P, at least one,
-    renormalised. The choice is constant in the gradient. The mean of S_q is `Router.penalty`.
+    renormalised. The choice is constant in the gradient. S_q of each row is `Router.penalty`.
     """
     p = logits.softmax(-1)
     entropy = tsallis_entropy(p)
-    router.penalty = entropy.mean()
+    router.penalty = entropy
     experts = p.shape[-1]
     most = tsallis_entropy(torch.full_like(p[:1], 1 / experts))
     ordered, order = p.sort(-1, descending=True)
@@ -165,7 +167,7 @@ class Router(nn.Module):
         if config.kind in SIMILARITY:
             size = (len(self.routed), config.pilots, features)
             self.pilots = nn.Parameter(torch.zeros(size), requires_grad=False)
-        self.penalty: Tensor | None = None  # of the last call, for kinds that have one
+        self.penalty: Tensor | None = None  # of the rows of the last call, for kinds that have one
         self.reset_parameters()
         if config.frozen:
             self.requires_grad_(False)
@@ -209,7 +211,7 @@ class Router(nn.Module):
             return pooled.new_zeros(len(pooled), len(self.routed))
         return self.down(F.silu(self.up(F.rms_norm(pooled, pooled.shape[-1:]))))
 
-    def offset(self, tasks: Tensor) -> Tensor | None:
+    def offset(self, tasks: Tensor, part: Part = None) -> Tensor | None:
         """(B, routed experts), what training adds to the logits; None for nothing."""
         if not self.training or not (self.config.task_prior or self.config.noise):
             return None
@@ -218,28 +220,30 @@ class Router(nn.Module):
         if self.config.task_prior:
             added = self.config.task_prior * self.anneal * route_task(self, added, tasks)
         if self.config.noise:
-            added = added + self.config.noise * self.anneal * torch.randn_like(added)
+            added = added + self.config.noise * self.anneal * _drawn(torch.randn, added, part)
         return added
 
     @property
     def _dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.parameters()), torch.float32)
 
-    def in_kernel(self, tasks: Tensor) -> Routing | None:
+    def in_kernel(self, tasks: Tensor, part: Part = None) -> Routing | None:
         """What a kernel needs to route tokens while it reads them; None where it cannot.
 
-        tasks: (N,). Expert dropout and an always-on expert come after the projection, so they are
-        left to `forward`.
+        tasks: (N,), part: as for `forward`. Expert dropout and an always-on expert come after the
+        projection, so they are left to `forward`.
         """
         c = self.config
         if c.kind != "sparsegen" or c.always_on or (self.training and c.expert_dropout):
             return None
-        return Routing(self._mlp(), self.c, self.offset(tasks))
+        return Routing(self._mlp(), self.c, self.offset(tasks, part))
 
     def _mlp(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.up.weight, self.up.bias, self.down.weight, self.down.bias
 
-    def forward(self, pooled: Tensor, tasks: Tensor, fused: bool = False) -> Tensor:
+    def forward(
+        self, pooled: Tensor, tasks: Tensor, fused: bool = False, part: Part = None
+    ) -> Tensor:
         """Expert weights of each text.
 
         Args:
@@ -247,10 +251,12 @@ class Router(nn.Module):
                 (N, D), each token's state.
             tasks: (B,) int64, the index in TASKS of what each text is for.
             fused: run the kernel where the router has one.
+            part: where the rows are part of a larger batch, so that each draws the noise that it
+                would draw there: the rows of all, and the place of each of these.
         Returns:
             (B, E): on the simplex over the routed experts, 1 for the always-on one.
         """
-        offset = self.offset(tasks)
+        offset = self.offset(tasks, part)
         if fused and self.config.kind == "sparsegen":
             weights = route(pooled, *self._mlp(), self.c, offset)
         else:
@@ -258,7 +264,8 @@ class Router(nn.Module):
             logits = logits if offset is None else logits + offset
             weights = ROUTES[self.config.kind](self, logits, tasks)
         if self.training and self.config.expert_dropout:
-            weights = _drop(weights, self.config.expert_dropout)
+            kept = _drawn(torch.rand, weights, part) >= self.config.expert_dropout
+            weights = _drop(weights, kept)
         if self.config.always_on:
             at = self.experts.index(self.config.always_on)
             one = torch.ones_like(weights[:, :1])
@@ -266,9 +273,18 @@ class Router(nn.Module):
         return weights
 
 
-def _drop(weights: Tensor, probability: float) -> Tensor:
+def _drawn(draw: Callable[..., Tensor], like: Tensor, part: Part) -> Tensor:
+    """Random numbers (B, routed experts) by `torch.randn` or `torch.rand`."""
+    options = {"dtype": like.dtype, "device": like.device}
+    if part is None:
+        return draw(like.shape, **options)
+    count, rows = part
+    return draw((count, like.shape[1]), **options)[rows]
+
+
+def _drop(weights: Tensor, kept: Tensor) -> Tensor:
     """Drop experts and renormalise; a text that would lose all of its weight keeps it."""
-    kept = weights * (torch.rand_like(weights) >= probability)
+    kept = weights * kept
     total = kept.sum(-1, keepdim=True)
     alive = total > 0
     return torch.where(alive, kept / torch.where(alive, total, torch.ones_like(total)), weights)

@@ -134,3 +134,10 @@ def _fill(template: str, **fields: str) -> tuple[str, int, int]:
         text += fields[name]
         at = place + len(name) + 2
     return text + template[at:], start, stop
+
+
+def listed(items: Sequence, name: str) -> Sequence:
+    """The items, unless they are one string: a sequence of characters is almost never meant."""
+    if isinstance(items, str):
+        raise ValueError(f"{name} must be a list, got one string: {items[:60]!r}")
+    return items

@@ -155,9 +155,11 @@ class DecoderLayer(nn.Module):
         normed = self.input_layernorm(x)
         gates = None
         if router is not None and router.config.per_token:
-            weights = router(normed.to(self.scale.dtype), tasks[batch.sequence])
+            part = batch.part and batch.part.tokens
+            weights = router(normed.to(self.scale.dtype), tasks[batch.sequence], part=part)
         elif router is not None:
-            weights = router(segment_mean(normed, batch), tasks)
+            part = batch.part and batch.part.texts
+            weights = router(segment_mean(normed, batch), tasks, part=part)
         if experts and weights is None:  # no router: every expert counts in full
             gates = self.scale[None]
         elif weights is not None:
@@ -181,16 +183,16 @@ class DecoderLayer(nn.Module):
             *attn.qkv.margins,
             pooled=router is not None and not per_token,
         )
-        routing = None
+        routing, part = None, batch.part and batch.part.texts
         if router is not None and per_token:
-            tasks = tasks[batch.sequence]
+            tasks, part = tasks[batch.sequence], batch.part and batch.part.tokens
             # The kernel that shrinks for q, k and v finds the weights on its way.
-            routing = router.in_kernel(tasks) if attn.qkv.adapted_names else None
+            routing = router.in_kernel(tasks, part) if attn.qkv.adapted_names else None
             if routing is None:
                 left = attn.qkv.margins[0]
                 pooled = normed[:, left : left + x.shape[1]].float()
         if router is not None and routing is None:
-            weights = router(pooled, tasks, fused=True)
+            weights = router(pooled, tasks, fused=True, part=part)
         mode = TOKEN if per_token else TEXT if weights is not None else ALL if experts else None
         delta, weights = attn.fused(normed, batch, cos, sin, weights, mode, routing)
         norm = self.post_attention_layernorm

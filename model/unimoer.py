@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kernels.choice import use_triton
-from model import bases, weights
+from model import bases, parallel, weights
 from model.config import DTYPES, DecoderConfig, ModelConfig
 from model.heads import LinearScore, YesNoScore, embed, pool
 from model.lora import LinearGroup
 from model.packed import Packed
 from model.prefix import TextSet, token_batches
 from model.router import TASKS, Router
-from model.tokens import Tokenizer
+from model.tokens import Tokenizer, listed
 from model.transformer import Decoder
 
 FORMAT = 1
@@ -175,19 +175,25 @@ class UniMoER(nn.Module):
         base: bool = False,
         progress: bool = False,
         title: str = "",
+        shared: bool = False,
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Run `step` (such as `embed`) over tokenized texts, without gradients.
 
         Yields the indices of each batch, sorted by length under a budget of tokens, and its result.
-        budget None: 4,096 on a CPU, `CARD_BUDGET` on a card.
+        budget None: 4,096 on a CPU, `CARD_BUDGET` on a card. shared: only every n-th batch, where
+        this is one of n processes that were all asked the same.
         """
         training = self.training
         self.eval()
+        batches = token_batches(texts.lengths, budget or self._budget(4096))
+        if shared:
+            batches = batches[parallel.rank() :: parallel.world()]
         bar = tqdm(
-            total=sum(texts.lengths), unit="token", desc=title, disable=not progress, leave=False
-        )
+            total=sum(texts.lengths[i] for batch in batches for i in batch),
+            unit="token", desc=title, disable=not progress or parallel.rank() > 0, leave=False,
+        )  # fmt: skip
         try:
-            for indices in token_batches(texts.lengths, budget or self._budget(4096)):
+            for indices in batches:
                 batch, states = texts.batch(indices, self.device, self.dtype)
                 yield indices, step(batch, states, base)[0].cpu()
                 bar.update(sum(batch.lengths))
@@ -202,29 +208,33 @@ class UniMoER(nn.Module):
         budget: int | None = None,
         base: bool = False,
         progress: bool = False,
+        shared: bool = False,
     ) -> Tensor:
-        """(n, D) unit vectors of n tokenized texts, in their order."""
+        """(n, D) unit vectors of n tokenized texts, in their order.
+
+        shared: several processes were asked the same and do it together (`model.parallel`).
+        """
         width = self.decoder.config.hidden_size
         out = torch.zeros(len(texts.ids), width, dtype=torch.promote_types(self.dtype, torch.float))
-        options = {"budget": budget, "base": base, "progress": progress, "title": "encode"}
-        for indices, vectors in self.over(texts, self.embed, **options):
+        options = {"budget": budget, "base": base, "progress": progress, "shared": shared}
+        for indices, vectors in self.over(texts, self.embed, title="encode", **options):
             out[indices] = vectors
-        return out
+        return parallel.together(out, self.device) if shared else out
 
     def score_all(
         self,
         texts: TextSet,
         *,
         budget: int | None = None,
-        base: bool = False,
         progress: bool = False,
+        shared: bool = False,
     ) -> Tensor:
-        """(n,) logits of n tokenized pairs, in their order."""
+        """(n,) logits of n tokenized pairs, in their order. shared: as above."""
         out = torch.zeros(len(texts.ids), dtype=torch.promote_types(self.dtype, torch.float))
-        options = {"budget": budget, "base": base, "progress": progress, "title": "rerank"}
-        for indices, scores in self.over(texts, self.score, **options):
+        options = {"budget": budget, "progress": progress, "shared": shared}
+        for indices, scores in self.over(texts, self.score, title="rerank", **options):
             out[indices] = scores
-        return out
+        return parallel.together(out, self.device) if shared else out
 
     def encode(
         self,
@@ -245,7 +255,7 @@ class UniMoER(nn.Module):
         """
         if task not in ("query", "document"):
             raise ValueError(f"task must be 'query' or 'document', got {task!r}")
-        texts = _listed(texts, "texts")
+        texts = listed(texts, "texts")
         tokenize = self.tokenizer.queries if task == "query" else self.tokenizer.documents
         bar = len(texts) >= 1000 if progress is None else progress
         budget = budget or self._budget(2048)
@@ -272,7 +282,7 @@ class UniMoER(nn.Module):
         progress: bool | None = None,
     ) -> Tensor:
         """Relevance in (0, 1) of (query, document) pairs: the sigmoid of the head's logit, (n,)."""
-        pairs = _listed(pairs, "pairs")
+        pairs = listed(pairs, "pairs")
         bar = len(pairs) >= 1000 if progress is None else progress
         texts = TextSet(self.tokenizer.pairs(pairs))
         budget = budget or self._budget(2048)
@@ -282,7 +292,7 @@ class UniMoER(nn.Module):
         self, query: str, documents: Sequence[str], top_k: int | None = None
     ) -> list[tuple[int, float]]:
         """(index of the document, relevance), best first, ties in the order given."""
-        pairs = [(query, text) for text in _listed(documents, "documents")]
+        pairs = [(query, text) for text in listed(documents, "documents")]
         logits = self.score_all(TextSet(self.tokenizer.pairs(pairs)))
         # By logit: in fp32 the sigmoid of everything above 17 is 1.
         order = logits.argsort(descending=True, stable=True)[:top_k]
@@ -385,10 +395,3 @@ def _unused(name: str, shape: DecoderConfig, keeps_head: bool) -> bool:
     if layer and int(layer[1]) >= shape.num_hidden_layers:
         return True
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and not keeps_head)
-
-
-def _listed(items: Sequence, name: str) -> Sequence:
-    """A single string is a sequence of characters, and almost never what was meant."""
-    if isinstance(items, str):
-        raise ValueError(f"{name} must be a list, got one string: {items[:60]!r}")
-    return items

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,15 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels.info_nce import info_nce
-from model import weights
-from model.prefix import TextSet
+from model import parallel, weights
 from model.router import NOT_LEARNED
 from model.unimoer import UniMoER
 from train import losses, pcgrad
 from train.batches import TrainingData
 from train.optim import adamw, schedule
 from train.start import Held
+from train.step import WORK, run
 from trials import Config
 
 # Called after each step with the step and its log line, to which it may add before it is written:
@@ -30,51 +30,6 @@ Callback = Callable[[int, dict], None]
 
 class NonFiniteLoss(RuntimeError):
     """The loss or a gradient is NaN or infinite; the last checkpoint is kept."""
-
-
-def _ordered(texts: TextSet, indices: list[int], model: UniMoER):
-    """The batch of some texts sorted by length, and where each of `indices` went."""
-    order = sorted(range(len(indices)), key=lambda i: texts.lengths[indices[i]])
-    batch, states = texts.batch([indices[i] for i in order], model.device, model.dtype)
-    back = torch.empty(len(order), dtype=torch.int64)
-    back[order] = torch.arange(len(order))
-    return batch, states, back.to(model.device)
-
-
-def embedding_loss(
-    model: UniMoER, data: TrainingData, step: int, seed: int | None = None
-) -> tuple[Tensor, list[Tensor], list[str]]:
-    """InfoNCE of the step's embedding micro-batch, its routing weights by layer, its query ids.
-
-    seed: of the order of the batches, if not the config's.
-    """
-    rows, c = data.embedding(step, seed), data.config
-    batch, states, back = _ordered(data.embedding_texts, rows.queries + rows.documents, model)
-    vectors, routing = model.embed(batch, states)
-    vectors = vectors[back]
-    loss = info_nce(
-        vectors[: len(rows.queries)],
-        vectors[len(rows.queries) :],
-        rows.positive.to(model.device),
-        rows.relevant.to(model.device),
-        c.temperature,
-        c.false_negative_margin,
-    )
-    return loss, routing, rows.ids
-
-
-def reranking_loss(
-    model: UniMoER, data: TrainingData, step: int, seed: int | None = None
-) -> tuple[Tensor, list[Tensor], list[str]]:
-    """Listwise or pointwise loss of the step's reranking micro-batch; else as above."""
-    rows = data.reranking(step, seed)
-    batch, states, back = _ordered(data.reranking_texts, rows.pairs, model)
-    scores, routing = model.score(batch, states)
-    loss = losses.RERANKING[data.config.reranking_loss](scores[back].view(-1, rows.size))
-    return loss, routing, rows.ids
-
-
-TASK_LOSS = {"embedding": embedding_loss, "reranking": reranking_loss}
 
 
 def routing_line(
@@ -115,16 +70,19 @@ def train(
 
     A joint step is one embedding and one reranking micro-batch, two forward passes and one
     backward. The random state of a step is a function of the seed and the step, so a run that
-    continues from its checkpoint ends like one that was never stopped.
+    continues from its checkpoint ends like one that was never stopped, also in another number of
+    processes. Of several, each has a share of every micro-batch (`train.step`), the gradients are
+    added up, all take the same step, and rank 0 writes.
 
     Args:
         place: `<place>.log.jsonl` and `<place>.checkpoint/` are written beside it. The checkpoint
             is removed by `forget` when the caller has stored the trial's result.
     Raises:
         NonFiniteLoss: with the step and the batch's ids.
-        ValueError: the checkpoint belongs to another config.
+        ValueError: the checkpoint belongs to another config, or not all processes see it.
+        LostProcess: another process of the job is gone.
     """
-    parameters = model.trained()
+    parameters, writes = model.trained(), parallel.rank() == 0
     held = Held(model, config.frozen)
     optimizer = adamw(
         parameters, config.learning_rate, config.head_learning_rate, config.weight_decay
@@ -133,11 +91,13 @@ def train(
     seed = config.seed + config.seed_offset
     log_path, folder = _log_path(place), _checkpoint_folder(place)
     start, log = _resume(model, optimizer, parameters, config, folder, log_path)
+    parallel.require_same(start, f"the step of {folder}, which must lie on a disk that all share,")
     log_path.parent.mkdir(parents=True, exist_ok=True)
     model.train()
     task_weight = {"embedding": config.embedding_weight, "reranking": config.reranking_weight}
-    bar = tqdm(total=config.steps, initial=start, desc=title, unit="step", leave=False)
-    with open(log_path, "a") as log_file, bar:
+    options = {"total": config.steps, "initial": start, "desc": title, "unit": "step"}
+    bar = tqdm(**options, leave=False, disable=not writes)
+    with open(log_path if writes else os.devnull, "a") as log_file, bar:
         for step in range(start, config.steps):
             torch.manual_seed(seed * 1_000_003 + step)
             share = schedule(step, config.steps, config.warmup)
@@ -150,10 +110,15 @@ def train(
             routing, ids = {}, {}
             penalties: list[Tensor] = []
             weighted: dict[str, Tensor] = {}
+            carries: list[Callable[[], None]] = []
             for task in config.tasks:
-                loss, routing[task], ids[task] = TASK_LOSS[task](model, data, step)
+                work = WORK[task](data, step)
+                made = run(model, work, config.cached_tokens)
+                loss = work.loss(made.rows)
+                routing[task], ids[task] = made.routing, work.ids
                 weighted[task] = task_weight[task] * loss
-                penalties += [r.penalty for r in routers if r.penalty is not None]
+                penalties += [rows.mean() for rows in made.penalties]
+                carries.append(made.carry)
                 line[f"loss_{task}"] = loss.item()
             if routing[config.tasks[0]]:
                 routed = [name != config.always_on for name in config.experts]
@@ -168,10 +133,11 @@ def train(
                 line |= routing_line(routing, config.experts, config.router not in NOT_LEARNED)
             optimizer.zero_grad(set_to_none=True)
             total = torch.stack(list(weighted.values())).sum() + rest
+            backward = partial(_backward, carries=carries, parameters=list(parameters.values()))
             if config.pcgrad:
-                pcgrad.backward(weighted, rest, list(parameters.values()))
+                pcgrad.backward(weighted, rest, list(parameters.values()), backward)
             else:
-                total.backward()
+                backward(total, keep=False)
             held.clear()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip).item()
             line["gradient_norm"] = norm
@@ -185,17 +151,32 @@ def train(
             optimizer.step()
             held.restore()
             if callback is not None:
-                callback(step, line)
+                with parallel.alone():  # what it measures is not to be shared out
+                    callback(step, line)
             log.append(line)
             log_file.write(json.dumps(line) + "\n")
             log_file.flush()
-            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+            if writes and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 os.fsync(log_file.fileno())  # the log is never behind its checkpoint
                 _save(optimizer, parameters, config, folder, step + 1)
             bar.update()
             bar.set_postfix({k[5:]: f"{v:.3f}" for k, v in line.items() if k.startswith("loss_")})
     model.eval()
     return log
+
+
+def _backward(
+    loss: Tensor,
+    keep: bool = True,
+    *,
+    carries: list[Callable[[], None]],
+    parameters: list[Tensor],
+) -> None:
+    """Put the loss's gradients into .grad: through all parts, added up over all processes."""
+    loss.backward(retain_graph=keep)
+    for carry in carries:
+        carry()
+    parallel.add([p.grad for p in parameters if p.grad is not None])
 
 
 def _log_path(place: Path) -> Path:
@@ -230,8 +211,10 @@ def _resume(
 ) -> tuple[int, list[dict]]:
     """Load the checkpoint if there is one; (first step to do, log of the steps before it)."""
     path = folder / "state.safetensors"
+    writes = parallel.rank() == 0
     if not path.exists():
-        log_path.unlink(missing_ok=True)
+        if writes:
+            log_path.unlink(missing_ok=True)
         return 0, []
     metadata = weights.read_metadata(path)
     if json.loads(metadata["config"]) != json.loads(json.dumps(config.to_json())):
@@ -247,6 +230,8 @@ def _resume(
             if f"{key}.{name}" in tensors
         }
     lines = [json.loads(line) for line in log_path.read_text().splitlines()[:step]]
+    if not writes:
+        return step, lines
     part = log_path.with_name(log_path.name + ".part")
     part.write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.replace(part, log_path)

@@ -1,6 +1,6 @@
 """PCGrad: gradients of two tasks without what conflicts in them (arXiv 2001.06782)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ def project(mine: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
 
 
 def backward(
-    losses: Mapping[str, Tensor], rest: Tensor, parameters: Sequence[nn.Parameter]
+    losses: Mapping[str, Tensor],
+    rest: Tensor,
+    parameters: Sequence[nn.Parameter],
+    gradients: Callable[[Tensor], None],
 ) -> None:
     """Set .grad to the sum of the tasks' gradients, each projected against the unmodified others.
 
@@ -24,17 +27,18 @@ def backward(
     Args:
         losses: task -> its weighted loss. rest: losses of no task, added as they are.
         parameters: those that any loss reaches.
+        gradients: puts a loss's gradients into .grad and keeps its graph.
     """
-    found = {}
-    for task, loss in losses.items():
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-        found[task] = [
-            torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)
-        ]
-    total = [torch.zeros_like(p) for p in parameters]
-    if rest.requires_grad:
-        grads = torch.autograd.grad(rest, parameters, allow_unused=True, retain_graph=True)
-        total = [t if g is None else g for t, g in zip(total, grads, strict=True)]
+
+    def of(loss: Tensor) -> list[Tensor]:
+        for p in parameters:
+            p.grad = None
+        if loss.requires_grad:
+            gradients(loss)
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+    found = {task: of(loss) for task, loss in losses.items()}
+    total = of(rest)
     for task, grads in found.items():
         for other, against in found.items():
             grads = grads if other == task else project(grads, against)

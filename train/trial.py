@@ -18,6 +18,7 @@ from tqdm import tqdm
 from eval.collections import Collection, load
 from eval.machine import device_name, peak_bytes
 from eval.protocol import EvaluationSet
+from model import parallel
 from model.lora import LoRAConfig
 from model.prefix import TextSet, prefix_states
 from model.router import SIMILARITY, RouterConfig
@@ -126,7 +127,10 @@ class Workbench:
             key = hashlib.sha256(text.encode()).hexdigest()
             if key not in self._sets:
                 tokens = sum(len(row) for row in ids)
-                with tqdm(total=tokens, desc=title, unit="token", leave=False) as bar:
+                with (
+                    parallel.first(),  # it makes the file, the others find it
+                    tqdm(total=tokens, desc=title, unit="token", leave=False) as bar,
+                ):
 
                     def advance(tokens: int, bar: tqdm = bar) -> None:
                         bar.update(tokens)
@@ -200,7 +204,8 @@ def run_trial(
     if "reranking" in tasks:
         scores["reranking"] = evaluation.reranking(model, progress=True)
     ended = time.perf_counter()
-    model.save_pretrained(place.with_name(place.name + ".model"))
+    if parallel.rank() == 0:
+        model.save_pretrained(place.with_name(place.name + ".model"))
     seconds = {"prepare": prepared - started, "train": trained - prepared, "test": ended - trained}
     parameters = sum(p.numel() for p in model.trained().values())
     parameters = parameters - Held(model, config.frozen).count if config.steps else 0
@@ -258,6 +263,7 @@ def _record(config: Config, arm: str, bench: Workbench, model: UniMoER) -> dict:
         "body_parameters": _body_parameters(model),
         "width": model.decoder.config.hidden_size,
         "device": device_name(bench.device),
+        "processes": parallel.world(),
         "kernels": "triton" if model.decoder.fused else "torch",
     }
 

@@ -155,7 +155,7 @@ def test_watching_changes_nothing_and_survives_in_the_log(
     model.eval()
     name = "decoder.layers.3.self_attn.o.lora_B.o_proj"
     e = gradients.task_gradient(model, data, "embedding", [0])[name]
-    loss = gradients.TASK_LOSS["embedding"](model, data, 0, gradients.PROBE_SEED)[0]
+    loss = gradients.task_loss("embedding", model, data, 0, gradients.PROBE_SEED)
     (expected,) = torch.autograd.grad(loss, [model.trained()[name]])
     torch.testing.assert_close(e, expected)
 

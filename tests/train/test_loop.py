@@ -22,15 +22,13 @@ from model.unimoer import UniMoER
 from tests.train.tiny import NOISY_MOE, TRAIN, build, tiny_config
 from train.batches import RerankingBatch, TrainingData
 from train.loop import (
-    TASK_LOSS,
     Callback,
     NonFiniteLoss,
-    embedding_loss,
     forget,
-    reranking_loss,
     routing_line,
     train,
 )
+from train.step import task_loss
 
 Parameters = dict[str, Tensor]
 
@@ -312,7 +310,7 @@ def test_only_what_is_declared_changes(tiny, tmp_path, collection, changes, unto
 
 def test_before_training_the_loss_is_the_base_s(tiny, collection):
     model, data = build(replace(tiny, **MOE, router="sparsegen", dtype="float64"), collection)
-    start = [TASK_LOSS[task](model, data, 0)[0] for task in ("embedding", "reranking")]
+    start = [task_loss(task, model, data, 0) for task in ("embedding", "reranking")]
     for b in (p for name, p in model.trained().items() if "lora_B" in name):
         assert b.abs().max() == 0
     bare, _ = build(replace(tiny, dtype="float64"), collection)
@@ -320,7 +318,7 @@ def test_before_training_the_loss_is_the_base_s(tiny, collection):
     for layer in bare.decoder.layers:
         layer.lora = None  # type: ignore[assignment]  # no expert at all
     for task, loss in zip(("embedding", "reranking"), start, strict=True):
-        bare_loss = TASK_LOSS[task](bare, data, 0)[0]
+        bare_loss = task_loss(task, bare, data, 0)
         torch.testing.assert_close(bare_loss, loss, rtol=1e-13, atol=0)
 
 
@@ -402,13 +400,13 @@ def test_a_loss_does_not_depend_on_how_its_batch_is_packed(tiny, collection, tas
             kept = ~torch.isin(torch.arange(len(documents)), known) & (scores <= scores[own] + 0.1)
             kept[own] = True
             terms.append((scores[kept] / 0.02).logsumexp(0) - scores[own] / 0.02)
-        found = embedding_loss(model, data, 1)[0]
+        found = task_loss("embedding", model, data, 1)
     else:
         rows, texts = data.reranking(1), data.reranking_texts
         one = [model.score(texts.batch([i], model.device, model.dtype)[0])[0] for i in rows.pairs]
         groups = torch.cat(one).view(-1, 3)
         terms = [group.logsumexp(0) - group[0] for group in groups]
-        found = reranking_loss(model, data, 1)[0]
+        found = task_loss("reranking", model, data, 1)
     torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-10, atol=1e-12)
     used = rows.pairs if isinstance(rows, RerankingBatch) else rows.queries + rows.documents
     lengths = [texts.lengths[i] for i in used]

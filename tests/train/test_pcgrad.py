@@ -1,11 +1,12 @@
 """PCGrad against its closed form, and in the training loop."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.train.tiny import build, tiny_config
 from train import pcgrad
@@ -35,7 +36,7 @@ def test_all_tensors_are_one_vector() -> None:
 def test_backward() -> None:
     x, y = nn.Parameter(torch.tensor([0.0, 0.0])), nn.Parameter(torch.tensor(1.0))
     losses = {"a": x[0] * y, "b": x[1] - x[0]}
-    pcgrad.backward(losses, 3 * y, [x, y])
+    pcgrad.backward(losses, 3 * y, [x, y], partial(Tensor.backward, retain_graph=True))
     # a: (1, 0 | 0), b: (-1, 1 | 0); projected and summed (0.5, 1.5); the rest reaches y as it is
     assert x.grad is not None and x.grad.tolist() == [0.5, 1.5]
     assert y.grad is not None and y.grad.item() == 3

@@ -1,0 +1,156 @@
+"""Several processes with one model each: who this one is, and what they tell one another.
+
+`torchrun` starts them and says so in the environment; `join` reads it. In a process that has not
+joined others, and inside `alone`, there is one process of rank 0 and everything here is a no-op.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Of one wait for the others. Rank 0 alone looks into trained models and writes reports meanwhile;
+# that a process is gone is seen at once by its closed connection, and by torchrun.
+PATIENCE = timedelta(hours=6)
+_alone = False
+
+
+class LostProcess(RuntimeError):
+    """Another process of the job is gone, so this one cannot go on."""
+
+
+def join(device: str) -> str:
+    """Take part in the job that `torchrun` started, if there is one; the device of this process.
+
+    Cards speak through NCCL, each process has the card of its LOCAL_RANK; processors through gloo.
+
+    Raises:
+        ValueError: there are more processes than cards on this machine.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    on_card = device.startswith("cuda")
+    if on_card:
+        local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= cards:
+            raise ValueError(
+                f"process {local} of this machine has no card of its own, there are {cards}: "
+                f"start torchrun with --nproc-per-node {cards} or fewer"
+            )
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if on_card else "gloo", timeout=PATIENCE)
+    return device
+
+
+def leave() -> None:
+    """The end of the job for this process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+
+
+def rank() -> int:
+    """Which of them this is; 0 writes the files."""
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What runs in here knows of no other process: for what rank 0 does while others `wait`."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+@contextmanager
+def first() -> Iterator[None]:
+    """Rank 0 runs this before the others do: it makes the files that they then find."""
+    if rank() > 0:
+        wait()
+    yield
+    if rank() == 0:
+        wait()
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcess(
+            f"rank {rank()} of {world()} lost another process of the job ({error}). Look for that "
+            "one's own error; the same command goes on from the last checkpoint"
+        ) from error
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if world() > 1:
+        with _talking():
+            dist.barrier()
+
+
+def gather(rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The rows of every process, by rank; without gradients.
+
+    Args:
+        rows: (counts[rank], ...), the same shape but for the first dimension everywhere.
+        counts: of each process, which all of them know.
+    """
+    rows = rows.detach()
+    if world() == 1:
+        return [rows]
+    most = max(counts)
+    mine = rows.new_zeros(most, *rows.shape[1:])
+    mine[: len(rows)] = rows
+    found = [torch.empty_like(mine) for _ in counts]
+    with _talking():
+        dist.all_gather(found, mine)
+    return [of[:count] for of, count in zip(found, counts, strict=True)]
+
+
+@torch.no_grad()
+def add(tensors: Sequence[Tensor]) -> None:
+    """Put the sum over all processes into each tensor; one message for each dtype."""
+    if world() == 1:
+        return
+    for dtype in sorted({t.dtype for t in tensors}, key=str):
+        some = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.flatten() for t in some])
+        with _talking():
+            dist.all_reduce(flat)
+        for t, summed in zip(some, flat.split([t.numel() for t in some]), strict=True):
+            t.copy_(summed.view_as(t))
+
+
+def together(rows: Tensor, device: torch.device) -> Tensor:
+    """The sum over all processes, on the CPU: each has filled in its own rows and left zeros."""
+    if world() == 1:
+        return rows
+    there = rows.to(device)
+    add([there])
+    return there.cpu()
+
+
+@torch.no_grad()
+def require_same(value: float, what: str) -> None:
+    """Raise ValueError unless every process has this value (float64, so integers below 2^53)."""
+    if world() == 1:
+        return
+    mine = torch.tensor([value], dtype=torch.float64)
+    mine = mine.cuda() if dist.get_backend() == "nccl" else mine
+    found = [v.item() for v in gather(mine, [1] * world())]
+    if len(set(found)) > 1:
+        raise ValueError(f"{what} is {found} in the processes of this job, expected one value")

@@ -1,0 +1,129 @@
+"""Several processes through torchrun, over gloo: the losses, parameters and scores of one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import run
+from model import parallel
+from model.prefix import TextSet
+from train import step
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {
+    "steps": 4, "dtype": "float64", "prefix": False, "train_queries": 0, "embedding_batch": 6,
+    "reranking_batch": 3, "checkpoint_every": 2, "lora_dropout": 0.0,
+}  # fmt: skip
+
+
+def words(base: Path, data: Path, runs: Path, **changes) -> list[str]:
+    """Arguments of `python -m run` for one trial of Joint-MoE."""
+    made = ["run", "kill_gate", "--scale", "smoke", "--seeds", "1", "--arms", "joint-moe"]
+    made += ["--base", str(base), "--data", str(data), "--runs", str(runs), "--device", "cpu"]
+    for name, value in {**SETTINGS, **changes}.items():
+        made += ["--set", f"{name}={json.dumps(value)}"]
+    return made
+
+
+def launch(processes: int, arguments: list[str]) -> subprocess.Popen:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", str(processes), "-m", "run", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(torchrun, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def found(runs: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The only trial's result and parameters."""
+    (path,) = runs.glob("kill_gate/*/joint-moe/seed0.json")
+    folder = path.with_suffix(".model")
+    tensors = load_file(folder / "adapters.safetensors") | load_file(folder / "heads.safetensors")
+    return json.loads(path.read_text()), tensors
+
+
+def assert_alike(one: Path, other: Path) -> None:
+    (first, tensors), (second, others) = found(one), found(other)
+    for line, again in zip(first["curve"], second["curve"], strict=True):
+        for key in ("loss_embedding", "loss_reranking", "loss_balance", "gradient_norm"):
+            assert again[key] == pytest.approx(line[key], rel=1e-8), (line["step"], key)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(others[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
+    assert second["scores"] == first["scores"]
+
+
+@pytest.fixture(scope="module")
+def single(tiny_base: Path, tiny_data: Path, tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("single")
+    assert run.main(words(tiny_base, tiny_data, runs)) == 0
+    return runs
+
+
+@pytest.mark.parametrize(("processes", "tokens"), [(2, 0), (4, 30)])
+def test_processes_train_like_one(tiny_base, tiny_data, tmp_path, single, processes, tokens):
+    """Also with gradients in parts (tokens > 0), which the config says."""
+    arguments = words(tiny_base, tiny_data, tmp_path, cached_tokens=tokens)
+    job = launch(processes, arguments)
+    output = job.communicate(timeout=300)[0]
+    assert job.returncode == 0, output
+    assert output.count("joint-moe seed 0 ") == 1  # rank 0 speaks for all
+    assert found(tmp_path)[0]["processes"] == processes
+    assert_alike(single, tmp_path)
+
+
+def workers(job: subprocess.Popen) -> list[int]:
+    """Process ids of the job's workers."""
+    listed = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    return [int(pid) for pid in listed]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the workers through /proc")
+def test_a_killed_process_ends_the_job_and_one_process_finishes_it(tiny_base, tiny_data, tmp_path):
+    steps = {"steps": 60, "checkpoint_every": 1}
+    job = launch(2, words(tiny_base, tiny_data, tmp_path / "runs", **steps))
+    log = tmp_path / "runs/kill_gate"
+    deadline = time.monotonic() + 200
+    while not any(log.glob("*/joint-moe/seed0.checkpoint/*")) and time.monotonic() < deadline:
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.02)
+    os.kill(workers(job)[-1], signal.SIGKILL)
+    output = job.communicate(timeout=100)[0]
+    assert job.returncode != 0
+    assert "lost another process of the job" in output or "SIGKILL" in output
+    assert not any(log.glob("*/joint-moe/seed0.json")), "it was to be killed amid its steps"
+    assert run.main(words(tiny_base, tiny_data, tmp_path / "runs", **steps)) == 0
+    assert run.main(words(tiny_base, tiny_data, tmp_path / "whole", **steps)) == 0
+    assert_alike(tmp_path / "whole", tmp_path / "runs")
+
+
+def test_one_process_needs_no_job(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert parallel.join("cpu") == "cpu"
+    assert (parallel.rank(), parallel.world()) == (0, 1)
+    rows = torch.ones(2, 3)
+    assert parallel.gather(rows, [2])[0] is not None
+    parallel.add([rows])
+    assert torch.equal(rows, torch.ones(2, 3))
+    parallel.wait()
+    with parallel.first(), parallel.alone():
+        pass
+
+
+def test_more_processes_than_cards(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="process 2 .* no card of its own, there are 2"):
+        parallel.join("cuda")
+
+
+def test_a_batch_smaller_than_the_job(monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: 40)
+    with pytest.raises(ValueError, match="embedding micro-batch has 2 texts for 40 processes"):
+        step.Work("embedding", TextSet([[1], [2]]), [0, 1], torch.sum, ["q"])

@@ -1,0 +1,211 @@
+"""One micro-batch of a task: its texts through the model, in parts if need be, and its loss.
+
+A loss over a whole micro-batch (in-batch negatives, load balance) needs the vectors of all texts
+but the activations of few: GradCache (arXiv 2101.06983) runs the parts without a graph, takes the
+gradient of the loss by their outputs, and runs each part again to carry it on. Over several
+processes the same holds with the part that each process has: all of them see the outputs of all,
+each carries on the gradient of its own, and the sum of what they find is the gradient.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kernels.info_nce import info_nce
+from model import parallel
+from model.packed import Part
+from model.prefix import TextSet
+from model.unimoer import UniMoER
+from train import losses
+from train.batches import TrainingData
+
+
+@dataclass(frozen=True)
+class Work:
+    """A micro-batch that is to be done.
+
+    indices: of its texts in the set. loss: rows of the texts, in that order -> scalar.
+    ids: of the queries, for messages.
+    """
+
+    task: str
+    texts: TextSet
+    indices: list[int]
+    loss: Callable[[Tensor], Tensor]
+    ids: list[str]
+
+    def __post_init__(self):
+        if len(self.indices) < parallel.world():
+            raise ValueError(
+                f"the {self.task} micro-batch has {len(self.indices)} texts for "
+                f"{parallel.world()} processes: raise {self.task}_batch, or start fewer"
+            )
+
+
+def embedding(data: TrainingData, step: int, seed: int | None = None) -> Work:
+    """InfoNCE of the step's queries and documents. seed: of the order, if not the config's."""
+    rows, c = data.embedding(step, seed), data.config
+    queries = len(rows.queries)
+
+    def loss(vectors: Tensor) -> Tensor:
+        return info_nce(
+            vectors[:queries],
+            vectors[queries:],
+            rows.positive.to(vectors.device),
+            rows.relevant.to(vectors.device),
+            c.temperature,
+            c.false_negative_margin,
+        )
+
+    return Work("embedding", data.embedding_texts, rows.queries + rows.documents, loss, rows.ids)
+
+
+def reranking(data: TrainingData, step: int, seed: int | None = None) -> Work:
+    """Listwise or pointwise loss of the step's pairs. seed: as above."""
+    rows = data.reranking(step, seed)
+
+    def loss(scores: Tensor) -> Tensor:
+        return losses.RERANKING[data.config.reranking_loss](scores.view(-1, rows.size))
+
+    return Work("reranking", data.reranking_texts, rows.pairs, loss, rows.ids)
+
+
+WORK = {"embedding": embedding, "reranking": reranking}
+
+
+def task_loss(
+    task: str, model: UniMoER, data: TrainingData, step: int, seed: int | None = None
+) -> Tensor:
+    """The loss of a task's micro-batch of a step, with its graph."""
+    work = WORK[task](data, step, seed)
+    return work.loss(run(model, work).rows)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the model made of a micro-batch.
+
+    rows: vectors (n, D) or scores (n,), in the order of the work's indices. routing: weights (n, E)
+    of each routed layer, or of all tokens where they are routed, in some order. penalties: of the
+    routers that have one, (n,). carry: finishes a backward pass that has reached these.
+    """
+
+    rows: Tensor
+    routing: list[Tensor]
+    penalties: list[Tensor]
+    carry: Callable[[], None]
+
+
+def run(model: UniMoER, work: Work, cached_tokens: int = 0) -> Made:
+    """The whole micro-batch through the model, this process's share of it with gradients.
+
+    Every text draws the router noise that it would draw in one piece, so only rounding tells how
+    many parts or processes there were. (Not so with dropout of the experts' inputs: its masks are
+    replayed, but each part has its own.)
+
+    Args:
+        cached_tokens: GradCache, in parts of at most so many tokens (or one text); 0: one part.
+    """
+    device, world, rank = model.device, parallel.world(), parallel.rank()
+    lengths = [work.texts.lengths[i] for i in work.indices]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    sizes = [lengths[i] for i in order]
+    # By turns, so that every process has nearly as many tokens as the others.
+    shares = [list(range(r, len(order), world)) for r in range(world)]
+    parts = _cut(shares[rank], sizes, cached_tokens)
+    random, cached = _RandomState(model, work, rank), len(parts) > 1
+
+    def forward(number: int) -> list[Tensor]:
+        """Of one part: rows, routing weights, penalties."""
+        chosen = [work.indices[order[i]] for i in parts[number]]
+        batch, states = work.texts.batch(chosen, device, model.dtype)
+        if cached or world > 1:
+            batch = replace(batch, part=Part.of(sizes, parts[number], device))
+            random.restore(number)
+        made, routing = (model.embed if work.task == "embedding" else model.score)(batch, states)
+        penalties = [r.penalty for r in model.routers().values() if r.penalty is not None]
+        return [made, *routing, *penalties]
+
+    with torch.set_grad_enabled(not cached):
+        found = [forward(number) for number in range(len(parts))]
+    layers = len(found[0]) - 1 - sum(r.penalty is not None for r in model.routers().values())
+    mine = [torch.cat(of) if cached else of[0] for of in zip(*found, strict=True)]
+    if cached:
+        mine = [output.requires_grad_() for output in mine]
+
+    def carry() -> None:
+        """Run each part again, now with a graph, and send its share of the gradients through."""
+        if not cached or all(output.grad is None for output in mine):
+            return
+        at = [0] * len(mine)
+        for number in range(len(parts)):
+            outputs, grads = [], []
+            for k, output in enumerate(forward(number)):
+                grad = mine[k].grad
+                if grad is not None and output.requires_grad:
+                    outputs.append(output)
+                    grads.append(grad[at[k] : at[k] + len(output)])
+                at[k] += len(output)
+            torch.autograd.backward(outputs, grads)
+        for output in mine:
+            output.grad = None
+
+    # In texts, or in tokens where these are routed.
+    texts = [len(share) for share in shares]
+    router = model.config.router
+    per_token = router is not None and router.per_token
+    rows = [sum(sizes[i] for i in share) for share in shares] if per_token else texts
+    whole = [_all(output, rows if k else texts) for k, output in enumerate(mine)]
+    back = torch.empty(len(order), dtype=torch.int64)
+    back[[order[i] for share in shares for i in share]] = torch.arange(len(order))
+    return Made(whole[0][back.to(device)], whole[1 : 1 + layers], whole[1 + layers :], carry)
+
+
+def _cut(share: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """A share in parts of at most `budget` tokens, or one text; 0: in one part."""
+    parts, tokens = [[]], 0
+    for i in share:
+        if budget and parts[-1] and tokens + sizes[i] > budget:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(i)
+        tokens += sizes[i]
+    return parts
+
+
+def _all(mine: Tensor, counts: list[int]) -> Tensor:
+    """The rows of every process, by rank, with gradients for those of this one."""
+    if len(counts) == 1:
+        return mine
+    found = parallel.gather(mine, counts)
+    found[parallel.rank()] = mine
+    return torch.cat(found)
+
+
+class _RandomState:
+    """The random numbers of a micro-batch: each part draws what all of them would draw together.
+
+    With dropout of the experts' inputs, which is drawn by part, each part has a seed of its own.
+    """
+
+    def __init__(self, model: UniMoER, work: Work, rank: int):
+        self.device = model.device
+        self.state = torch.get_rng_state()
+        self.on_card = None
+        if self.device.type == "cuda":
+            self.on_card = torch.cuda.get_rng_state(self.device)
+        lora = model.config.lora
+        self.dropout = lora is not None and lora.dropout > 0
+        self.name = f"{torch.initial_seed()} {work.task} {rank}"
+
+    def restore(self, number: int) -> None:
+        if self.dropout:
+            digest = hashlib.sha256(f"{self.name} {number}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+            return
+        torch.set_rng_state(self.state)
+        if self.on_card is not None:
+            torch.cuda.set_rng_state(self.on_card, self.device)
