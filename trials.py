@@ -82,6 +82,7 @@ class Config:
     pcgrad: bool = False  # drop from each task's gradient what conflicts with the other's
     # GradCache: how many tokens' activations are kept at once, 0 for a whole micro-batch
     cached_tokens: int = 0
+    shard: bool = False  # of several processes each keeps a share of the base's weights (FSDP2)
     checkpoint_every: int = 50
 
     # Measured how

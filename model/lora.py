@@ -106,6 +106,7 @@ class LinearGroup(nn.Module):
             self.lora_A[name] = nn.Parameter(torch.empty(rank, in_features, dtype=master))
             self.lora_B[name] = nn.Parameter(torch.zeros(outs[name], rank, dtype=master))
         self.dropped = False  # by `drop_masters`
+        self.sharded = False  # by `model.sharding`, which then renews the borders
         self._copied: tuple | None = None
         self._stepped = False  # whether an optimizer may have run since that copy
         if rank:
@@ -130,6 +131,17 @@ class LinearGroup(nn.Module):
     def _masters(self) -> list[Tensor]:
         return [p for name in self.lora_A for p in (self.lora_A[name], self.lora_B[name])]
 
+    def borders(self) -> list[tuple[slice, slice, Tensor]]:
+        """Rows and columns of M, and the master that is copied there."""
+        found, rank = [], self.layout.rank
+        for name in self.adapted_names:
+            at = self._linear(name)
+            a_rows = slice(at.rank_rows.start, at.rank_rows.start + rank)
+            b_cols = slice(at.spare.start, at.spare.start + rank)
+            found.append((a_rows, self.layout.x, self.lora_A[name]))
+            found.append((at.rows, b_cols, self.lora_B[name]))
+        return found
+
     @torch.no_grad()
     def _copy_masters(self, masters: list[Tensor], always: bool) -> None:
         """Renew the borders of M where the masters were written since the last copy.
@@ -144,13 +156,8 @@ class LinearGroup(nn.Module):
         # Fused optimizers write without raising the version, so copy after every backward. Then the
         # values may well be the same, and graphs that wait for theirs must not be told otherwise.
         bordered = self.bordered.data if same else self.bordered
-        rank = self.layout.rank
-        for name in self.adapted_names:
-            at = self._linear(name)
-            a_rows = slice(at.rank_rows.start, at.rank_rows.start + rank)
-            bordered[a_rows, self.layout.x].copy_(self.lora_A[name])
-            b_cols = slice(at.spare.start, at.spare.start + rank)
-            bordered[at.rows, b_cols].copy_(self.lora_B[name])
+        for rows, columns, master in self.borders():
+            bordered[rows, columns].copy_(master)
         self._copied, self._stepped = state, False
 
     def drop_masters(self) -> None:
@@ -217,7 +224,7 @@ class LinearGroup(nn.Module):
 
     def _renewed(self) -> list[Tensor]:
         masters = self._masters()
-        if not self.dropped:
+        if not self.dropped and not self.sharded:
             self._copy_masters(masters, always=not torch.is_grad_enabled())
         return masters
 

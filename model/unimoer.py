@@ -186,17 +186,20 @@ class UniMoER(nn.Module):
         training = self.training
         self.eval()
         batches = token_batches(texts.lengths, budget or self._budget(4096))
-        if shared:
-            batches = batches[parallel.rank() :: parallel.world()]
+        rank, world = (parallel.rank(), parallel.world()) if shared else (0, 1)
         bar = tqdm(
-            total=sum(texts.lengths[i] for batch in batches for i in batch),
-            unit="token", desc=title, disable=not progress or parallel.rank() > 0, leave=False,
+            total=sum(texts.lengths), unit="token", desc=title, disable=not progress or rank > 0,
+            leave=False,
         )  # fmt: skip
         try:
-            for indices in batches:
+            for turn in range(0, len(batches), world):
+                # Where no batch is left, the last one again: shards need as many passes everywhere.
+                indices = batches[min(turn + rank, len(batches) - 1)]
                 batch, states = texts.batch(indices, self.device, self.dtype)
-                yield indices, step(batch, states, base)[0].cpu()
-                bar.update(sum(batch.lengths))
+                rows = step(batch, states, base)[0].cpu()
+                if turn + rank < len(batches):
+                    yield indices, rows
+                bar.update(sum(texts.lengths[i] for of in batches[turn : turn + world] for i in of))
         finally:
             bar.close()
             self.train(training)

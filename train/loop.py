@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from model import parallel, weights
+from model import parallel, sharding, weights
 from model.router import NOT_LEARNED
 from model.unimoer import UniMoER
 from train import losses, pcgrad
@@ -91,6 +91,7 @@ def train(
     seed = config.seed + config.seed_offset
     log_path, folder = _log_path(place), _checkpoint_folder(place)
     start, log = _resume(model, optimizer, parameters, config, folder, log_path)
+    sharding.renew(model.decoder)
     parallel.require_same(start, f"the step of {folder}, which must lie on a disk that all share,")
     log_path.parent.mkdir(parents=True, exist_ok=True)
     model.train()
@@ -150,6 +151,7 @@ def train(
                 )
             optimizer.step()
             held.restore()
+            sharding.renew(model.decoder)
             if callback is not None:
                 with parallel.alone():  # what it measures is not to be shared out
                     callback(step, line)

@@ -115,19 +115,21 @@ def run(model: UniMoER, work: Work, cached_tokens: int = 0) -> Made:
     sizes = [lengths[i] for i in order]
     # By turns, so that every process has nearly as many tokens as the others.
     shares = [list(range(r, len(order), world)) for r in range(world)]
-    parts = _cut(shares[rank], sizes, cached_tokens)
+    parts = _alike([_cut(share, sizes, cached_tokens) for share in shares])[rank]
     random, cached = _RandomState(model, work, rank), len(parts) > 1
 
     def forward(number: int) -> list[Tensor]:
         """Of one part: rows, routing weights, penalties."""
-        chosen = [work.indices[order[i]] for i in parts[number]]
+        part = parts[number] or shares[rank][:1]
+        chosen = [work.indices[order[i]] for i in part]
         batch, states = work.texts.batch(chosen, device, model.dtype)
         if cached or world > 1:
-            batch = replace(batch, part=Part.of(sizes, parts[number], device))
+            batch = replace(batch, part=Part.of(sizes, part, device))
             random.restore(number)
         made, routing = (model.embed if work.task == "embedding" else model.score)(batch, states)
         penalties = [r.penalty for r in model.routers().values() if r.penalty is not None]
-        return [made, *routing, *penalties]
+        outputs = [made, *routing, *penalties]
+        return outputs if parts[number] else [output[:0] for output in outputs]
 
     with torch.set_grad_enabled(not cached):
         found = [forward(number) for number in range(len(parts))]
@@ -173,6 +175,20 @@ def _cut(share: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[i
             tokens = 0
         parts[-1].append(i)
         tokens += sizes[i]
+    return parts
+
+
+def _alike(parts: list[list[list[int]]]) -> list[list[list[int]]]:
+    """The parts of every process, split further until all have as many: shards of the base
+    (`model.sharding`) need the same number of passes everywhere."""
+    most = max(len(of) for of in parts)
+    for of in parts:
+        while len(of) < most:
+            at = max(range(len(of)), key=lambda i: len(of[i]))
+            longest = of.pop(at)
+            half = len(longest) // 2
+            # A share may lack the last text of others': an empty part is a pass for nothing.
+            of[at:at] = [longest[:half], longest[half:]] if half else [longest, longest[:0]]
     return parts
 
 

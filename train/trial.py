@@ -18,11 +18,12 @@ from tqdm import tqdm
 from eval.collections import Collection, load
 from eval.machine import device_name, peak_bytes
 from eval.protocol import EvaluationSet
-from model import parallel
-from model.lora import LoRAConfig
+from model import parallel, sharding
+from model.lora import LinearGroup, LoRAConfig
 from model.prefix import TextSet, prefix_states
 from model.router import SIMILARITY, RouterConfig
 from model.tokens import Prompts
+from model.transformer import RMSNorm
 from model.unimoer import ModelConfig, UniMoER
 from train.batches import TrainingData
 from train.loop import Callback, train
@@ -114,7 +115,10 @@ class Workbench:
 
     def model(self, config: Config) -> UniMoER:
         seed = config.seed + config.seed_offset
-        return UniMoER(model_config(config), self.device, seed, self.kernels)
+        made = UniMoER(model_config(config), self.device, seed, self.kernels)
+        if config.shard:
+            sharding.shard(made.decoder)
+        return made
 
     def states(self, model: UniMoER, config: Config) -> Callable[[list[list[int]], str], TextSet]:
         """Turns token ids into a TextSet, with prefix states where the config wants them."""
@@ -178,6 +182,7 @@ def run_trial(
     started = time.perf_counter()
     model = bench.model(config)
     merged = begin(model, config, place)
+    sharding.renew(model.decoder)
     log, prepared = [], time.perf_counter()
     if config.steps:
         data = TrainingData(bench.collection, model.tokenizer, config, bench.states(model, config))
@@ -288,8 +293,10 @@ def sources() -> str:
 
 def _body_parameters(model: UniMoER) -> int:
     """Of the base, the embeddings left out."""
-    weights = model.decoder.named_weights().items()
-    return sum(t.numel() for name, t in weights if "embed_tokens" not in name)
+    modules = list(model.decoder.modules())
+    groups = (m.layout for m in modules if isinstance(m, LinearGroup))
+    norms = sum(m.weight.numel() for m in modules if isinstance(m, RMSNorm))
+    return norms + sum(g.in_features * g.out_features for g in groups)
 
 
 def _trim_heap() -> None:

@@ -65,10 +65,13 @@ def single(tiny_base: Path, tiny_data: Path, tmp_path_factory) -> Path:
     return runs
 
 
-@pytest.mark.parametrize(("processes", "tokens"), [(2, 0), (4, 30)])
-def test_processes_train_like_one(tiny_base, tiny_data, tmp_path, single, processes, tokens):
-    """Also with gradients in parts (tokens > 0), which the config says."""
-    arguments = words(tiny_base, tiny_data, tmp_path, cached_tokens=tokens)
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [(2, {}), (2, {"shard": True, "cached_tokens": 30}), (4, {"cached_tokens": 30})],
+)
+def test_processes_train_like_one(tiny_base, tiny_data, tmp_path, single, processes, changes):
+    """Also with gradients in parts (`cached_tokens`) and with the base in shards."""
+    arguments = words(tiny_base, tiny_data, tmp_path, **changes)
     job = launch(processes, arguments)
     output = job.communicate(timeout=300)[0]
     assert job.returncode == 0, output

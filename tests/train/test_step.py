@@ -151,3 +151,12 @@ def test_parts_keep_to_the_budget():
     assert step._cut([0, 1, 2, 3, 4], sizes, 0) == [[0, 1, 2, 3, 4]]
     assert step._cut([0, 1, 2, 3, 4], sizes, 12) == [[0, 1, 2], [3], [4]]
     assert step._cut([0, 2, 4], sizes, 8) == [[0, 2], [4]]
+
+
+def test_every_process_has_as_many_parts():
+    """Four against two against one of a single text, which gets empty ones."""
+    parts = step._alike([[[0, 3], [6], [9], [12]], [[1, 4, 7], [10]], [[2]]])
+    assert parts[0] == [[0, 3], [6], [9], [12]]
+    assert [len(of) for of in parts] == [4, 4, 4]
+    assert [sum(of, []) for of in parts[1:]] == [[1, 4, 7, 10], [2]]
+    assert parts[2].count([]) == 3
