@@ -29,8 +29,8 @@ PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check --no-input \
 SETTING = $(if $(SCALE),--scale $(SCALE)) $(if $(BASE),--base '$(BASE)') $(if $(DATA),--data '$(DATA)')
 TRIALS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ARMS),--arms $(ARMS)) \
   $(if $(CONTROLS),--controls) $(if $(AA),--aa) $(if $(RUNS),--runs '$(RUNS)')
-TORCHRUN = $(if $(PROCESSES),torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m)
-STUDY = $(PY) -m $(TORCHRUN) run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS))
+TORCHRUN = torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m
+STUDY = $(PY) -m $(if $(PROCESSES),$(TORCHRUN) )run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS))
 
 help:  ## List the targets
 	@echo 'make TARGET [VARIABLE=value ...]'

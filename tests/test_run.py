@@ -45,7 +45,7 @@ FIELDS = {
 }
 RESULT = {
     "schema", "arm", "seed", "config", "base", "data", "git", "sources", "versions", "device",
-    "kernels", "seconds", "peak_bytes", "body_parameters", "width",
+    "kernels", "processes", "seconds", "peak_bytes", "body_parameters", "width",
 }  # fmt: skip
 
 
