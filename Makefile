@@ -1,10 +1,11 @@
 # Every command a user types. Each target first sets up what it needs and is fast once that is done.
 #
 #   SCALE=smoke|small|full  BASE=hub id or folder  DATA=name or folder  SEEDS=  ARMS=  CONTROLS=1  AA=1
-#   ARGS=          more arguments for pytest (test, test-gpu), bench, eval, rag and gpu-all
+#   ARGS=          more arguments for pytest (test, test-gpu), bench, plan, eval, rag and gpu-all
 #   RUNS=          where trials go; runs/ if not given
 #   PROCESSES=n    n processes, each with a card of its own (or a share of the CPU); docs/cluster.md
 #   BENCH= MODEL= TASKS= BENCHMARK=  for eval, MODEL= for rag
+#   PRICE=         for plan: dollars an hour, "t4=0.2 h100=2"
 #   EXPERIMENT=    for report: one alone   LATEX=1  its tables as tables.tex too
 #   PYTHON=path    use this environment and install nothing (container, cluster, no network)
 #   TORCH=cpu      install PyTorch's CPU build instead of PyPI's CUDA build
@@ -12,7 +13,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup base kill-gate scale-study gradient-conflict soft-vs-hard routing \
-  representation probing transfer rank-sweep remedies study sweep eval rag bench bench-model kernels-report gpu-all report \
+  representation probing transfer rank-sweep remedies study sweep eval rag bench bench-model plan kernels-report gpu-all report \
   test test-gpu lint format clean
 
 ifdef PYTHON
@@ -93,6 +94,10 @@ bench: $(DEV) base  ## Measure speed and memory on this machine against the know
 
 bench-model: $(DEV)  ## Predict the same for T4, A100 and H100 from bytes and operations (no GPU needed)
 	$(PY) -m bench.model
+
+# Predicted, so it fetches no base; on a card, with BASE=, a minute of the real step is held beside it.
+plan: $(DEV)  ## Hours, memory and cost of the kill gate (SCALE=full DATA=msmarco if not given) on five cards
+	$(PY) -m bench.plan $(strip $(SETTING) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(PRICE),--price $(PRICE)) $(ARGS))
 
 kernels-report: $(DEV)  ## Compile every kernel for T4, A100 and H100 and read its code (no GPU needed)
 	$(PY) -m bench.compiled

@@ -1,8 +1,8 @@
 """`python -m bench`: what this machine can show, as tables and one JSON file.
 
-On a CPU: encoding and training beside the known libraries, the bordered weight beside addmm, and
-two models beside one. On a card: two models beside one, the whole model in four designs, and every
-kernel beside its twins, in the real shapes with random weights; then the libraries as well.
+On a CPU: encoding, reranking and training beside the known libraries, the bordered weight beside
+addmm, and two models beside one. On a card: two models beside one, the whole model in four designs,
+and every kernel beside its twins, in the real shapes with random weights; then the libraries too.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from analysis.figures import table
-from bench import designs, encoding, ops, serving, timing, training
+from bench import designs, encoding, ops, reranking, serving, timing, training
 from bench.serving import PAIR
 from bench.shapes import SHAPES
 from eval.files import write_text
@@ -109,6 +109,7 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "designs": ("The whole model in four designs", designs_table),
     "ops": ("The kernels", ops_table),
     "encoding": ("Encoding", rivals_table),
+    "reranking": ("Reranking", rivals_table),
     "training": ("Training", rivals_table),
     "bordered": ("The bordered weight on a CPU", rivals_table),
 }
@@ -119,8 +120,10 @@ Part = tuple[str, str, Callable[[], list[dict]]]  # section, what it measures, h
 def parts(bench: Workbench, base: str, rounds: int) -> list[Part]:
     """What is measured, in order of value."""
     device = bench.device
+    pairs = 40 if device == "cpu" else 640
     libraries: list[Part] = [
         ("encoding", "encoding", lambda: encoding.run(bench, base, rounds=rounds)),
+        ("reranking", "reranking", lambda: reranking.run(bench, base, count=pairs, rounds=rounds)),
         ("training", "training", lambda: training.run(bench, base, rounds=rounds)),
     ]
     if device == "cpu":
@@ -201,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--base", default=bases.DEFAULT, help="a known name, hub id or folder")
     parser.add_argument("--data", default="stdlib", help="where the texts come from")
     parser.add_argument("--rounds", type=int, default=0, help="0: 3 on a CPU, 10 on a card")
-    parser.add_argument("--minutes", type=float, default=8, help="no part begins after that")
+    parser.add_argument("--minutes", type=float, default=10, help="no part begins after that")
     parser.add_argument("--only", nargs="*", default=[], choices=list(TABLES), help="sections")
     given = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,5 +1,7 @@
 """The shapes that are measured: Hugging Face's config.json of each base, without its weights."""
 
+from pathlib import Path
+
 from model.config import DecoderConfig
 
 
@@ -15,6 +17,30 @@ SHAPES = {
     "qwen3-8b": _qwen3(4096, 12288, 36, 32, False),
     "mistral-7b": DecoderConfig("mistral", 4096, 14336, 32, 32, 8, 128, 32768, 1e-5, 1e6, False),
 }
+
+HUB = {  # hub id -> its shape
+    "Qwen/Qwen3-0.6B-Base": "qwen3-0.6b",
+    "Qwen/Qwen3-1.7B-Base": "qwen3-1.7b",
+    "Qwen/Qwen3-4B-Base": "qwen3-4b",
+    "Qwen/Qwen3-8B-Base": "qwen3-8b",
+    "mistralai/Mistral-7B-v0.3": "mistral-7b",
+}
+
+
+def shape_of(base: str) -> DecoderConfig:
+    """The shape of a base of the study, by its hub id or a name above, or of a local folder.
+
+    Raises:
+        ValueError: neither; nothing is downloaded.
+    """
+    if (name := HUB.get(base, base)) in SHAPES:
+        return SHAPES[name]
+    if not (Path(base) / "config.json").is_file():
+        raise ValueError(
+            f"base {base!r}: its shape is not known; expected one of {', '.join([*SHAPES, *HUB])}, "
+            "or a folder with the config.json of another"
+        )
+    return DecoderConfig.read(Path(base))
 
 
 def parameters(shape: DecoderConfig) -> int:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import encoding, timing, training
+from bench import encoding, reranking, timing, training
+from model.heads import LinearScore
 from model.unimoer import UniMoER
 from tests.train.tiny import write_collection
 from train.trial import Workbench
@@ -71,6 +72,56 @@ def test_an_encoder_that_does_something_else_is_refused(base, bench, monkeypatch
     monkeypatch.setattr(UniMoER, "encode_document", lambda self, texts: right(self, texts).flip(1))
     with pytest.raises(ValueError, match="the two encoders disagree: smallest cosine"):
         encoding.run(bench, str(base), layers=2, count=12, tokens=64, **SMALL)
+
+
+def test_reranking(base, bench):
+    """A row of both sides on the same pairs, the rival at its best batch."""
+    [row] = reranking.run(bench, str(base), layers=2, count=12, tokens=128, **SMALL)
+    model = UniMoER(reranking.config(str(base), 2, "float32", 128))
+    pairs = reranking.mixed_pairs(bench.collection, model, 12, 128)
+    lengths = [len(ids) for ids in model.tokenizer.pairs(pairs)]
+    assert len(pairs) == row["pairs"] == 12 and row["what"] == "rerank 12 mixed pairs, 2 layers"
+    assert row["tokens"] == sum(lengths) and len(set(lengths)) > 3 and max(lengths) <= 128
+    assert row["by_batch"].keys() == {str(batch) for batch in reranking.BATCHES["cpu"]}
+    best = max(row["by_batch"], key=lambda batch: row["by_batch"][batch]["median"])
+    assert row["against"] == f"sentence-transformers' CrossEncoder, batch {best}"
+
+
+def test_the_rival_scores_as_we_do(base, bench):
+    """Ours against the library's logits, padded and alone, at a head whose bias counts."""
+    model = UniMoER(reranking.config(str(base), 2, "float32", 128), seed=3)
+    assert isinstance(model.head, LinearScore)
+    with torch.no_grad():
+        model.head.linear.bias.fill_(0.7)
+    pairs = reranking.mixed_pairs(bench.collection, model, 12, 128)
+    texts = [reranking.halves(pair, model) for pair in pairs]
+    assert ["".join(pair) for pair in texts] == [
+        f"Query: {query}\nDocument: {document}<|endoftext|>" for query, document in pairs
+    ]
+    rival = reranking.cross_encoder(model, base, 2, 128)
+    for batch in (1, 12):
+        theirs = rival.predict(texts, batch_size=batch, convert_to_tensor=True)
+        torch.testing.assert_close(model.predict(pairs), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reranker_that_does_something_else_is_refused(base, bench, monkeypatch):
+    small = {"layers": 2, "count": 12, "tokens": 128, **SMALL}
+    right = UniMoER.score_all
+    monkeypatch.setattr(UniMoER, "score_all", lambda self, texts: right(self, texts).flip(0))
+    with pytest.raises(ValueError, match="the two rerankers disagree: scores differ by up to"):
+        reranking.run(bench, str(base), **small)
+    monkeypatch.undo()
+    halves = reranking.halves
+    monkeypatch.setattr(reranking, "halves", lambda pair, model: halves(pair, model)[::-1])
+    monkeypatch.setattr(reranking, "mixed_pairs", lambda *_: [("one", "two three"), ("a", "b")])
+    with pytest.raises(ValueError, match="the two rerankers read other tokens in"):
+        reranking.run(bench, str(base), **small)
+
+
+def test_pairs_that_are_all_too_long_are_refused(base, bench):
+    model = UniMoER(reranking.config(str(base), 2, "float32", 8))
+    with pytest.raises(ValueError, match="pairs 0 have at most 8 tokens"):
+        reranking.mixed_pairs(bench.collection, model, 12, 8)
 
 
 def test_training(base, bench):
