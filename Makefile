@@ -1,9 +1,9 @@
 # Every command a user types. Each target first sets up what it needs and is fast once that is done.
 #
 #   SCALE=smoke|small|full  BASE=hub id or folder  DATA=name or folder  SEEDS=  ARMS=  CONTROLS=1  AA=1
-#   ARGS=          more arguments for pytest (test, test-gpu), bench, eval, rag and gpu-all
+#   ARGS=          more arguments for pytest (test, test-gpu), bench, eval, rag, mine and gpu-all
 #   RUNS=          where trials go; runs/ if not given
-#   BENCH= MODEL= TASKS= BENCHMARK=  for eval, MODEL= for rag
+#   BENCH= MODEL= TASKS= BENCHMARK=  for eval, MODEL= for rag, MODEL= OUT= for mine
 #   EXPERIMENT=    for report: one alone   LATEX=1  its tables as tables.tex too
 #   PYTHON=path    use this environment and install nothing (container, cluster, no network)
 #   TORCH=cpu      install PyTorch's CPU build instead of PyPI's CUDA build
@@ -11,7 +11,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup base kill-gate scale-study gradient-conflict soft-vs-hard routing \
-  representation probing transfer rank-sweep remedies study sweep eval rag bench bench-model kernels-report gpu-all report \
+  representation probing transfer rank-sweep remedies study sweep mine eval rag bench bench-model kernels-report gpu-all report \
   test test-gpu lint format clean
 
 ifdef PYTHON
@@ -78,6 +78,9 @@ study: $(STUDIES)  ## All experiments
 
 sweep: base  ## Try learning rates and clippings of each arm on dev; the choice goes into experiments.py
 	$(PY) -m run run sweep $(strip $(SETTING) $(TRIALS))
+
+mine: $(MAIN) base  ## Hard negatives for training: MODEL=bm25 or folder, DATA= OUT=folder
+	$(PY) -m train mine --model '$(MODEL)' $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 eval: $(DEV) base  ## A saved model on public benchmarks: BENCH=beir or mteb, MODEL=folder, DATA= TASKS= BENCHMARK=
 	$(PY) -m eval $(BENCH) --model '$(MODEL)' $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) \

@@ -46,7 +46,7 @@ from train.trial import (
     Workbench,
     model_config,
     repeatable,
-    resolve_dtype,
+    resolved,
     run_baselines,
     run_trial,
     sources,
@@ -177,7 +177,7 @@ def command_run(args: argparse.Namespace) -> None:
     for seed in range(seeds):
         for arm in chosen:
             config = experiments.config(args.experiment, arm, args.scale, seed, **overrides)
-            trials.append((arm, replace(config, dtype=resolve_dtype(config.dtype))))
+            trials.append((arm, resolved(config)))
     check_starts(trials, folder)
     first = trials[0][1]
     cache = bases.cache_folder()
@@ -194,8 +194,7 @@ def command_run(args: argparse.Namespace) -> None:
         size = experiments.size_of(args.experiment, arm, args.scale)
         sizes[experiments.baselines_name(size)] = size
     for name, size in sizes.items():
-        plain = experiments.plain(args.experiment, args.scale, **{**size, **overrides})
-        plain = replace(plain, dtype=resolve_dtype(plain.dtype))
+        plain = resolved(experiments.plain(args.experiment, args.scale, **{**size, **overrides}))
         show_baselines(folder / name, plain, bench, size)
     for arm, config in trials:
         place = folder / arm / f"seed{config.seed}"

@@ -70,7 +70,10 @@ def portable(result: dict) -> dict:
 
     return {
         **result,
-        "config": {k: last(v) if k in ("base", "data") else v for k, v in result["config"].items()},
+        "config": {
+            k: last(v) if k in ("base", "data", "negatives") else v
+            for k, v in result["config"].items()
+        },
         "data": {k: last(v) for k, v in result["data"].items()},
     }
 

@@ -539,8 +539,8 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_dtypes():
-    assert run.resolve_dtype("float16") == "float16"
-    assert run.resolve_dtype("auto") in ("bfloat16", "float16", "float32")
+    assert train.trial.resolve_dtype("float16") == "float16"
+    assert train.trial.resolve_dtype("auto") in ("bfloat16", "float16", "float32")
 
 
 def test_python_m_run():

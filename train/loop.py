@@ -46,6 +46,9 @@ def embedding_loss(
 ) -> tuple[Tensor, list[Tensor], list[str]]:
     """InfoNCE of the step's embedding micro-batch, its routing weights by layer, its query ids.
 
+    With a teacher, `distill_weight` times the distillation over each query's positive and hard
+    negatives is added; the student's logits are its cosines over the temperature, as in InfoNCE.
+
     seed: of the order of the batches, if not the config's.
     """
     rows, c = data.embedding(step, seed), data.config
@@ -60,18 +63,32 @@ def embedding_loss(
         c.temperature,
         c.false_negative_margin,
     )
+    if rows.teacher is not None:
+        cosines = vectors[: len(rows.queries)] @ vectors[len(rows.queries) :].t()
+        student = cosines.gather(1, rows.group.to(model.device)) / c.temperature
+        loss = loss + c.distill_weight * _distilled(student, rows.teacher, c)
     return loss, routing, rows.ids
 
 
 def reranking_loss(
     model: UniMoER, data: TrainingData, step: int, seed: int | None = None
 ) -> tuple[Tensor, list[Tensor], list[str]]:
-    """Listwise or pointwise loss of the step's reranking micro-batch; else as above."""
-    rows = data.reranking(step, seed)
+    """Listwise or pointwise loss of the step's reranking micro-batch; else as above, the student's
+    logits being the head's."""
+    rows, c = data.reranking(step, seed), data.config
     batch, states, back = _ordered(data.reranking_texts, rows.pairs, model)
     scores, routing = model.score(batch, states)
-    loss = losses.RERANKING[data.config.reranking_loss](scores[back].view(-1, rows.size))
+    scores = scores[back].view(-1, rows.size)
+    loss = losses.RERANKING[c.reranking_loss](scores)
+    if rows.teacher is not None:
+        loss = loss + c.distill_weight * _distilled(scores, rows.teacher, c)
     return loss, routing, rows.ids
+
+
+def _distilled(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
+    return losses.distillation(
+        student, teacher.to(student), config.distill, config.distill_temperature
+    )
 
 
 TASK_LOSS = {"embedding": embedding_loss, "reranking": reranking_loss}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from model.tokens import Prompts
 from model.unimoer import ModelConfig, UniMoER
 from train.batches import TrainingData
 from train.loop import Callback, train
+from train.negatives import mined_sha256
 from train.pilots import fit_pilots
 from train.start import Held, begin
 from trials import Config
@@ -46,6 +48,18 @@ def resolve_dtype(name: str) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if fast else "float32"
+
+
+def resolved(config: Config) -> Config:
+    """The config as it is stored: the dtype of this machine, the hash of mined negatives.
+
+    A folder of the same name with other negatives is then another config.
+
+    Raises:
+        ValueError: see `mined_sha256`.
+    """
+    mark = "" if config.negatives == "bm25" else mined_sha256(Path(config.negatives))
+    return replace(config, dtype=resolve_dtype(config.dtype), negatives_sha256=mark)
 
 
 def repeatable() -> None:
