@@ -40,8 +40,9 @@ from kernels.choice import KERNELS, use_triton
 from model import bases
 from model.config import DTYPES
 from model.unimoer import UniMoER
-from train.batches import TrainingData, check_training
+from train.batches import TrainingData
 from train.loop import NonFiniteLoss, forget
+from train.mixture import training_steps
 from train.trial import (
     Workbench,
     model_config,
@@ -118,7 +119,7 @@ def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
     both = replace(config, tasks=("embedding", "reranking"))
 
     def data() -> TrainingData:
-        return TrainingData(bench.collection, model.tokenizer, both, bench.states(model, both))
+        return bench.training(model, both)
 
     evaluation = bench.evaluation(model, config)
     found = MEASURES[name](model, evaluation, data, config, place)
@@ -187,7 +188,7 @@ def command_run(args: argparse.Namespace) -> None:
     bench = Workbench(first.data, device, cache, not args.no_prefix_cache, args.kernels)
     for _, config in trials:  # what cannot work is said before anything is computed
         model_config(config)
-    check_training(bench.collection, first)
+    training_steps(bench.collections, first)
     print(f"{args.experiment} {folder.name}: {len(trials)} trials on {device_name(device)}")
     sizes: dict[str, dict] = {"baselines.json": {}}
     for arm in chosen:
@@ -339,7 +340,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("experiment", choices=list(experiments.EXPERIMENTS))
         sub.add_argument("--scale", choices=list(experiments.SCALES), default="small")
         sub.add_argument("--base", default="", help="a name from model/bases.py, hub id or folder")
-        sub.add_argument("--data", default="", help="stdlib, a BEIR name, msmarco or a folder")
+        sub.add_argument("--data", default="", help="stdlib, a BEIR name, msmarco or a folder; "
+                         "A+B: trained on both, measured on A")  # fmt: skip
         sub.add_argument("--seeds", type=int, default=0, help="how many; 0: the experiment's own")
         sub.add_argument("--runs", default="runs", help="folder of the trials")
         sub.add_argument("--controls", action="store_true", help="the control arms as well")

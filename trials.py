@@ -1,7 +1,14 @@
 """What a trial and an experiment are, as data. Standard library only."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+
+def parts(text: str) -> list[str]:
+    """The names or folders that `+` joins in `data` or `negatives`; a folder that is named just so
+    is one."""
+    return [text] if Path(text).is_dir() else text.split("+")
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class Config:
     pair_prompt: str = "Query: {query}\nDocument: {document}"
     end_token: str = ""
     document_tokens: int = 512
-    data: str = "stdlib"
+    data: str = "stdlib"  # fiqa+msmarco: trained on both, measured on the first
+    mixture_temperature: float = 1.0  # T: steps of a collection in proportion to size^(1/T)
     split: str = "test"
 
     # How
@@ -113,6 +121,8 @@ class Config:
             raise ValueError("distill compares a positive with hard negatives: hard_negatives is 0")
         if self.distill_temperature <= 0:
             raise ValueError(f"distill_temperature must be > 0, got {self.distill_temperature}")
+        if self.mixture_temperature <= 0:
+            raise ValueError(f"mixture_temperature must be > 0, got {self.mixture_temperature}")
         least = {"steps": 0 if self.start else 1}
         for name in ("steps", "embedding_batch", "reranking_batch", "candidates"):
             if getattr(self, name) < least.get(name, 1):

@@ -15,6 +15,7 @@ from analysis import figures
 from analysis.figures import TASKS, label, span
 from analysis.judge import JOINT, MOE, SPECIALIST, judge, load
 from eval import stats
+from trials import parts
 
 SAME_SIZE = ("joint-3r", "uniform-moe")  # controls with Joint-MoE's parameters but no routing
 DECISIONS = ("proceed", "pivot", "more_seeds", "inconclusive")
@@ -198,6 +199,9 @@ def markdown(verdict: dict[str, Any], drawn: list[str]) -> str:
     if mined != "bm25":
         kind, negatives = "mined", "mined"
         more["mined negatives"] = f"{mined}, sha256 {c['negatives_sha256'][:16]}"
+    if len(trained := parts(c["data"])) > 1:
+        more["trained on"] = f"{', '.join(trained)}, in proportion to queries^(1/"
+        more["trained on"] += f"{c['mixture_temperature']:g})"
     if how := c.get("distill"):
         more["distillation"] = f"{how}, weight {c['distill_weight']:g}, temperature "
         more["distillation"] += f"{c['distill_temperature']:g}"

@@ -32,7 +32,9 @@ class BM25:
             or k1 or b is out of range.
     """
 
-    def __init__(self, ids: list[str], texts: list[str], *, k1: float = 0.9, b: float = 0.4):
+    def __init__(
+        self, ids: Sequence[str], texts: Sequence[str], *, k1: float = 0.9, b: float = 0.4
+    ):
         if len(ids) != len(texts):
             raise ValueError(f"{len(ids)} ids but {len(texts)} texts: pass one id for each text")
         if not ids:

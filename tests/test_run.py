@@ -517,6 +517,7 @@ def test_what_set_takes(text, expected):
         (("full", "Qwen/Qwen3-0.6B-Base", "msmarco"), "full-qwen3-0.6b-base-msmarco"),
         (("smoke", "/models/Mine/", "../data/FiQA/"), "smoke-mine-fiqa"),
         (("full", "Qwen/Qwen3-0.6B-Base", "stdlib"), "full-qwen3-0.6b-base"),
+        (("small", "smollm2-135m", "../data/FiQA+msmarco"), "small-fiqa+msmarco"),
     ],
 )
 def test_the_name_of_a_setting(given, name):

@@ -47,7 +47,7 @@ def bm25_negatives(
     queries: Mapping[str, str],
     relevant: Mapping[str, Mapping[str, int]],
     corpus: Mapping[str, str],
-    pool: list[str],
+    pool: Sequence[str],
     depth: int,
     count: int,
 ) -> dict[str, list[str]]:

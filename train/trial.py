@@ -26,10 +26,11 @@ from model.tokens import Prompts
 from model.unimoer import ModelConfig, UniMoER
 from train.batches import TrainingData
 from train.loop import Callback, train
+from train.mixture import training_data
 from train.negatives import mined_sha256
 from train.pilots import fit_pilots
 from train.start import Held, begin
-from trials import Config
+from trials import Config, parts
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = 1
@@ -58,8 +59,10 @@ def resolved(config: Config) -> Config:
     Raises:
         ValueError: see `mined_sha256`.
     """
-    mark = "" if config.negatives == "bm25" else mined_sha256(Path(config.negatives))
-    return replace(config, dtype=resolve_dtype(config.dtype), negatives_sha256=mark)
+    folders = parts(config.negatives)
+    marks = ["" if folder == "bm25" else mined_sha256(Path(folder)) for folder in folders]
+    dtype = resolve_dtype(config.dtype)
+    return replace(config, dtype=dtype, negatives_sha256="+".join(marks))
 
 
 def repeatable() -> None:
@@ -121,7 +124,9 @@ class Workbench:
     ):
         self.device, self.cache, self.keep_prefix = device, cache, keep_prefix
         self.kernels = kernels
-        self.collection: Collection = load(data, cache / "data")
+        # Several are trained on together; the first is what is measured.
+        self.collections = [load(part, cache / "data") for part in parts(data)]
+        self.collection: Collection = self.collections[0]
         self._sets: dict[str, TextSet] = {}
         self._evaluation: dict[str, EvaluationSet] = {}
 
@@ -158,6 +163,16 @@ class Workbench:
 
         return make
 
+    @property
+    def mixture(self) -> str:
+        """What is trained on beside the collection that is measured: names and fingerprints."""
+        return ", ".join(f"{c.name} {c.fingerprint}" for c in self.collections[1:])
+
+    def training(self, model: UniMoER, config: Config) -> TrainingData:
+        """The training data of the config's tasks."""
+        states = self.states(model, config)
+        return training_data(self.collections, model.tokenizer, config, states)
+
     def evaluation(self, model: UniMoER, config: Config) -> EvaluationSet:
         """The evaluation set; trials that differ only in arm and seed share one."""
         names = (
@@ -190,7 +205,7 @@ def run_trial(
     merged = begin(model, config, place)
     log, prepared = [], time.perf_counter()
     if config.steps:
-        data = TrainingData(bench.collection, model.tokenizer, config, bench.states(model, config))
+        data = bench.training(model, config)
         if config.router in SIMILARITY:
             fit_pilots(model, data)
         prepared = time.perf_counter()
@@ -262,6 +277,7 @@ def _record(config: Config, arm: str, bench: Workbench, model: UniMoER) -> dict:
             "name": bench.collection.name,
             "fingerprint": bench.collection.fingerprint,
             **bench.collection.provenance,
+            **({"mixture": bench.mixture} if bench.mixture else {}),
         },
         "git": _git(),
         "sources": sources(),
