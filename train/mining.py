@@ -135,6 +135,7 @@ def mine(
         ValueError: the folder holds something else, or was mined with other models, data, settings
             or on another device; there is no train split, or the pool is too small to fill from.
     """
+    names = {name for name in (retriever, reranker, teacher) if name not in ("", LEXICAL)}
     order = training_queries(collection, settings.queries)
     if not order:
         raise ValueError(f"{collection.name}: no training query has a relevant document")
@@ -147,8 +148,8 @@ def mine(
             "teacher": revision(teacher) if teacher else "",
             "scores": "sigmoid" if reranker else "bm25" if retriever == LEXICAL else "cosine",
             "data": {"name": collection.name, "fingerprint": collection.fingerprint},
-            "settings": json.loads(json.dumps(asdict(settings))),
-            "device": device_name(device),
+            **json.loads(json.dumps(asdict(settings))),
+            "device": device_name(device) if names else "",  # BM25 is the same everywhere
         },
     )
     if "sha256" in manifest:
@@ -159,7 +160,6 @@ def mine(
         for i, at in enumerate(range(0, len(order), size))
     }
     if todo := {path: queries for path, queries in parts.items() if not path.exists()}:
-        names = {name for name in (retriever, reranker, teacher) if name not in ("", LEXICAL)}
         models = {name: UniMoER.from_pretrained(name, device) for name in names}
         pool = collection.pools["train"]
         if retriever == LEXICAL:
