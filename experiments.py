@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trials import Config, Experiment
+from trials import Config, Experiment, parts
 
 THREE = ("embedding", "reranking", "shared")
 MOE = {"experts": THREE, "ranks": (16, 16, 16)}
@@ -358,11 +358,12 @@ def baselines_name(size: dict[str, Any]) -> str:
 
 def setting_name(scale: str, base: str, data: str) -> str:
     """`small`, `small-scifact`, `full-qwen3-0.6b-base-msmarco`: what is not the default."""
-    parts = [scale]
-    for value, default in ((base, Config().base), (data, Config().data)):
-        if value != default:
-            parts.append(Path(value).name.lower())
-    return "-".join(parts)
+    named = [scale]
+    if base != Config().base:
+        named.append(Path(base).name.lower())
+    if data != Config().data:
+        named.append("+".join(Path(part).name.lower() for part in parts(data)))
+    return "-".join(named)
 
 
 def _scaled(experiment: str, scale: str, **overrides) -> Config:

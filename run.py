@@ -40,13 +40,14 @@ from kernels.choice import KERNELS, use_triton
 from model import bases, parallel
 from model.config import DTYPES
 from model.unimoer import UniMoER
-from train.batches import TrainingData, check_training
+from train.batches import TrainingData
 from train.loop import NonFiniteLoss, forget
+from train.mixture import training_steps
 from train.trial import (
     Workbench,
     model_config,
     repeatable,
-    resolve_dtype,
+    resolved,
     run_baselines,
     run_trial,
     sources,
@@ -128,7 +129,7 @@ def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
     both = replace(config, tasks=("embedding", "reranking"))
 
     def data() -> TrainingData:
-        return TrainingData(bench.collection, model.tokenizer, both, bench.states(model, both))
+        return bench.training(model, both)
 
     evaluation = bench.evaluation(model, config)
     found = MEASURES[name](model, evaluation, data, config, place)
@@ -187,7 +188,7 @@ def command_run(args: argparse.Namespace) -> None:
     for seed in range(seeds):
         for arm in chosen:
             config = experiments.config(args.experiment, arm, args.scale, seed, **overrides)
-            trials.append((arm, replace(config, dtype=resolve_dtype(config.dtype))))
+            trials.append((arm, resolved(config)))
     check_starts(trials, folder)
     first = trials[0][1]
     cache = bases.cache_folder()
@@ -197,7 +198,7 @@ def command_run(args: argparse.Namespace) -> None:
     bench = Workbench(first.data, device, cache, not args.no_prefix_cache, args.kernels)
     for _, config in trials:  # what cannot work is said before anything is computed
         model_config(config)
-    check_training(bench.collection, first)
+    training_steps(bench.collections, first)
     if parallel.rank() == 0:
         of = f"{parallel.world()} x " if parallel.world() > 1 else ""
         title = f"{args.experiment} {folder.name}: {len(trials)} trials"
@@ -207,8 +208,7 @@ def command_run(args: argparse.Namespace) -> None:
         size = experiments.size_of(args.experiment, arm, args.scale)
         sizes[experiments.baselines_name(size)] = size
     for name, size in sizes.items():
-        plain = experiments.plain(args.experiment, args.scale, **{**size, **overrides})
-        plain = replace(plain, dtype=resolve_dtype(plain.dtype))
+        plain = resolved(experiments.plain(args.experiment, args.scale, **{**size, **overrides}))
         show_baselines(folder / name, plain, bench, size)
     for arm, config in trials:
         place = folder / arm / f"seed{config.seed}"
@@ -357,7 +357,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("experiment", choices=list(experiments.EXPERIMENTS))
         sub.add_argument("--scale", choices=list(experiments.SCALES), default="small")
         sub.add_argument("--base", default="", help="a name from model/bases.py, hub id or folder")
-        sub.add_argument("--data", default="", help="stdlib, a BEIR name, msmarco or a folder")
+        sub.add_argument("--data", default="", help="stdlib, a BEIR name, msmarco or a folder; "
+                         "A+B: trained on both, measured on A")  # fmt: skip
         sub.add_argument("--seeds", type=int, default=0, help="how many; 0: the experiment's own")
         sub.add_argument("--runs", default="runs", help="folder of the trials")
         sub.add_argument("--controls", action="store_true", help="the control arms as well")

@@ -1,7 +1,14 @@
 """What a trial and an experiment are, as data. Standard library only."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+
+def parts(text: str) -> list[str]:
+    """The names or folders that `+` joins in `data` or `negatives`; a folder that is named just so
+    is one."""
+    return [text] if Path(text).is_dir() else text.split("+")
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class Config:
     pair_prompt: str = "Query: {query}\nDocument: {document}"
     end_token: str = ""
     document_tokens: int = 512
-    data: str = "stdlib"
+    data: str = "stdlib"  # fiqa+msmarco: trained on both, measured on the first
+    mixture_temperature: float = 1.0  # T: steps of a collection in proportion to size^(1/T)
     split: str = "test"
 
     # How
@@ -64,8 +72,13 @@ class Config:
     embedding_batch: int = 64
     hard_negatives: int = 1
     reranking_batch: int = 16  # groups
-    group_size: int = 8  # one positive, the rest BM25 negatives
+    group_size: int = 8  # one positive, the rest negatives
+    negatives: str = "bm25"  # drawn from its top `negatives_depth`; or a folder that was mined
+    negatives_sha256: str = ""  # of the mined file, put in where a trial starts
     negatives_depth: int = 50
+    distill: str = ""  # "kl" or "margin_mse": learn the teacher's scores of the mined file as well
+    distill_weight: float = 1.0
+    distill_temperature: float = 1.0  # of kl
     reranking_loss: str = "listwise"  # or "bce"
     temperature: float = 0.02
     false_negative_margin: float = 0.1
@@ -100,6 +113,19 @@ class Config:
             raise ValueError(f"reranking_loss is listwise or bce, got {self.reranking_loss!r}")
         if self.group_size < 2:
             raise ValueError(f"group_size needs a positive and a negative, got {self.group_size}")
+        if self.distill not in ("", "kl", "margin_mse"):
+            raise ValueError(f"distill is kl, margin_mse or empty, got {self.distill!r}")
+        if self.distill and self.negatives == "bm25":
+            raise ValueError(
+                f"distill={self.distill!r} needs a teacher's scores: set negatives to a folder of "
+                "`python -m train mine --teacher`"
+            )
+        if self.distill and "embedding" in self.tasks and self.hard_negatives < 1:
+            raise ValueError("distill compares a positive with hard negatives: hard_negatives is 0")
+        if self.distill_temperature <= 0:
+            raise ValueError(f"distill_temperature must be > 0, got {self.distill_temperature}")
+        if self.mixture_temperature <= 0:
+            raise ValueError(f"mixture_temperature must be > 0, got {self.mixture_temperature}")
         least = {"steps": 0 if self.start else 1}
         for name in ("steps", "embedding_batch", "reranking_batch", "candidates"):
             if getattr(self, name) < least.get(name, 1):

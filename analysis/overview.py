@@ -8,6 +8,7 @@ from pathlib import Path
 
 import experiments
 from analysis.figures import table
+from trials import parts
 
 PAGE = """# The study: {setting}
 
@@ -68,9 +69,13 @@ def portable(result: dict) -> dict:
     def last(value: object) -> object:
         return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
+    def each(value: str) -> str:
+        return "+".join(str(last(part)) for part in parts(value))
+
+    named = {k: each(v) for k, v in result["config"].items() if k in ("base", "data", "negatives")}
     return {
         **result,
-        "config": {k: last(v) if k in ("base", "data") else v for k, v in result["config"].items()},
+        "config": result["config"] | named,
         "data": {k: last(v) for k, v in result["data"].items()},
     }
 

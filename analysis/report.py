@@ -15,6 +15,7 @@ from analysis import figures
 from analysis.figures import TASKS, label, span
 from analysis.judge import JOINT, MOE, SPECIALIST, judge, load
 from eval import stats
+from trials import parts
 
 SAME_SIZE = ("joint-3r", "uniform-moe")  # controls with Joint-MoE's parameters but no routing
 DECISIONS = ("proceed", "pivot", "more_seeds", "inconclusive")
@@ -193,16 +194,27 @@ def _notes(verdict: dict[str, Any]) -> list[str]:
 def markdown(verdict: dict[str, Any], drawn: list[str]) -> str:
     """report.md; `drawn`: the figures that lie beside it."""
     v, c = verdict, verdict["config"]
+    mined = c.get("negatives", "bm25")  # published trials are older than this choice
+    kind, negatives, more = "BM25", f"from BM25's top {c['negatives_depth']}", {}
+    if mined != "bm25":
+        kind, negatives = "mined", "mined"
+        more["mined negatives"] = f"{mined}, sha256 {c['negatives_sha256'][:16]}"
+    if len(trained := parts(c["data"])) > 1:
+        more["trained on"] = f"{', '.join(trained)}, in proportion to queries^(1/"
+        more["trained on"] += f"{c['mixture_temperature']:g})"
+    if how := c.get("distill"):
+        more["distillation"] = f"{how}, weight {c['distill_weight']:g}, temperature "
+        more["distillation"] += f"{c['distill_temperature']:g}"
     facts = {
         **{"base": v["base"], "data": v["data"]},
         "model": f"{c['layers'] or 'all'} layers, experts from layer {c['adapter_layers']} up, "
         f"{c['dtype']}; pooling {c['embedding_pooling']} (embedding) and {c['reranking_pooling']} "
         f"(reranking); documents cut at {c['document_tokens']} tokens",
         "embedding steps": f"{c['steps']} of {c['embedding_batch']} queries, in-batch negatives, "
-        f"{c['hard_negatives']} from BM25's top {c['negatives_depth']} each; InfoNCE, temperature "
-        f"{c['temperature']:g}",
+        f"{c['hard_negatives']} {negatives} each; InfoNCE, temperature {c['temperature']:g}",
         "reranking steps": f"{c['steps']} of {c['reranking_batch']} groups of {c['group_size']}, "
-        f"one positive and BM25 negatives; {c['reranking_loss']} loss, {c['rerank_head']} head",
+        f"one positive and {kind} negatives; {c['reranking_loss']} loss, {c['rerank_head']} head",
+        **more,
         "candidates": f"BM25's own top {c['candidates']}, nothing forced in",
         "learning rate and clipping": [
             f"{label(arm)} {row['rates']['learning_rate']:g} and {row['rates']['clip']:g}"

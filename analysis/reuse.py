@@ -19,6 +19,7 @@ def same(result: dict, config: Config, bench: Workbench) -> bool:
         and result["sources"] == sources()
         and result["device"] == device_name(bench.device)
         and result["data"]["fingerprint"] == bench.collection.fingerprint
+        and result["data"].get("mixture", "") == bench.mixture
     )
 
 

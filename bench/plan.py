@@ -7,6 +7,7 @@ both against a minute of the real step on the card at hand, by which the estimat
 import argparse
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -251,7 +252,7 @@ def counted(data: str) -> Counts:
     collection = load(data)
     queries, pool = list(require_split(collection, "test")), collection.pools["test"]
 
-    def mean(ids: list[str], texts: dict[str, str]) -> float:
+    def mean(ids: Sequence[str], texts: Mapping[str, str]) -> float:
         some = ids[:: max(1, len(ids) // SAMPLE)]
         return WORD * sum(len(texts[i].split()) for i in some) / len(some)
 

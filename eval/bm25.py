@@ -4,6 +4,9 @@ The scores are `bm25s`'s (arXiv 2407.03618, method "lucene"); the ranking is don
 `bm25s` breaks ties by chance of memory layout and candidates have to be the same in every run.
 """
 
+from collections.abc import Sequence
+from functools import cached_property
+
 import bm25s
 import numpy as np
 import Stemmer
@@ -29,7 +32,9 @@ class BM25:
             or k1 or b is out of range.
     """
 
-    def __init__(self, ids: list[str], texts: list[str], *, k1: float = 0.9, b: float = 0.4):
+    def __init__(
+        self, ids: Sequence[str], texts: Sequence[str], *, k1: float = 0.9, b: float = 0.4
+    ):
         if len(ids) != len(texts):
             raise ValueError(f"{len(ids)} ids but {len(texts)} texts: pass one id for each text")
         if not ids:
@@ -71,6 +76,27 @@ class BM25:
             raise ValueError(f"k={k}: expected at least 1 document per query")
         tokens = self._tokenize(list(queries.values()))
         return {query: self._rank(terms, k) for query, terms in zip(queries, tokens, strict=True)}
+
+    def score(self, query: str, documents: Sequence[str]) -> list[float]:
+        """The scores of some documents for a query's text, whatever their rank.
+
+        Returns:
+            one score each, 0 where no term is shared.
+        Raises:
+            ValueError: a document is not in the index.
+        """
+        for document in documents:
+            if document not in self._position:
+                raise ValueError(f"document {document!r} is not among the {len(self.ids)} indexed")
+        terms = self._tokenize([query])[0]
+        if self._index is None or not terms:
+            return [0.0] * len(documents)
+        scores = self._index.get_scores(terms)
+        return [float(scores[self._position[document]]) for document in documents]
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {document: i for i, document in enumerate(self.ids)}
 
     def _tokenize(self, texts: list[str]) -> list[list[str]]:
         return bm25s.tokenize(  # pyright: ignore[reportReturnType]

@@ -8,7 +8,7 @@ import re
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,8 @@ import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError
 
 from eval.stdlib import DEV_SHARE, documented_functions, split_modules
+from eval.store import StoredTexts, stored
+from model import bases
 
 # The public BEIR sets (arXiv 2104.08663, table 1) on the hub and the splits of their qrels.
 HUB_SPLITS = (
@@ -25,6 +27,7 @@ HUB_SPLITS = (
     | dict.fromkeys(("trec-covid", "nq", "arguana", "scidocs"), ("test",))
     | dict.fromkeys(("webis-touche2020", "climate-fever"), ("test",))
 )
+STORED_BYTES = 2**30  # of corpus files, above which texts stay on disk; see eval/store.py
 MOST_SHARDS = 32  # of a parquet file on the hub that are looked for
 NOT_ON_HUB = ("bioasq", "signal1m", "trec-news", "robust04", "cqadupstack")  # not as one set there
 
@@ -35,7 +38,8 @@ class Collection:
 
     Attributes:
         name: as results are filed.
-        corpus: document id -> text (title and text joined by a newline when there is a title).
+        corpus: document id -> text (title and text joined by a newline when there is a title);
+            read from disk one by one where the files are larger than `STORED_BYTES`.
         queries: query id -> text.
         qrels: split ("train", "dev", "test") -> query id -> document id -> grade.
         domain: query id -> domain (stdlib: the top-level module); empty when unknown.
@@ -46,11 +50,11 @@ class Collection:
     """
 
     name: str
-    corpus: dict[str, str]
+    corpus: Mapping[str, str]
     queries: dict[str, str]
     qrels: dict[str, dict[str, dict[str, int]]]
     domain: dict[str, str]
-    pools: dict[str, list[str]]
+    pools: Mapping[str, Sequence[str]]
     fingerprint: str
     provenance: dict[str, str]
 
@@ -61,8 +65,8 @@ def load(data: str, cache: Path | None = None) -> Collection:
     Args:
         data: "stdlib", a name in `HUB_SPLITS`, or the path of a BEIR folder. A name wins over a
             folder of that name: write ./scifact for the folder.
-        cache: where hub files are kept; by default huggingface_hub's own cache. "stdlib" is built
-            anew each time (3.5 s on one core).
+        cache: where hub files are kept, by default huggingface_hub's own cache; and stored texts,
+            by default ours. "stdlib" is built anew each time (3.5 s on one core).
     Raises:
         ValueError: nothing of that name; a missing or malformed file (with file and line); no
             network and nothing cached.
@@ -82,7 +86,7 @@ def load(data: str, cache: Path | None = None) -> Collection:
             f"{', '.join(HUB_SPLITS)}, or the path of a BEIR folder (corpus.jsonl, queries.jsonl, "
             "qrels/test.tsv)"
         )
-    return _folder(Path(data))
+    return _folder(Path(data), cache)
 
 
 def require_split(collection: Collection, split: str) -> dict[str, dict[str, int]]:
@@ -183,12 +187,12 @@ def stdlib(root: Path) -> Collection:
 # ---------------------------------------------------------------------------------- BEIR folders
 
 
-def _folder(path: Path) -> Collection:
+def _folder(path: Path, cache: Path | None) -> Collection:
     corpus, queries = (_plain_or_gz(path, name) for name in ("corpus.jsonl", "queries.jsonl"))
     qrels = {file.stem: file for file in sorted((path / "qrels").glob("*.tsv"))}
     if not qrels:
         raise ValueError(f"{path}: no qrels/*.tsv; expected at least qrels/test.tsv")
-    return _beir(path.resolve().name, [corpus], [queries], qrels, {"path": str(path)})
+    return _beir(path.resolve().name, [corpus], [queries], qrels, {"path": str(path)}, cache)
 
 
 def _plain_or_gz(folder: Path, name: str) -> Path:
@@ -204,22 +208,27 @@ def _beir(
     queries: list[Path],
     qrels: dict[str, Path],
     provenance: dict[str, str],
+    cache: Path | None,
 ) -> Collection:
     """Read the files of a BEIR set; the dev split, when there is none, is taken from train."""
     if {"dev", "validation"} <= qrels.keys():
         raise ValueError(f"{qrels['dev'].parent}: dev.tsv and validation.tsv; expected one of them")
-    texts: dict[str, str] = {}
-    for where, row in chain.from_iterable(map(_rows, corpus)):
-        title = _field(where, row, "title", optional=True)
-        text = _field(where, row, "text")
-        _add(where, "document", texts, row, f"{title}\n{text}" if title else text)
+    texts: Mapping[str, str]
+    if sum(file.stat().st_size for file in corpus) > STORED_BYTES:
+        folder = (cache or bases.cache_folder() / "data") / "texts"
+        texts = stored(corpus, ((key, text) for _, key, text in _documents(corpus)), folder)
+    else:
+        texts = {}
+        for where, key, text in _documents(corpus):
+            _add(where, "document", texts, key, text)
     asked: dict[str, str] = {}
     domain: dict[str, str] = {}
     for where, row in chain.from_iterable(map(_rows, queries)):
         text = _field(where, row, "text")
         if not text.strip():
             raise ValueError(f"{where}: query {row.get('_id')!r} is empty; expected a text")
-        key = _add(where, "query", asked, row, text)
+        key = _field(where, row, "_id")
+        _add(where, "query", asked, key, text)
         metadata = row.get("metadata")
         source = row if "domain" in row else metadata if isinstance(metadata, dict) else {}
         if label := _field(where, source, "domain", optional=True):
@@ -234,10 +243,21 @@ def _beir(
         splits["dev"] = {q: train[q] for q in train if q in held}
         splits["train"] = {q: train[q] for q in train if q not in held}
         provenance = provenance | {"dev": "10 % of the train queries, by sha256 of their ids"}
-    everything = list(texts)
+    if isinstance(texts, StoredTexts):
+        everything, mark = texts.ids, fingerprint({}, asked, splits, domain)
+        mark = _sha256(f"{texts.digest} {mark}")
+    else:
+        everything, mark = list(texts), fingerprint(texts, asked, splits, domain)
     pools = dict.fromkeys(splits, everything)  # one list: the largest corpus has 8.8 million ids
-    mark = fingerprint(texts, asked, splits, domain)
     return Collection(name, texts, asked, splits, domain, pools, mark, provenance)
+
+
+def _documents(files: list[Path]) -> Iterator[tuple[str, str, str]]:
+    """(where, id, text) of each document."""
+    for where, row in chain.from_iterable(map(_rows, files)):
+        title = _field(where, row, "title", optional=True)
+        text = _field(where, row, "text")
+        yield where, _field(where, row, "_id"), f"{title}\n{text}" if title else text
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
@@ -290,16 +310,14 @@ def _field(where: str, row: dict[str, object], key: str, *, optional: bool = Fal
     return value
 
 
-def _add(where: str, kind: str, texts: dict[str, str], row: dict[str, object], text: str) -> str:
-    key = _field(where, row, "_id")
+def _add(where: str, kind: str, texts: dict[str, str], key: str, text: str) -> None:
     if key in texts:
         raise ValueError(f"{where}: {kind} id {key!r} occurs a second time; expected unique ids")
     texts[key] = text
-    return key
 
 
 def _qrels(
-    file: Path, corpus: dict[str, str], queries: dict[str, str]
+    file: Path, corpus: Mapping[str, str], queries: dict[str, str]
 ) -> dict[str, dict[str, int]]:
     header = ["query-id", "corpus-id", "score"]
     qrels: dict[str, dict[str, int]] = {}
@@ -351,7 +369,7 @@ def _hub(name: str, cache: Path | None) -> Collection:
             found.append(_fetch(f"BeIR/{name}", [shard], at, cache)[0])
         files.append(found)
     provenance[f"BeIR/{name}"] = str(at)
-    return _beir(name, files[1], files[0], qrels, provenance)
+    return _beir(name, files[1], files[0], qrels, provenance, cache)
 
 
 def _fetch(

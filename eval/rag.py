@@ -82,7 +82,7 @@ class Pipeline:
     def __init__(self, models: Sequence[UniMoER], collection: Collection, split: str, s: Settings):
         self.embedder, self.reranker, self.generator = models
         self.collection, self.settings = collection, s
-        self.documents = collection.pools[split]
+        self.documents = list(collection.pools[split])
         started = time.perf_counter()
         texts = [collection.corpus[d] for d in self.documents]
         self.vectors = self.embedder.encode_document(texts, progress=True)

@@ -1,5 +1,7 @@
 """Full-corpus dense retrieval: every query against every document of the pool, exactly."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
@@ -7,7 +9,7 @@ def search(
     queries: Tensor,
     documents: Tensor,
     query_ids: list[str],
-    document_ids: list[str],
+    document_ids: Sequence[str],
     k: int,
     chunk: int = 1024,
 ) -> dict[str, dict[str, float]]:

@@ -30,6 +30,8 @@ from eval.protocol import EvaluationSet
 from experiments import Config
 from model.unimoer import UniMoER
 from tests.train.tiny import TEST, tiny_config, tokens_only, write_collection
+from train.mining import Settings, mine
+from train.negatives import mined_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ["emb-only", "joint-moe"]
@@ -269,6 +271,24 @@ def test_another_config_is_an_error_that_names_the_field(
     assert file in error and "another config" in error
     assert f"({name}: {read(copy, 'emb-only')['config'][name]} there, {value} here)" in error
     assert snapshot(copy) == before
+
+
+def test_other_negatives_under_the_same_path_are_another_config(
+    words, setting, data, tmp_path, cache, capsys
+):
+    folder = tmp_path / "mined"
+    mined = Settings(depth=30, ranks=(1, 30), margin=0, fill=True)
+    line = words(tmp_path / "runs", "--arms", "emb-only", "--set", f"negatives={folder}")
+    assert run.main(line) == 2 and "manifest.json is missing" in capsys.readouterr().err
+    mine(folder, load(str(data)), mined, "bm25")
+    assert run.main(line) == 0
+    result = read(tmp_path / "runs" / "kill_gate" / setting, "emb-only")
+    assert result["config"]["negatives_sha256"] == mined_sha256(folder)
+    assert run.main(line) == 0  # and that is one finished
+    shutil.rmtree(folder)
+    mine(folder, load(str(data)), replace(mined, pick="top"), "bm25")
+    assert run.main(line) == 2
+    assert "was made with another config (negatives_sha256: " in capsys.readouterr().err
 
 
 def test_the_config_of_another_version_is_an_error_too(copy, words, tmp_path, cache, capsys):
@@ -517,6 +537,7 @@ def test_what_set_takes(text, expected):
         (("full", "Qwen/Qwen3-0.6B-Base", "msmarco"), "full-qwen3-0.6b-base-msmarco"),
         (("smoke", "/models/Mine/", "../data/FiQA/"), "smoke-mine-fiqa"),
         (("full", "Qwen/Qwen3-0.6B-Base", "stdlib"), "full-qwen3-0.6b-base"),
+        (("small", "smollm2-135m", "../data/FiQA+msmarco"), "small-fiqa+msmarco"),
     ],
 )
 def test_the_name_of_a_setting(given, name):
@@ -539,8 +560,8 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_dtypes():
-    assert run.resolve_dtype("float16") == "float16"
-    assert run.resolve_dtype("auto") in ("bfloat16", "float16", "float32")
+    assert train.trial.resolve_dtype("float16") == "float16"
+    assert train.trial.resolve_dtype("auto") in ("bfloat16", "float16", "float32")
 
 
 def test_python_m_run():

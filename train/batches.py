@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from eval.collections import Collection, require_split
 from model.prefix import TextSet
 from model.tokens import Tokenizer
-from train.negatives import bm25_negatives
+from train.negatives import Mined, best_positive, bm25_negatives, read_mined
 from trials import Config
 
 # Tokenized texts -> the same with their frozen-prefix states, where those are used.
@@ -20,22 +21,39 @@ WithStates = Callable[[list[list[int]], str], TextSet]
 @dataclass(frozen=True)
 class EmbeddingBatch:
     """queries (B), documents (M): places in the text set. positive (B,), relevant (P, 2): see
-    `kernels.info_nce`. ids: of the queries, for messages."""
+    `kernels.info_nce`. ids: of the queries, for messages. group (B, 1 + hard negatives): rows in
+    `documents` of each query's own, the positive first. teacher: their logits, of that shape, in
+    float32; None without a teacher."""
 
     queries: list[int]
     documents: list[int]
     positive: Tensor
     relevant: Tensor
     ids: list[str]
+    group: Tensor
+    teacher: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class RerankingBatch:
-    """pairs: places in the text set, groups of `size` with the positive first."""
+    """pairs: places in the text set, groups of `size` with the positive first. teacher (groups,
+    size): their logits in float32; None without a teacher."""
 
     pairs: list[int]
     size: int
     ids: list[str]
+    teacher: Tensor | None = None
+
+
+def training_queries(collection: Collection, count: int) -> list[str]:
+    """The first `count` (0: all) training queries with a relevant document, in their fixed order.
+
+    Raises:
+        ValueError: there is no train split.
+    """
+    judged = require_split(collection, "train")
+    usable = sorted(q for q, row in judged.items() if any(grade > 0 for grade in row.values()))
+    return sorted(usable, key=lambda query: random.Random(query).random())[: count or None]
 
 
 def check_training(collection: Collection, config: Config) -> list[str]:
@@ -44,10 +62,7 @@ def check_training(collection: Collection, config: Config) -> list[str]:
     Raises:
         ValueError: there is no train split, or it has too few queries for a batch.
     """
-    judged = require_split(collection, "train")
-    usable = sorted(q for q, row in judged.items() if any(grade > 0 for grade in row.values()))
-    order = sorted(usable, key=lambda query: random.Random(query).random())
-    order = order[: config.train_queries or None]
+    order = training_queries(collection, config.train_queries)
     needed = max(batch_sizes(config).values())
     if len(order) < needed:
         raise ValueError(
@@ -85,22 +100,35 @@ class TrainingData:
             for task, size in batch_sizes(config).items()
         }
         self.queries = max(self.used.values(), key=len)
-        # The best grade, then the smallest id: one positive per query.
-        self.positive = {
-            q: min(self.relevant[q], key=lambda d: (-self.relevant[q][d], d)) for q in self.queries
-        }
-        self.negatives = bm25_negatives(
-            {q: collection.queries[q] for q in self.queries},
-            self.relevant,
-            collection.corpus,
-            collection.pools["train"],
-            config.negatives_depth,
-            max(config.hard_negatives, config.group_size - 1),
-        )
+        self.positive = {q: best_positive(self.relevant[q]) for q in self.queries}
+        mined = self._mined(collection)
+        self.negatives, self.teacher = mined.negatives, mined.teacher
         if "embedding" in config.tasks:
             self._embedding_texts(collection, tokenizer, states)
         if "reranking" in config.tasks:
             self._reranking_texts(collection, tokenizer, states)
+
+    def _mined(self, collection: Collection) -> Mined:
+        """Negatives from BM25, or from a folder that was mined."""
+        c = self.config
+        count = max(c.hard_negatives, c.group_size - 1)
+        if c.negatives != "bm25":
+            folder, teacher = Path(c.negatives), bool(c.distill)
+            return read_mined(
+                folder, c.negatives_sha256, collection, self.positive, self.relevant, count, teacher
+            )
+        asked = {q: collection.queries[q] for q in self.queries}
+        pool = collection.pools["train"]
+        found = bm25_negatives(
+            asked, self.relevant, collection.corpus, pool, c.negatives_depth, count
+        )
+        return Mined(found, {})
+
+    def _teacher(self, groups: list[tuple[str, list[str]]]) -> Tensor | None:
+        """The teacher's logits of (query, its documents), (groups, size); None without one."""
+        if not self.teacher:
+            return None
+        return torch.tensor([[self.teacher[q][d] for d in row] for q, row in groups])
 
     def _embedding_texts(self, collection: Collection, tokenizer: Tokenizer, states: WithStates):
         hard = self.config.hard_negatives
@@ -135,9 +163,11 @@ class TrainingData:
     def embedding(self, step: int, seed: int | None = None) -> EmbeddingBatch:
         """The embedding micro-batch of a step; seed: of the order, if not the config's."""
         queries = self._batch_queries("embedding", step, self.config.embedding_batch, seed)
-        hard = [d for q in queries for d in self.negatives[q][: self.config.hard_negatives]]
+        hard = {q: self.negatives[q][: self.config.hard_negatives] for q in queries}
         # A document that serves two queries appears once: it is no negative of its own query.
-        documents = list(dict.fromkeys([self.positive[q] for q in queries] + hard))
+        wanted = [self.positive[q] for q in queries] + [d for q in queries for d in hard[q]]
+        documents = list(dict.fromkeys(wanted))
+        groups = [(q, [self.positive[q], *hard[q]]) for q in queries]
         row = {d: i for i, d in enumerate(documents)}
         # By text, not by id: a copy under another id is as relevant.
         of_text: dict[str, list[int]] = {}
@@ -155,14 +185,18 @@ class TrainingData:
             positive=torch.tensor([row[self.positive[q]] for q in queries]),
             relevant=torch.tensor(pairs),
             ids=queries,
+            group=torch.tensor([[row[d] for d in own] for _, own in groups]),
+            teacher=self._teacher(groups),
         )
 
     def reranking(self, step: int, seed: int | None = None) -> RerankingBatch:
         """The reranking micro-batch of a step."""
         queries = self._batch_queries("reranking", step, self.config.reranking_batch, seed)
         size = self.config.group_size
+        groups = [(q, [self.positive[q], *self.negatives[q][: size - 1]]) for q in queries]
         return RerankingBatch(
             pairs=[self.group_at[q] + i for q in queries for i in range(size)],
             size=size,
             ids=queries,
+            teacher=self._teacher(groups),
         )

@@ -1,5 +1,5 @@
 """What is minimised: listwise or pointwise for the scores, and balance; for the vectors it is
-`kernels.info_nce`."""
+`kernels.info_nce`; and what a teacher's scores add to either."""
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,41 @@ def bce(scores: Tensor) -> Tensor:
 
 
 RERANKING = {"listwise": listwise, "bce": bce}
+
+
+def distill_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 times the mean over groups of KL(softmax(teacher / T) || softmax(student / T)).
+
+    T^2 keeps the gradient's size whatever T (arXiv 1503.02531, section 2.1). A constant added to
+    all scores of a group, the teacher's or the student's, changes nothing.
+
+    Args:
+        student, teacher: (groups, size) logits of the same texts. temperature: T > 0.
+    """
+    log_student = (student / temperature).log_softmax(-1)
+    log_teacher = (teacher / temperature).log_softmax(-1)
+    divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+    return temperature**2 * divergence.mean()
+
+
+def margin_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the margins between the positive, which is the first of its
+    group, and each negative (arXiv 2010.02666, equation 6).
+
+    Args:
+        student, teacher: (groups, size) logits of the same texts.
+    """
+    own, wanted = (scores[:, :1] - scores[:, 1:] for scores in (student, teacher))
+    return F.mse_loss(own, wanted)
+
+
+def distillation(student: Tensor, teacher: Tensor, kind: str, temperature: float) -> Tensor:
+    """`distill_kl` ("kl") or `margin_mse` ("margin_mse", which has no temperature)."""
+    if kind == "kl":
+        return distill_kl(student, teacher, temperature)
+    if kind == "margin_mse":
+        return margin_mse(student, teacher)
+    raise ValueError(f"distill must be kl or margin_mse, got {kind!r}")
 
 
 def balance(weights: list[Tensor], kind: str) -> Tensor:

@@ -21,6 +21,7 @@ from model.prefix import TextSet
 from model.unimoer import UniMoER
 from train import losses
 from train.batches import TrainingData
+from trials import Config
 
 
 @dataclass(frozen=True)
@@ -46,31 +47,45 @@ class Work:
 
 
 def embedding(data: TrainingData, step: int, seed: int | None = None) -> Work:
-    """InfoNCE of the step's queries and documents. seed: of the order, if not the config's."""
+    """InfoNCE of the step's queries and documents. seed: of the order, if not the config's.
+
+    With a teacher, `distill_weight` times the distillation over each query's positive and hard
+    negatives is added; the student's logits are its cosines over the temperature, as in InfoNCE.
+    """
     rows, c = data.embedding(step, seed), data.config
     queries = len(rows.queries)
 
     def loss(vectors: Tensor) -> Tensor:
-        return info_nce(
-            vectors[:queries],
-            vectors[queries:],
-            rows.positive.to(vectors.device),
-            rows.relevant.to(vectors.device),
-            c.temperature,
-            c.false_negative_margin,
-        )
+        asked, found = vectors[:queries], vectors[queries:]
+        positive, relevant = rows.positive.to(vectors.device), rows.relevant.to(vectors.device)
+        total = info_nce(asked, found, positive, relevant, c.temperature, c.false_negative_margin)
+        if rows.teacher is not None:
+            student = (asked @ found.t()).gather(1, rows.group.to(vectors.device)) / c.temperature
+            total = total + c.distill_weight * _distilled(student, rows.teacher, c)
+        return total
 
     return Work("embedding", data.embedding_texts, rows.queries + rows.documents, loss, rows.ids)
 
 
 def reranking(data: TrainingData, step: int, seed: int | None = None) -> Work:
-    """Listwise or pointwise loss of the step's pairs. seed: as above."""
-    rows = data.reranking(step, seed)
+    """Listwise or pointwise loss of the step's pairs; seed and teacher as above, the student's
+    logits being the head's."""
+    rows, c = data.reranking(step, seed), data.config
 
     def loss(scores: Tensor) -> Tensor:
-        return losses.RERANKING[data.config.reranking_loss](scores.view(-1, rows.size))
+        scores = scores.view(-1, rows.size)
+        total = losses.RERANKING[c.reranking_loss](scores)
+        if rows.teacher is not None:
+            total = total + c.distill_weight * _distilled(scores, rows.teacher, c)
+        return total
 
     return Work("reranking", data.reranking_texts, rows.pairs, loss, rows.ids)
+
+
+def _distilled(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
+    return losses.distillation(
+        student, teacher.to(student), config.distill, config.distill_temperature
+    )
 
 
 WORK = {"embedding": embedding, "reranking": reranking}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,9 +28,11 @@ from model.transformer import RMSNorm
 from model.unimoer import ModelConfig, UniMoER
 from train.batches import TrainingData
 from train.loop import Callback, train
+from train.mixture import training_data
+from train.negatives import mined_sha256
 from train.pilots import fit_pilots
 from train.start import Held, begin
-from trials import Config
+from trials import Config, parts
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = 1
@@ -48,6 +51,20 @@ def resolve_dtype(name: str) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if fast else "float32"
+
+
+def resolved(config: Config) -> Config:
+    """The config as it is stored: the dtype of this machine, the hash of mined negatives.
+
+    A folder of the same name with other negatives is then another config.
+
+    Raises:
+        ValueError: see `mined_sha256`.
+    """
+    folders = parts(config.negatives)
+    marks = ["" if folder == "bm25" else mined_sha256(Path(folder)) for folder in folders]
+    dtype = resolve_dtype(config.dtype)
+    return replace(config, dtype=dtype, negatives_sha256="+".join(marks))
 
 
 def repeatable() -> None:
@@ -109,7 +126,9 @@ class Workbench:
     ):
         self.device, self.cache, self.keep_prefix = device, cache, keep_prefix
         self.kernels = kernels
-        self.collection: Collection = load(data, cache / "data")
+        # Several are trained on together; the first is what is measured.
+        self.collections = [load(part, cache / "data") for part in parts(data)]
+        self.collection: Collection = self.collections[0]
         self._sets: dict[str, TextSet] = {}
         self._evaluation: dict[str, EvaluationSet] = {}
 
@@ -152,6 +171,16 @@ class Workbench:
 
         return make
 
+    @property
+    def mixture(self) -> str:
+        """What is trained on beside the collection that is measured: names and fingerprints."""
+        return ", ".join(f"{c.name} {c.fingerprint}" for c in self.collections[1:])
+
+    def training(self, model: UniMoER, config: Config) -> TrainingData:
+        """The training data of the config's tasks."""
+        states = self.states(model, config)
+        return training_data(self.collections, model.tokenizer, config, states)
+
     def evaluation(self, model: UniMoER, config: Config) -> EvaluationSet:
         """The evaluation set; trials that differ only in arm and seed share one."""
         names = (
@@ -185,7 +214,7 @@ def run_trial(
     sharding.renew(model.decoder)
     log, prepared = [], time.perf_counter()
     if config.steps:
-        data = TrainingData(bench.collection, model.tokenizer, config, bench.states(model, config))
+        data = bench.training(model, config)
         if config.router in SIMILARITY:
             fit_pilots(model, data)
         prepared = time.perf_counter()
@@ -258,6 +287,7 @@ def _record(config: Config, arm: str, bench: Workbench, model: UniMoER) -> dict:
             "name": bench.collection.name,
             "fingerprint": bench.collection.fingerprint,
             **bench.collection.provenance,
+            **({"mixture": bench.mixture} if bench.mixture else {}),
         },
         "git": _git(),
         "sources": sources(),

@@ -107,3 +107,6 @@ def test_what_is_published_names_no_folder_of_this_machine() -> None:
     assert overview.portable(made) == {
         "config": {"base": "org/name", "data": "scifact", "end_token": "/x"},
         "data": {"name": "scifact", "path": "scifact"}, "seed": 1}  # fmt: skip
+    mixed = {"base": "b", "data": "/home/me/scifact+msmarco", "negatives": "/x/mined+bm25"}
+    found = overview.portable({"config": mixed, "data": {}})["config"]
+    assert found == {"base": "b", "data": "scifact+msmarco", "negatives": "mined+bm25"}

@@ -84,6 +84,18 @@ def test_k_may_exceed_the_corpus_and_scores_are_float32():
     assert all(score == float(np.float32(score)) > 0 for score in row.values())
 
 
+def test_scores_of_given_documents_are_those_of_the_search():
+    index = BM25(["a", "b", "c", "d"], ["red fish", "red red bird", "sky", ""])
+    row = index.search({"q": "red bird"}, 9)["q"]
+    names = ["c", "b", "a", "d"]
+    assert index.score("red bird", names) == [row.get(name, 0.0) for name in names]
+    assert index.score("zebra", ["a"]) == index.score("", ["a"]) == [0.0]
+    assert index.score("red", []) == []
+    assert BM25(["a"], [""]).score("red", ["a"]) == [0.0]
+    with pytest.raises(ValueError, match="document 'z' is not among the 4 indexed"):
+        index.score("red", ["a", "z"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [

@@ -77,3 +77,47 @@ def test_balance_pushes_towards_balance():
 def test_an_unknown_kind_of_balance():
     with pytest.raises(ValueError, match="mean, argmax or support, got 'max'"):
         losses.balance([torch.eye(2)], "max")
+
+
+def test_distill_kl_by_hand():
+    teacher = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]], dtype=torch.float64)
+    student = torch.tensor([[0.0, 0.0], [0.0, math.log(3)]], dtype=torch.float64)
+    first = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    second = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    found = losses.distill_kl(student, teacher, 1.0).item()
+    assert found == pytest.approx((first + second) / 2, abs=1e-15)
+    assert losses.distill_kl(2 * student, 2 * teacher, 2.0).item() == pytest.approx(4 * found)
+    shift = torch.tensor([[7.0], [-2.0]], dtype=torch.float64)
+    assert losses.distill_kl(student + shift, teacher - shift, 1.0).item() == pytest.approx(found)
+    assert losses.distill_kl(teacher + shift, teacher, 3.0).item() == pytest.approx(0, abs=1e-15)
+
+
+def test_the_gradient_of_kl_keeps_its_size_at_any_temperature():
+    """Hinton et al., equation 4: for high T it is (z - v) / size, the T^2 included, if both have
+    mean 0."""
+    student = torch.tensor([[1.0, -1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[-2.0, 1.0, 1.0]], dtype=torch.float64)
+    losses.distill_kl(student, teacher, 1e4).backward()
+    torch.testing.assert_close(student.grad, (student - teacher).detach() / 3, rtol=1e-3, atol=0)
+
+
+def test_margin_mse_by_hand():
+    student = torch.tensor([[2.0, 1.0, 0.5], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    teacher = torch.tensor([[5.0, 3.0, 4.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
+    # margins 1, 1.5, -1, 0 against 2, 1, 0, 0
+    assert losses.margin_mse(student, teacher).item() == (1 + 0.25 + 1 + 0) / 4
+    assert losses.margin_mse(student + 3, teacher).item() == losses.margin_mse(student, teacher)
+
+
+@pytest.mark.parametrize("kind", ["kl", "margin_mse"])
+def test_gradient_of_distillation(kind):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)
+    assert torch.autograd.gradcheck(
+        lambda s: losses.distillation(s, teacher, kind, 2.0), student.requires_grad_()
+    )
+
+
+def test_an_unknown_kind_of_distillation():
+    with pytest.raises(ValueError, match="distill must be kl or margin_mse, got 'mse'"):
+        losses.distillation(torch.zeros(1, 2), torch.zeros(1, 2), "mse", 1.0)

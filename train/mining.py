@@ -1,0 +1,378 @@
+"""Hard negatives of a collection's training queries, mined once and kept: `python -m train mine`.
+
+A first stage (BM25 or the embedder of a saved model) finds `depth` documents for each query; the
+reranker of a saved model may score them anew. Relevant documents, copies of them and copies of each
+other, by text, are left out, and what is left is ranked from 1. Negatives are those in a window of
+ranks that score below a share of the query's positive (NV-Retriever, arXiv 2407.15831, section 3:
+"TopK-PercPos"); see `limit`. A teacher's scores may be written beside them, for distillation.
+
+A folder holds `negatives.jsonl`, a line for each query in the fixed order of training:
+
+    {"query": id, "positive": id, "score": s, "negatives": {id: s, ...}, "found": n,
+     "teacher": {id: logit, ...}}
+
+and `manifest.json`: the models' revisions, the data's fingerprint, the settings, and when it is
+finished the sha256 of the lines and counts. `found` counts the negatives before `fill`, `teacher`
+is there where one was asked for. Scores are cosines, BM25's, or, of a reranker, the sigmoid of its
+logit (after listwise training no calibrated probability: logits are then known up to a constant).
+
+While it runs, vectors of documents and finished parts of the queries lie in the folder; started
+again it goes on from there. Memory: the ids, one shard of vectors, one part's candidates; BM25's
+index, where that is the first stage.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from eval import retrieval
+from eval.bm25 import BM25
+from eval.collections import Collection
+from eval.files import write_json, write_text
+from eval.machine import device_name
+from model.prefix import TextSet
+from model.unimoer import UniMoER
+from model.weights import revision
+from train.batches import training_queries
+from train.negatives import MANIFEST, MINED, best_positive, read_manifest, stranger
+
+FORMAT = 1
+LEXICAL = "bm25"  # the name of the first stage that is no model
+SHARD = 8192  # documents whose vectors are one file
+PICKS = ("sampled", "top")
+
+Run = dict[str, dict[str, float]]  # query id -> document id -> score, best first
+Search = Callable[[list[str], int], Run]  # query ids, k -> the k best documents of each
+Score = Callable[[list[tuple[str, str]]], list[float]]  # of (query id, document id) pairs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is mined.
+
+    depth: documents of the first stage that are looked at, none of them relevant. ranks: the first
+    and the last rank that may be a negative, from 1. margin: see `limit`; 0: no limit. negatives:
+    how many of each query, drawn by the query id's own generator ("sampled") or the best ("top").
+    fill: whether a query with fewer is filled up with documents drawn from the whole pool, which
+    the limit does not bind. queries: how many, in the order of training; 0: all. part: of how many
+    queries a file is written.
+    """
+
+    depth: int = 200
+    ranks: tuple[int, int] = (10, 100)
+    margin: float = 0.95
+    negatives: int = 7
+    pick: str = "sampled"
+    fill: bool = False
+    queries: int = 0
+    part: int = 256
+
+    def __post_init__(self):
+        first, last = self.ranks
+        if not 1 <= first <= last <= self.depth:
+            raise ValueError(
+                f"ranks {first} to {last}: expected 1 <= first <= last <= depth={self.depth}"
+            )
+        if not 0 <= self.margin <= 1:
+            raise ValueError(f"margin must lie between 0 (no limit) and 1, got {self.margin}")
+        if self.pick not in PICKS:
+            raise ValueError(f"pick must be one of {', '.join(PICKS)}, got {self.pick!r}")
+        for name, least in (("negatives", 1), ("part", 1), ("queries", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def limit(positive: float, margin: float) -> float:
+    """What a negative's score has to stay below: s - (1 - margin) |s|, s the positive's score.
+
+    For s > 0 that is margin * s, the paper's rule. For s <= 0 margin * s would lie above s and let
+    in what scores better than the positive, so the same distance is taken below it.
+    """
+    return positive - (1 - margin) * abs(positive) if margin else float("inf")
+
+
+def choose(query: str, ranked: Mapping[str, float], bound: float, settings: Settings) -> list[str]:
+    """The negatives of a query: in the window, below the bound, drawn or the best of them.
+
+    Args:
+        ranked: document id -> score, best first, without relevant documents and copies.
+    """
+    first, last = settings.ranks
+    kept = [d for d in list(ranked)[first - 1 : last] if ranked[d] < bound]
+    if settings.pick == "top":
+        return kept[: settings.negatives]
+    return random.Random(query).sample(kept, min(settings.negatives, len(kept)))
+
+
+def mine(
+    folder: Path,
+    collection: Collection,
+    settings: Settings,
+    retriever: str,
+    reranker: str = "",
+    teacher: str = "",
+    device: str = "cpu",
+) -> dict:
+    """Mine into a folder, or go on where an earlier run of the same settings stopped.
+
+    Args:
+        retriever: "bm25" or a folder of `save_pretrained`. reranker, teacher: such folders; "":
+            none. The teacher's logits are of each query's positive and chosen negatives.
+    Returns:
+        the manifest, with `sha256` of the lines and the counts `mined`: queries, `short` (fewer
+        negatives than asked for before `fill`) and `none` (no negative at all).
+    Raises:
+        ValueError: the folder holds something else, or was mined with other models, data, settings
+            or on another device; there is no train split, or the pool is too small to fill from.
+    """
+    names = {name for name in (retriever, reranker, teacher) if name not in ("", LEXICAL)}
+    order = training_queries(collection, settings.queries)
+    if not order:
+        raise ValueError(f"{collection.name}: no training query has a relevant document")
+    manifest = _begin(
+        folder,
+        {
+            "format": FORMAT,
+            "retriever": LEXICAL if retriever == LEXICAL else revision(retriever),
+            "reranker": revision(reranker) if reranker else "",
+            "teacher": revision(teacher) if teacher else "",
+            "scores": "sigmoid" if reranker else "bm25" if retriever == LEXICAL else "cosine",
+            "data": {"name": collection.name, "fingerprint": collection.fingerprint},
+            **json.loads(json.dumps(asdict(settings))),
+            "device": device_name(device) if names else "",  # BM25 is the same everywhere
+        },
+    )
+    if "sha256" in manifest:
+        return manifest
+    size = settings.part
+    parts = {
+        folder / "parts" / f"{i:06d}.jsonl": order[at : at + size]
+        for i, at in enumerate(range(0, len(order), size))
+    }
+    if todo := {path: queries for path, queries in parts.items() if not path.exists()}:
+        models = {name: UniMoER.from_pretrained(name, device) for name in names}
+        pool = collection.pools["train"]
+        if retriever == LEXICAL:
+            search, score = _lexical(collection, pool)
+        else:
+            search, score = _dense(models[retriever], collection, pool, folder / "vectors")
+        again = _sigmoid(_logits(models[reranker], collection)) if reranker else None
+        judge = _logits(models[teacher], collection) if teacher else None
+        for path, queries in tqdm(todo.items(), desc="mine", unit="part", leave=False):
+            rows = _part(queries, collection, settings, search, score, again, judge)
+            write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    return _finish(folder, manifest, list(parts), settings.negatives)
+
+
+def _part(
+    queries: list[str],
+    collection: Collection,
+    settings: Settings,
+    search: Search,
+    score: Score,
+    again: Score | None,
+    judge: Score | None,
+) -> list[dict]:
+    """The lines of some queries.
+
+    score: of the first stage. again: of a reranker, in its place. judge: of a teacher.
+    """
+    corpus, pool = collection.corpus, collection.pools["train"]
+    judged = collection.qrels["train"]
+    relevant = {q: {d: g for d, g in judged[q].items() if g > 0} for q in queries}
+    runs = search(queries, settings.depth + max(map(len, relevant.values())))
+    runs = {
+        q: dict(list(_distinct(runs[q], relevant[q], corpus).items())[: settings.depth])
+        for q in queries
+    }
+    if again is not None:
+        score = again
+        runs = {q: _ordered(row) for q, row in _scored(runs, score).items()}
+    positive = {q: best_positive(relevant[q]) for q in queries}
+    own = score(list(positive.items()))
+    chosen: dict[str, list[str]] = {}
+    found: dict[str, int] = {}
+    for query, s in zip(queries, own, strict=True):
+        picked = choose(query, runs[query], limit(s, settings.margin), settings)
+        chosen[query], found[query] = picked, len(picked)
+        rng = random.Random(f"{query} fill")
+        while settings.fill and len(picked) < settings.negatives:
+            taken = {*relevant[query], *picked}
+            texts = {corpus[d] for d in taken}
+            picked.append(stranger(query, rng, pool, corpus, taken, texts, settings.negatives))
+    strange = {q: [d for d in chosen[q] if d not in runs[q]] for q in queries}
+    drawn = _scored(strange, score)
+    groups = {q: [positive[q], *chosen[q]] for q in queries}
+    taught = _scored(groups, judge) if judge is not None else {}
+    return [
+        {
+            "query": q,
+            "positive": positive[q],
+            "score": s,
+            "negatives": {d: runs[q][d] if d in runs[q] else drawn[q][d] for d in chosen[q]},
+            "found": found[q],
+            **({"teacher": taught[q]} if taught else {}),
+        }
+        for q, s in zip(queries, own, strict=True)
+    ]
+
+
+def _distinct(
+    run: Mapping[str, float], relevant: Mapping[str, int], corpus: Mapping[str, str]
+) -> dict[str, float]:
+    """A query's run without relevant documents, copies of them, and later copies of each other."""
+    seen = {corpus[d] for d in relevant}
+    kept = {}
+    for document, value in run.items():
+        text = corpus[document]
+        if text not in seen:
+            seen.add(text)
+            kept[document] = value
+    return kept
+
+
+def _scored(wanted: Mapping[str, Sequence[str] | Mapping[str, float]], score: Score) -> Run:
+    """query id -> documents with their scores, all pairs in one call."""
+    pairs = [(q, d) for q, documents in wanted.items() for d in documents]
+    values = iter(score(pairs) if pairs else [])
+    return {q: {d: next(values) for d in documents} for q, documents in wanted.items()}
+
+
+def _ordered(row: Mapping[str, float]) -> dict[str, float]:
+    """Best first, equal scores by document id."""
+    return dict(sorted(row.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+# First stages and models -------------------------------------------------------------------------
+
+
+def _lexical(collection: Collection, pool: Sequence[str]) -> tuple[Search, Score]:
+    index = BM25(list(pool), [collection.corpus[d] for d in pool])
+
+    def search(queries: list[str], k: int) -> Run:
+        return index.search({q: collection.queries[q] for q in queries}, k)
+
+    def score(pairs: list[tuple[str, str]]) -> list[float]:
+        wanted: dict[str, list[str]] = {}
+        for query, document in pairs:
+            wanted.setdefault(query, []).append(document)
+        found = {
+            query: dict(zip(row, index.score(collection.queries[query], row), strict=True))
+            for query, row in wanted.items()
+        }
+        return [found[query][document] for query, document in pairs]
+
+    return search, score
+
+
+def _dense(
+    model: UniMoER, collection: Collection, pool: Sequence[str], folder: Path
+) -> tuple[Search, Score]:
+    """Exact search by cosine over the pool's vectors, which are computed once, shard by shard."""
+    shards = []
+    for at in tqdm(range(0, len(pool), SHARD), desc="documents", unit="shard", leave=False):
+        path = folder / f"{at // SHARD:06d}.npy"
+        if not path.exists():
+            texts = [collection.corpus[d] for d in pool[at : at + SHARD]]
+            _write_vectors(path, model.encode_document(texts, progress=False))
+        shards.append(path)
+    place = {document: divmod(i, SHARD) for i, document in enumerate(pool)}
+    asked: dict[str, Tensor] = {}  # of the latest search; they are scored next
+
+    def search(queries: list[str], k: int) -> Run:
+        vectors = model.encode_query([collection.queries[q] for q in queries], progress=False)
+        asked.clear()
+        asked.update(zip(queries, vectors, strict=True))
+        best: Run = {q: {} for q in queries}
+        for i, path in enumerate(shards):
+            documents = list(pool[i * SHARD : (i + 1) * SHARD])
+            there = torch.from_numpy(np.load(path))
+            found = retrieval.search(vectors, there, queries, documents, k)
+            best = {q: dict(list(_ordered(best[q] | found[q]).items())[:k]) for q in queries}
+        return best
+
+    def score(pairs: list[tuple[str, str]]) -> list[float]:
+        found = []
+        opened = [np.load(path, mmap_mode="r") for path in shards]
+        for query, document in pairs:
+            shard, row = place[document]
+            found.append(float(asked[query] @ torch.from_numpy(np.array(opened[shard][row]))))
+        return found
+
+    return search, score
+
+
+def _write_vectors(path: Path, vectors: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "wb") as file:
+        np.save(file, vectors.numpy())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _logits(model: UniMoER, collection: Collection) -> Score:
+    def score(pairs: list[tuple[str, str]]) -> list[float]:
+        texts = [(collection.queries[q], collection.corpus[d]) for q, d in pairs]
+        return model.score_all(TextSet(model.tokenizer.pairs(texts))).tolist()
+
+    return score
+
+
+def _sigmoid(logits: Score) -> Score:
+    """In float64: in fp32 everything above 17 would score alike."""
+    return lambda pairs: torch.tensor(logits(pairs), dtype=torch.float64).sigmoid().tolist()
+
+
+# The folder --------------------------------------------------------------------------------------
+
+
+def _begin(folder: Path, identity: dict) -> dict:
+    """The manifest that is there, if it is of this run; else a new one."""
+    path = folder / MANIFEST
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and was not mined: choose another --out")
+        write_json(path, identity)
+        return identity
+    manifest = read_manifest(path)
+    if differ := [key for key in identity if manifest.get(key) != identity[key]]:
+        shown = "; ".join(f"{k}: {manifest.get(k)} there, {identity[k]} here" for k in differ)
+        raise ValueError(
+            f"{folder} was mined otherwise ({shown}): remove it, or choose another --out"
+        )
+    return manifest
+
+
+def _finish(folder: Path, manifest: dict, parts: list[Path], wanted: int) -> dict:
+    """Join the parts, count, and say in the manifest that the folder is whole."""
+    digest, counts = hashlib.sha256(), {"queries": 0, "short": 0, "none": 0}
+    part = folder / f".{MINED}.part"
+    with open(part, "wb") as file:
+        for path in parts:
+            for line in path.read_bytes().splitlines(keepends=True):
+                found = json.loads(line)["found"]
+                counts["queries"] += 1
+                counts["short"] += found < wanted
+                counts["none"] += found == 0
+                digest.update(line)
+                file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, folder / MINED)
+    manifest = {**manifest, "sha256": digest.hexdigest(), "mined": counts}
+    write_json(folder / MANIFEST, manifest)
+    for name in ("parts", "vectors"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return manifest
