@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from eval import beir
 from eval import collections as C
 from eval import stdlib as S
 
@@ -156,6 +157,56 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, part, line, message):
     )
     with pytest.raises(ValueError, match=message):
         C.load(folder)
+
+
+@pytest.mark.parametrize("gap", ["\t", " ", "  "])
+def test_judgments_in_the_format_of_trec_eval(tmp_path, gap):
+    """No header, four columns, spaces or tabs: MS MARCO's own qrels and those of TREC."""
+    folder = write(tmp_path)
+    rows = [["q1", "0", "d1", "2"], ["q1", "Q0", "d2", "0"], ["q2", "0", "d2", "-1"]]
+    (tmp_path / "qrels" / "test.tsv").write_text("\n".join(map(gap.join, rows)) + "\n")
+    assert C.load(folder).qrels == {"test": {"q1": {"d1": 2, "d2": 0}, "q2": {"d2": -1}}}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("q1\td2\t1", r"test\.tsv:2: found .*expected the four columns of trec_eval"),
+        ("q1 0 d2 high", r"test\.tsv:2: found score 'high', expected an integer"),
+        ("q9 0 d2 1", r"test\.tsv:2: query id 'q9' is not in"),
+        ("q1 0 d9 1", r"test\.tsv:2: document id 'd9' is not in"),
+        ("q1 0 d1 2", r"test\.tsv:2: found grade 2 .*expected 1"),
+    ],
+)
+def test_a_bad_line_in_that_format(tmp_path, line, message):
+    folder = write(tmp_path)
+    (tmp_path / "qrels" / "test.tsv").write_text(f"q1 0 d1 1\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        C.load(folder)
+
+
+def test_queries_as_lines_of_id_and_text(tmp_path):
+    """MS MARCO's own queries file."""
+    file = tmp_path / "queries.tsv"
+    file.write_text("q1\twhich is first?\nq2\ta\tb\n")
+    assert beir.read_queries([file])[0] == {"q1": "which is first?", "q2": "a\tb"}
+    file.write_text("q1\tx\nq2 y\n")
+    with pytest.raises(ValueError, match=r"queries\.tsv:2: .*expected an id, a tab and a text"):
+        beir.read_queries([file])
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+@pytest.mark.parametrize("names", ["train dev test", "train validation test", "train test"])
+def test_one_split_alone_is_what_it_is_among_all(tmp_path, names, split):
+    queries = [{"_id": f"q{i}", "text": f"text {i}"} for i in range(60)]
+    rows = {name: [f"q{i}\td1\t1" for i in range(at, 60, 3)] for at, name in
+            enumerate(names.split())}  # fmt: skip
+    folder = write(tmp_path, queries=queries, **rows)
+    every = C.load(folder).qrels
+    files = beir.find(folder).only(split)
+    found, _ = beir.judgments(files, {row["_id"] for row in queries})
+    assert found[split] == every[split]
+    assert len(files.qrels) == (2 if split == "train" and len(rows) == 3 else 1)
 
 
 @pytest.mark.parametrize("first", ["q1\td1\t1", "query_id\tcorpus_id\tscore", ""])

@@ -229,3 +229,9 @@ def test_chunks_change_nothing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch)
     whole = tokenizer.documents(texts)
     monkeypatch.setattr(tokens, "CHUNK", 3)
     assert tokenizer.documents(texts) == whole and len(whole) == 7
+    monkeypatch.setattr(tokens, "CHARACTERS", 13)  # two texts of six; a longer one comes alone
+    assert tokenizer.documents(texts) == whole
+    filled = [(text, 0, 0) for text in ("a" * 20, *texts, "", "b" * 7)]
+    sizes = [[len(text) for text, _, _ in chunk] for chunk in tokens._chunks(filled)]
+    assert sizes == [[20], [6, 6], [6, 6], [6, 6], [6, 0, 7]]
+    assert list(tokens._chunks([])) == []
