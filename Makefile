@@ -1,9 +1,9 @@
 # Every command a user types. Each target first sets up what it needs and is fast once that is done.
 #
 #   SCALE=smoke|small|full  BASE=hub id or folder  DATA=name or folder  SEEDS=  ARMS=  CONTROLS=1  AA=1
-#   ARGS=          more arguments for pytest (test, test-gpu), bench, eval, rag and gpu-all
+#   ARGS=          more arguments for pytest (test, test-gpu), bench, eval, encode, search, rag and gpu-all
 #   RUNS=          where trials go; runs/ if not given
-#   BENCH= MODEL= TASKS= BENCHMARK=  for eval, MODEL= for rag
+#   BENCH= MODEL= TASKS= BENCHMARK=  for eval, MODEL= for encode, search and rag
 #   EXPERIMENT=    for report: one alone   LATEX=1  its tables as tables.tex too
 #   PYTHON=path    use this environment and install nothing (container, cluster, no network)
 #   TORCH=cpu      install PyTorch's CPU build instead of PyPI's CUDA build
@@ -11,7 +11,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup base kill-gate scale-study gradient-conflict soft-vs-hard routing \
-  representation probing transfer rank-sweep remedies study sweep eval rag bench bench-model kernels-report gpu-all report \
+  representation probing transfer rank-sweep remedies study sweep eval encode search rag bench bench-model kernels-report gpu-all report \
   test test-gpu lint format clean
 
 ifdef PYTHON
@@ -82,6 +82,12 @@ sweep: base  ## Try learning rates and clippings of each arm on dev; the choice 
 eval: $(DEV) base  ## A saved model on public benchmarks: BENCH=beir or mteb, MODEL=folder, DATA= TASKS= BENCHMARK=
 	$(PY) -m eval $(BENCH) --model '$(MODEL)' $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) \
 	  $(if $(BENCHMARK),--benchmark '$(BENCHMARK)') $(ARGS)
+
+encode: $(MAIN) base  ## A saved model's vectors of a corpus of any size, on disk, resumable: MODEL=folder DATA=
+	$(PY) -m eval encode --model '$(MODEL)' --data '$(DATA)' $(ARGS)
+
+search: $(MAIN) base  ## Search these vectors, exactly or through FAISS too, and score: MODEL=folder DATA=
+	$(PY) -m eval search --model '$(MODEL)' --data '$(DATA)' $(ARGS)
 
 rag: $(MAIN) base  ## Answer questions with one model in three roles, against two and three: MODEL=folder DATA=folder
 	$(PY) -m eval rag --model '$(MODEL)' --data $(DATA) $(ARGS)

@@ -1,10 +1,11 @@
-"""`python -m eval beir | mteb | rag`: a saved model on benchmarks or on a folder of one's own.
+"""`python -m eval beir | mteb | rag | encode | search`: a saved model on benchmarks or folders.
 
 beir: full-corpus retrieval, and reranking of BM25's own top candidates, by our protocol.
 mteb: tasks by name or a whole benchmark through `mteb`, or a collection as two tasks of mteb's;
 results in mteb's own layout, which its leaderboard tools read.
 rag: retrieve, rerank, generate, on folders with `answers.json`; one model in all roles against two
 and three, each in a process of its own, for the sake of its peak memory.
+encode, search: a corpus that no memory holds; see `python -m eval search --help`.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from eval import metrics, rag
+from eval import large, metrics, rag
 from eval.answers import NORMALISERS
 from eval.collections import Collection, load, require_split
 from eval.files import write_json
@@ -206,7 +207,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] in large.COMMANDS:
+        return large.main(words)
+    args = parser().parse_args(words)
     args.depth = args.depth or (20 if args.bench == "rag" else 1000)
     folder = Path(args.model).resolve()
     args.name = args.name or f"{folder.parent.name}-{folder.stem}"
