@@ -17,7 +17,9 @@ from eval.vectors import Vectors
 ABSENT = torch.iinfo(torch.int64).min  # the key of no document
 
 
-def to_keys(scores: Tensor, places: Tensor) -> Tensor:
+def to_keys(
+    scores: Tensor, places: Tensor, spare: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """int64 (..., M) keys that are ordered as (score, place) are.
 
     A float32 read as an integer is ordered as the number is, but for negative ones, whose other
@@ -26,10 +28,12 @@ def to_keys(scores: Tensor, places: Tensor) -> Tensor:
     Args:
         scores: (..., M), no NaN; rounded to float32. It is overwritten where it is float32.
         places: (M,) or (..., M) int64, in [0, 2^32): of the id among all ids in ascending order.
+        spare, out: int32 and int64 of the scores' shape; with them nothing is allocated.
     """
     bits = scores.float().add_(0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
-    bits ^= (bits >> 31) & 0x7FFFFFFF
-    return bits.long().bitwise_left_shift_(32).bitwise_or_(places)
+    bits ^= torch.bitwise_right_shift(bits, 31, out=spare).bitwise_and_(0x7FFFFFFF)
+    keys = bits.long() if out is None else out.copy_(bits)
+    return keys.bitwise_left_shift_(32).bitwise_or_(places)
 
 
 def from_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,16 +128,16 @@ def plan(
     Returns:
         (documents, queries) of one block, both at least 1.
     Raises:
-        ValueError: the bound is below what is needed in any case: the ids, the query vectors and
-            the best k of each query.
+        ValueError: the bound is below what is needed in any case: the ids, the query vectors, the
+            best k of each query and the mapped pages of a shard.
     """
-    fixed = documents * (id_bytes + 16) + queries * (4 * dimension + 8 * k)
-    # Of a block: its documents in fp32; scores, their bits and keys (24 bytes with what topk
-    # takes); the best so far, the block's best and both together.
+    fixed = documents * (id_bytes + 16) + queries * (4 * dimension + 8 * k) + rows * 4 * dimension
+    # Of a block: its documents in fp32 and their places; scores, spare and keys; the block's best,
+    # these and the best so far together, and the best of both.
     merge = 32 * k
 
     def block(n: int, q: int) -> int:
-        return n * (4 * dimension + 8) + q * (24 * n + merge)
+        return n * (4 * dimension + 8) + q * (16 * n + merge)
 
     left = memory - fixed
     if left < block(1, 1):
@@ -145,7 +149,7 @@ def plan(
     n = rows
     while n > 1 and block(n, min(queries, 64)) > left:  # queries enough for a matrix product
         n = n // 2
-    return n, max(1, min(queries, int((left - block(n, 0)) // (24 * n + merge))))
+    return n, max(1, min(queries, int((left - block(n, 0)) // (16 * n + merge))))
 
 
 @torch.no_grad()
@@ -169,23 +173,31 @@ def exact(
         queries: (Q, D) unit vectors, fp32.
         block: of `plan`.
     """
-    k = min(k, vectors.documents)
+    k, (most, some) = min(k, vectors.documents), block
     queries = queries.float().to(device)
     best = torch.full((len(queries), k), ABSENT, device=device)
+    # Made once: what is made anew for each block leaves gaps in the heap, twice what is in use.
+    rows = torch.empty(min(most, vectors.window), vectors.dimension)
+    work = [
+        torch.empty(len(rows) * min(some, len(queries)), dtype=dtype, device=device)
+        for dtype in (torch.float32, torch.int32, torch.int64)
+    ]
     bar = tqdm(total=vectors.documents, unit="document", desc="search", disable=not progress)
     for shard in range(vectors.shards):
-        stored, first = vectors.shard(shard), shard * vectors.window
-        for start in range(0, len(stored), block[0]):
-            # a copy: what torch sees has to be writable, and a shard's pages go with `stored`
-            rows = torch.from_numpy(stored[start : start + block[0]].astype(np.float32)).to(device)
-            at = first + start
-            places = ids.places(slice(at, at + len(rows))).to(device)
-            for some in range(0, len(queries), block[1]):
-                part = slice(some, some + block[1])
-                keys = to_keys(queries[part] @ rows.t(), places)
-                found = keys.topk(min(k, len(rows)), dim=1).values
-                del keys
-                best[part] = torch.cat((best[part], found), 1).topk(k, dim=1).values
-            bar.update(len(rows))
+        stored = vectors.shard(shard)
+        for start in range(0, len(stored), len(rows)):
+            n = min(len(rows), len(stored) - start)
+            np.copyto(rows[:n].numpy(), stored[start : start + n])
+            documents = rows[:n].to(device).t()
+            first = shard * vectors.window + start
+            places = ids.places(slice(first, first + n)).to(device)
+            for at in range(0, len(queries), some):
+                part = queries[at : at + some]
+                scores, spare, keys = (w[: len(part) * n].view(len(part), n) for w in work)
+                torch.mm(part, documents, out=scores)
+                found = to_keys(scores, places, spare, keys).topk(min(k, n), dim=1).values
+                both = torch.cat((best[at : at + some], found), 1)
+                best[at : at + some] = both.topk(k, dim=1).values
+            bar.update(n)
     bar.close()
     return best.cpu()

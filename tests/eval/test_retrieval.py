@@ -166,14 +166,34 @@ def test_ids_have_places_and_are_looked_up():
 def test_the_plan_keeps_to_its_bound():
     """Whatever the bound, what a block takes beside the fixed part fits in it."""
     sizes = {"queries": 6980, "documents": 8_841_823, "dimension": 1024, "k": 1000, "id_bytes": 7}
-    fixed = 8_841_823 * (7 + 16) + 6980 * (4 * 1024 + 8 * 1000)
+    fixed = 8_841_823 * (7 + 16) + 6980 * (4 * 1024 + 8 * 1000) + 10_000 * 4 * 1024
     before = (0, 0)
     for memory in (0.35e9, 0.5e9, 1e9, 4e9, 64e9):
         n, q = plan(memory, rows=10_000, **sizes)
         assert 1 <= n <= 10_000 and 1 <= q <= 6980
-        assert fixed + n * (4 * 1024 + 8) + q * (24 * n + 32 * 1000) <= memory
+        assert fixed + n * (4 * 1024 + 8) + q * (16 * n + 32 * 1000) <= memory
         assert n >= before[0]
         before = (n, q)
     assert before == (10_000, 6980)
     with pytest.raises(ValueError, match="--memory 0.25 GB: 6,980 queries, depth 1,000 and 8,841,"):
         plan(0.25e9, rows=10_000, **sizes)
+
+
+def resident(name: str) -> int:
+    """Bytes of this process: VmRSS now, or VmHWM, the most since it was reset."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{name}:")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak to reset")
+def test_the_search_keeps_to_its_bound(tmp_path):
+    """All keys at once would be 128 MB of work; 8 MB are allowed, and 8 for the allocator."""
+    queries, documents = grid(200, 16, 7), grid(40_000, 16, 8)
+    stored = store(tmp_path, documents, [f"{i:05}" for i in range(40_000)], 5000, "float16")
+    del documents
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    raw = stored.ids()
+    block = plan(8e6, 200, 40_000, 16, 50, raw.itemsize, 5000)
+    exact(queries, stored, Ids(raw), 50, block=block)
+    assert block[1] < 200 and resident("VmHWM") - before < 16e6

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,25 @@ def test_a_killed_run_goes_on_and_encodes_nothing_twice(
     assert stored_files(tmp_path) == stored_files(whole)
     again = Counted(monkeypatch)
     assert run(model, data, tmp_path).missing() == [] and not again.texts
+
+
+def test_memory_does_not_grow_with_the_corpus(model: UniMoER, tmp_path: Path, monkeypatch) -> None:
+    """Ten times the documents: some 100 kB more for their hashes, not 5 MB for their texts."""
+    monkeypatch.setattr(
+        UniMoER, "encode_document", lambda model, texts, **options: torch.zeros(len(texts), 32)
+    )
+    peaks = []
+    for count in (1000, 10_000):
+        file = tmp_path / f"{count}.jsonl"
+        with open(file, "w") as out:
+            for i in range(count):
+                out.write(json.dumps({"_id": f"{i}", "text": f"{i} " + "ba ko " * 80}) + "\n")
+        files = beir.Files("x", [file], [], {}, {})
+        tracemalloc.start()
+        encode(model, files, tmp_path / f"v{count}", revision="r", window=100)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 400_000
 
 
 def test_ranks_share_the_shards(
