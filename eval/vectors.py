@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from eval.beir import Files, documents
 from eval.files import whole, write_json
+from eval.machine import trim_heap
 from model.unimoer import UniMoER
 
 FORMAT = 1
@@ -139,6 +140,7 @@ def encode(
                         bad = ids[int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])]
                         raise ValueError(f"document {bad!r}: its vector is not finite")
                     _write(stored, shard, ids, vectors.astype(dtype), f".{rank}-of-{world}")
+                    trim_heap()
                     bar.update(len(ids))
             bar.close()
     return stored

@@ -1,12 +1,10 @@
 """One trial: config -> model -> train -> evaluate -> the record that is stored."""
 
-import ctypes
 import hashlib
 import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -16,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from eval.collections import Collection, load
-from eval.machine import device_name, peak_bytes
+from eval.machine import device_name, peak_bytes, trim_heap
 from eval.protocol import EvaluationSet
 from model.lora import LoRAConfig
 from model.prefix import TextSet, prefix_states
@@ -32,10 +30,6 @@ from trials import Config
 ROOT = Path(__file__).parent.parent
 SCHEMA = 1
 TRIM_EVERY = 4  # steps
-# oneDNN keeps a compiled primitive for each of the last 1024 shapes it saw. Every step has another
-# number of tokens, so that is 0.6 GB which nothing asks for again; one step has about 40 shapes.
-# Read when the first primitive is made.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def resolve_dtype(name: str) -> str:
@@ -130,7 +124,7 @@ class Workbench:
 
                     def advance(tokens: int, bar: tqdm = bar) -> None:
                         bar.update(tokens)
-                        _trim_heap()
+                        trim_heap()
 
                     states = prefix_states(
                         model.decoder,
@@ -186,13 +180,13 @@ def run_trial(
             if watched is not None:
                 watched(step, line)
             if step % TRIM_EVERY == 0:
-                _trim_heap()
+                trim_heap()
 
         title = f"{arm} seed {config.seed}"
         log = train(model, data, config, place, callback=after_step, title=title)
     trained = time.perf_counter()
     evaluation = bench.evaluation(model, config)
-    _trim_heap()
+    trim_heap()
     scores = {}
     tasks = config.scored or config.tasks
     if "embedding" in tasks:
@@ -284,13 +278,3 @@ def _body_parameters(model: UniMoER) -> int:
     """Of the base, the embeddings left out."""
     weights = model.decoder.named_weights().items()
     return sum(t.numel() for name, t in weights if "embed_tokens" not in name)
-
-
-def _trim_heap() -> None:
-    """Give freed memory back to the system (glibc).
-
-    Every step has another number of tokens, so every block another size, and blocks that small
-    survivors keep apart are never joined: without this a run grows by 7 MB a step.
-    """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
