@@ -138,6 +138,15 @@ def test_shards_in_blocks_are_brute_force(tmp_path, dtype, block, k):
         assert list(row.values()) == [scores[i, ids.index(d)].item() for d in row]
 
 
+@pytest.mark.gpu
+def test_the_card_finds_the_same(tmp_path):
+    queries, documents, ids = grid(9, 6, 2), grid(60, 6, 3), names(60)
+    stored = store(tmp_path, documents, ids, 7, "float16")
+    order = Ids(stored.ids())
+    found = exact(queries, stored, order, 20, block=(3, 2), device="cuda")
+    assert torch.equal(found, exact(queries, stored, order, 20, block=(3, 2)))
+
+
 def test_shards_agree_with_memory(tmp_path):
     """Real vectors: the same rankings, the scores to rounding."""
     generator = torch.Generator().manual_seed(4)
