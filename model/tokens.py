@@ -1,7 +1,8 @@
 """Text -> token ids: templates, truncation of the document alone, the end token by id."""
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Encoding
@@ -76,6 +77,12 @@ class Tokenizer:
         end = self.fast.token_to_id(self.end_token)
         assert end is not None
         self.end_id = end
+
+    def with_query(self, template: str) -> "Tokenizer":
+        """The same with another template for queries, such as a benchmark's own instruction."""
+        other = copy.copy(self)
+        other.prompts = replace(self.prompts, query=template)
+        return other
 
     def id(self, token: str) -> int | None:
         return self.fast.token_to_id(token)

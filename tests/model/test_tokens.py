@@ -32,6 +32,17 @@ def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.fast.encode(text).ids
 
 
+def test_another_template_for_queries_alone(tiny_base: Path) -> None:
+    first = make(tiny_base)
+    other = first.with_query("Instruct: look\nQuery: {query}")
+    assert text_of(other, other.queries(["yes"])[0]).startswith("Instruct: look\nQuery: yes")
+    assert first.prompts == WRAPPED
+    assert other.documents(["yes"]) == first.documents(["yes"])
+    assert other.pairs([("a", "b")]) == first.pairs([("a", "b")])
+    with pytest.raises(ValueError, match="prompt 'query' needs {query} once"):
+        first.with_query("Instruct: look")
+
+
 def test_short_texts_are_whole(tiny_base: Path) -> None:
     tokenizer = make(tiny_base, document_tokens=100)
     (query,) = tokenizer.queries(["what is this"])
