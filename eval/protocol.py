@@ -28,7 +28,8 @@ class EvaluationSet:
     Retrieval: every judged query against every document of the split's pool. Reranking:
     `reranking_queries` of them (chosen by each query id's own generator, so they do not depend on
     arm or seed) with BM25's own top `candidates`; nothing is forced in, so `ceiling` is what a
-    perfect reranker would reach.
+    perfect reranker would reach. What the collection excludes for a query is taken out of its
+    rankings before they are cut, and its own prompt for queries replaces the tokenizer's.
     """
 
     def __init__(
@@ -41,17 +42,31 @@ class EvaluationSet:
         order = sorted(self.queries, key=lambda query: random.Random(query).random())
         chosen = sorted(order[: config.reranking_queries or None])
         self.reranking_qrels = {query: self.qrels[query] for query in chosen}
-        bm25 = BM25(self.documents, [collection.corpus[d] for d in self.documents])
+        texts = [collection.corpus[d] for d in self.documents]
+        bm25 = BM25(self.documents, texts, language=collection.language)
         depth = max(config.retrieval_depth, config.candidates)
-        self.bm25 = bm25.search({q: collection.queries[q] for q in self.queries}, depth)
+        self._excluded = {q: set(collection.excluded.get(q, ())) for q in self.queries}
+        self._most = max(map(len, self._excluded.values()), default=0)
+        asked = {q: collection.queries[q] for q in self.queries}
+        self.bm25 = self._without_excluded(bm25.search(asked, depth + self._most), depth)
         self.candidates = {
             query: dict(list(self.bm25[query].items())[: config.candidates]) for query in chosen
         }
         self.pairs = [(q, d) for q in chosen for d in self.candidates[q]]
         self.clusters = {q: collection.domain.get(q, q) for q in self.queries}
         self.collection = collection
+        if collection.query_prompt:
+            tokenizer = tokenizer.with_query(collection.query_prompt)
         self.tokenizer, self._states = tokenizer, states
         self._sets: dict[str, TextSet] = {}
+
+    def _without_excluded(
+        self, run: dict[str, dict[str, float]], depth: int
+    ) -> dict[str, dict[str, float]]:
+        """The `depth` best of each query, of a run that goes `_most` deeper, best first."""
+        kept = {q: [item for item in row.items() if item[0] not in self._excluded[q]]
+                for q, row in run.items()}  # fmt: skip
+        return {q: dict(row[:depth]) for q, row in kept.items()}
 
     def sample(self, count: int) -> "EvaluationSet":
         """A small set for looking into a model: `count` of the reranking queries.
@@ -96,14 +111,19 @@ class EvaluationSet:
         """The best that any reranking of these candidates can score."""
         return ideal(self.reranking_qrels, self.candidates)
 
+    def vectors(self, model: UniMoER, base: bool = False, progress: bool = False) -> Tensor:
+        """(Q + M, D) unit vectors of the queries, then of the documents."""
+        return model.embed_all(self._set("embedding"), base=base, progress=progress)
+
+    def ranked(self, vectors: Tensor) -> Scores:
+        """Per-query metrics of full-corpus retrieval by `vectors`, or by their first dimensions."""
+        n, depth = len(self.queries), self.config.retrieval_depth
+        run = search(vectors[:n], vectors[n:], self.queries, self.documents, depth + self._most)
+        return evaluate(self.qrels, self._without_excluded(run, depth))
+
     def retrieval(self, model: UniMoER, base: bool = False, progress: bool = False) -> Scores:
         """Per-query metrics of full-corpus retrieval."""
-        vectors = model.embed_all(self._set("embedding"), base=base, progress=progress)
-        n = len(self.queries)
-        run = search(
-            vectors[:n], vectors[n:], self.queries, self.documents, self.config.retrieval_depth
-        )
-        return evaluate(self.qrels, run)
+        return self.ranked(self.vectors(model, base, progress))
 
     def reranking(self, model: UniMoER, progress: bool = False) -> Scores:
         """Per-query metrics of the reranked candidates."""
