@@ -79,7 +79,7 @@ study: $(STUDIES)  ## All experiments
 sweep: base  ## Try learning rates and clippings of each arm on dev; the choice goes into experiments.py
 	$(PY) -m run run sweep $(strip $(SETTING) $(TRIALS))
 
-eval: $(DEV) base  ## A saved model on public benchmarks: BENCH=beir or mteb, MODEL=folder, DATA= TASKS= BENCHMARK=
+eval: $(DEV) base  ## A saved model on public benchmarks: BENCH=beir or mteb, MODEL=folder, DATA=all TASKS= BENCHMARK=
 	$(PY) -m eval $(BENCH) --model '$(MODEL)' $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) \
 	  $(if $(BENCHMARK),--benchmark '$(BENCHMARK)') $(ARGS)
 
