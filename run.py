@@ -19,6 +19,7 @@ from analysis import (
     compare,
     conflict,
     gradients,
+    order,
     overview,
     pareto,
     probes,
@@ -65,6 +66,7 @@ REPORTS = {  # each has write(folder) and summary(what it wrote)
     "representations": representations,
     "probes": probes,
     "scale": scale,
+    "order": order,
 }
 
 # name -> (model, evaluation set, training data of both tasks when called, the trial's config and
@@ -76,6 +78,7 @@ MEASURES = {
     "representation": representation.measure,
     "probing": probing.measure,
     "ablation": ablation.measure,
+    "order": order.measure,
 }
 
 

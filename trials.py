@@ -1,6 +1,7 @@
 """What a trial and an experiment are, as data. Standard library only."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -41,18 +42,19 @@ class Config:
     revision: str | None = None
     layers: int | None = None  # only the first n of the base; None: all
     adapter_layers: int = 0  # the first layer that has experts
-    prefix: bool = True  # keep the states below it (needs adapter_layers > 0)
+    prefix: bool = True  # keep the states below it (needs adapter_layers > 0); not of lists
     dtype: str = "auto"  # bfloat16 where the processor multiplies it, else float32
     causal: bool = True
     checkpointing: bool = False
     embedding_pooling: str = "last"
     reranking_pooling: str = "last"
-    rerank_head: str = "linear"
+    rerank_head: str = "linear"  # or "yes_no", or "interaction", which reads whole lists
     query_prompt: str = "Query: {query}"
     document_prompt: str = "{document}"
     pair_prompt: str = "Query: {query}\nDocument: {document}"
     end_token: str = ""
     document_tokens: int = 512
+    list_tokens: int = 8192  # of a query with its candidates; more of them make several texts
     data: str = "stdlib"
     split: str = "test"
 
@@ -66,7 +68,11 @@ class Config:
     reranking_batch: int = 16  # groups
     group_size: int = 8  # one positive, the rest BM25 negatives
     negatives_depth: int = 50
-    reranking_loss: str = "listwise"  # or "bce"
+    reranking_loss: str = "listwise"  # or "bce"; an interaction head has its own four
+    list_temperature: float = 0.05
+    dispersive_weight: float = 0.45
+    dual_weight: float = 0.85
+    similarity_weight: float = 0.85  # 0: lists are not read a second time
     temperature: float = 0.02
     false_negative_margin: float = 0.1
     embedding_weight: float = 1.0
@@ -161,3 +167,12 @@ class Experiment:
     by_scale: dict[str, dict[str, dict]] = field(default_factory=dict)
     measures: tuple[str, ...] = ()
     contrasts: tuple[tuple[str, str, str, str], ...] = ()
+
+
+def setting_name(scale: str, base: str, data: str) -> str:
+    """`small`, `small-scifact`, `full-qwen3-0.6b-base-msmarco`: what is not the default."""
+    parts = [scale]
+    for value, default in ((base, Config().base), (data, Config().data)):
+        if value != default:
+            parts.append(Path(value).name.lower())
+    return "-".join(parts)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from eval.collections import Collection, require_split
+from model.listwise import Lists
 from model.prefix import TextSet
 from model.tokens import Tokenizer
 from train.negatives import bm25_negatives
 from trials import Config
 
+DROPPED = 0.1  # share of a document's words that its altered copy lacks
 # Tokenized texts -> the same with their frozen-prefix states, where those are used.
 WithStates = Callable[[list[list[int]], str], TextSet]
 
@@ -35,6 +37,18 @@ class RerankingBatch:
 
     pairs: list[int]
     size: int
+    ids: list[str]
+
+
+@dataclass(frozen=True)
+class ListBatch:
+    """texts: token ids of each query's list, then of each again with altered documents in another
+    order, if that is wanted. Among the K documents of the first list of a query, positive (B,) is
+    the place of the right one, and again (B, K) says where in the second list each of them is."""
+
+    texts: list[list[int]]
+    positive: Tensor
+    again: Tensor
     ids: list[str]
 
 
@@ -99,7 +113,12 @@ class TrainingData:
         )
         if "embedding" in config.tasks:
             self._embedding_texts(collection, tokenizer, states)
-        if "reranking" in config.tasks:
+        if config.rerank_head == "interaction":
+            self.query_text, self.template = (
+                collection.queries,
+                Lists(tokenizer, config.list_tokens),
+            )
+        elif "reranking" in config.tasks:
             self._reranking_texts(collection, tokenizer, states)
 
     def _embedding_texts(self, collection: Collection, tokenizer: Tokenizer, states: WithStates):
@@ -128,9 +147,11 @@ class TrainingData:
         order = list(self.used[task])
         per_epoch = len(order) // size
         epoch, at = divmod(step, per_epoch)
-        seed = self.config.seed + self.config.seed_offset if seed is None else seed
-        random.Random(f"{seed} {task} {epoch}").shuffle(order)
+        random.Random(f"{self._seed(seed)} {task} {epoch}").shuffle(order)
         return order[at * size : (at + 1) * size]
+
+    def _seed(self, seed: int | None) -> int:
+        return self.config.seed + self.config.seed_offset if seed is None else seed
 
     def embedding(self, step: int, seed: int | None = None) -> EmbeddingBatch:
         """The embedding micro-batch of a step; seed: of the order, if not the config's."""
@@ -166,3 +187,45 @@ class TrainingData:
             size=size,
             ids=queries,
         )
+
+    def lists(self, step: int, seed: int | None = None) -> ListBatch:
+        """The same micro-batch as lists, for an interaction head.
+
+        The documents of a group come in an order that seed and step decide, and the list of altered
+        documents in one of its own. There are no prefix states: the vectors at the marks are
+        trained, so what enters the adapted layers changes.
+
+        Raises:
+            ValueError: a group does not fit into one text.
+        """
+        c = self.config
+        queries = self._batch_queries("reranking", step, c.reranking_batch, seed)
+        rng = random.Random(f"{self._seed(seed)} lists {step}")
+        texts, altered, positive, again = [], [], [], []
+        for query in queries:
+            members = [self.positive[query], *self.negatives[query][: c.group_size - 1]]
+            documents = [self.corpus[d] for d in members]
+            first, second = (rng.sample(range(len(members)), len(members)) for _ in range(2))
+            texts.append(self._list(query, [documents[i] for i in first]))
+            positive.append(first.index(0))
+            if c.similarity_weight:
+                altered.append(self._list(query, [alter(documents[i], rng) for i in second]))
+                again.append([second.index(i) for i in first])
+        return ListBatch(texts + altered, torch.tensor(positive), torch.tensor(again), queries)
+
+    def _list(self, query: str, documents: list[str]) -> list[int]:
+        blocks = self.template.blocks(self.query_text[query], documents, early=True)
+        if len(blocks) > 1:
+            raise ValueError(
+                f"query {query!r}: its {len(documents)} documents take {len(blocks)} texts of "
+                f"list_tokens={self.config.list_tokens}: raise it, or lower group_size or "
+                "document_tokens"
+            )
+        return blocks[0].ids
+
+
+def alter(text: str, rng: random.Random) -> str:
+    """The text without a tenth of its words, drawn at random; one word at least is kept."""
+    words = text.split()
+    kept = [word for word in words if rng.random() >= DROPPED]
+    return " ".join(kept or words[:1])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -67,10 +68,34 @@ def reranking_loss(
     model: UniMoER, data: TrainingData, step: int, seed: int | None = None
 ) -> tuple[Tensor, list[Tensor], list[str]]:
     """Listwise or pointwise loss of the step's reranking micro-batch; else as above."""
+    if data.config.rerank_head == "interaction":
+        return interaction_loss(model, data, step, seed)
     rows = data.reranking(step, seed)
     batch, states, back = _ordered(data.reranking_texts, rows.pairs, model)
     scores, routing = model.score(batch, states)
     loss = losses.RERANKING[data.config.reranking_loss](scores[back].view(-1, rows.size))
+    return loss, routing, rows.ids
+
+
+def interaction_loss(
+    model: UniMoER, data: TrainingData, step: int, seed: int | None = None
+) -> tuple[Tensor, list[Tensor], list[str]]:
+    """rank + a dispersive + b dual + c similarity of the step's lists (jina-reranker-v3,
+    arXiv 2509.25085, eq. 1); else as above."""
+    rows, c = data.lists(step, seed), data.config
+    count, t = len(rows.texts), c.list_temperature
+    batch, _, back = _ordered(TextSet(rows.texts), list(range(count)), model)
+    vectors, routing = model.marked(batch)
+    vectors = F.normalize(vectors.unflatten(0, (count, -1))[back], dim=-1)  # (texts, K + 2, W)
+    first, second = vectors[: len(rows.ids)], vectors[len(rows.ids) :, 1:-1]
+    early, documents, query = first[:, 0], first[:, 1:-1], first[:, -1]
+    positive = rows.positive.to(model.device)
+    loss = losses.contrast(query, documents, positive, t)
+    loss = loss + c.dispersive_weight * losses.dispersive(documents, t)
+    loss = loss + c.dual_weight * losses.contrast(early, documents, positive, t)
+    if c.similarity_weight:
+        altered = torch.take_along_dim(second, rows.again.to(model.device)[..., None], 1)
+        loss = loss + c.similarity_weight * losses.similarity(documents, altered, t)
     return loss, routing, rows.ids
 
 
