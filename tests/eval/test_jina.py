@@ -111,7 +111,8 @@ def derived(folder: Path, marks: tuple[int, int]) -> Callable[..., Tensor]:
             found.append(d)
             asked.append(q[0])
             weights.append((1 + cosine.max()) / 2)
-        query_vector = sum(w * q for w, q in zip(weights, asked, strict=True)) / sum(weights)
+        shares = torch.stack(weights)[:, None]
+        query_vector = (shares * torch.stack(asked)).sum(0) / shares.sum()
         every = torch.cat(found)
         return (every @ query_vector) / every.norm(dim=1) / query_vector.norm()
 

@@ -279,12 +279,13 @@ def test_marks_start_as_the_end_token_and_are_trained(tiny_base: Path) -> None:
     model.score(pack([block.ids]))[0].sum().backward()
     assert head.marks.grad is not None and head.marks.grad.norm(dim=1).min() > 0
     assert rows.grad is None and not rows.requires_grad
-    start = head.projector[0].weight.detach().clone()
+    weight = model.trained()["head.projector.0.weight"]
+    start = weight.detach().clone()
     with torch.no_grad():
         for parameter in model.trained().values():
             parameter.add_(1.0)
     model.reset_parameters(0)
-    assert torch.equal(head.projector[0].weight, start)
+    assert torch.equal(weight, start)
     assert torch.equal(head.marks.detach(), rows[[model.tokenizer.end_id] * 2])
 
 
@@ -343,3 +344,30 @@ def test_one_list_can_be_learnt(tiny_base: Path) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] > 1 and losses[-1] < 0.05, losses
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_kernels_give_the_same_scores_and_gradients(tiny_base: Path, device: str) -> None:
+    """Also of the marks, whose gradient goes back through a layer without experts."""
+    config = ModelConfig(
+        base=str(tiny_base), rerank_head="interaction", lora=LORA, router=RouterConfig(), layers=2
+    )
+    found = []
+    for kernels in ("torch", "triton"):
+        model = UniMoER(config, device, kernels=kernels)
+        with torch.no_grad():
+            for name, parameter in model.trained().items():
+                if "lora_B" in name:
+                    generator = torch.Generator().manual_seed(2)
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        [block] = model.lists.blocks("river?", ["Seine", "no"])
+        scores, _ = model.score(pack([block.ids], device))
+        (scores * torch.tensor([1.0, -2.0], device=device)).sum().backward()
+        gradients = {n: p.grad for n, p in model.trained().items() if p.grad is not None}
+        found.append((scores.detach(), gradients))
+    (plain, expected), (fused, gradients) = found
+    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-5)
+    assert gradients.keys() == expected.keys() >= {"head.marks", "head.projector.0.weight"}
+    for name, gradient in gradients.items():
+        scale = expected[name].norm().clamp(min=1e-3)
+        assert (gradient - expected[name]).norm() < 1e-3 * scale, name
