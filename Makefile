@@ -1,10 +1,11 @@
 # Every command a user types. Each target first sets up what it needs and is fast once that is done.
 #
 #   SCALE=smoke|small|full  BASE=hub id or folder  DATA=name or folder  SEEDS=  ARMS=  CONTROLS=1  AA=1
-#   ARGS=          more arguments for pytest (test, test-gpu), bench, plan, eval, rag, mine and gpu-all
+#   ARGS=          more arguments for pytest (test, test-gpu), bench, plan, eval, encode, search, rag, mine
+#                  and gpu-all
 #   RUNS=          where trials go; runs/ if not given
 #   PROCESSES=n    n processes, each with a card of its own (or a share of the CPU); docs/cluster.md
-#   BENCH= MODEL= TASKS= BENCHMARK=  for eval, MODEL= for rag, MODEL= OUT= for mine
+#   BENCH= MODEL= TASKS= BENCHMARK=  for eval, MODEL= for encode, search and rag, MODEL= OUT= for mine
 #   PRICE=         for plan: dollars an hour, "t4=0.2 h100=2"
 #   EXPERIMENT=    for report: one alone   LATEX=1  its tables as tables.tex too
 #   PYTHON=path    use this environment and install nothing (container, cluster, no network)
@@ -13,7 +14,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup base kill-gate scale-study gradient-conflict soft-vs-hard routing \
-  representation probing transfer rank-sweep remedies study sweep mine eval rag bench bench-model plan kernels-report gpu-all report \
+  representation probing transfer rank-sweep remedies study sweep mine eval encode search rag bench bench-model plan kernels-report gpu-all report \
   test test-gpu lint format clean
 
 ifdef PYTHON
@@ -85,9 +86,15 @@ sweep: base  ## Try learning rates and clippings of each arm on dev; the choice 
 mine: $(MAIN) base  ## Hard negatives for training: MODEL=bm25 or folder, DATA= OUT=folder
 	$(PY) -m train mine --model '$(MODEL)' $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-eval: $(DEV) base  ## A saved model on public benchmarks: BENCH=beir or mteb, MODEL=folder, DATA= TASKS= BENCHMARK=
+eval: $(DEV) base  ## A saved model on public benchmarks: BENCH=beir or mteb, MODEL=folder, DATA=all TASKS= BENCHMARK=
 	$(PY) -m eval $(BENCH) --model '$(MODEL)' $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) \
 	  $(if $(BENCHMARK),--benchmark '$(BENCHMARK)') $(ARGS)
+
+encode: $(MAIN) base  ## A saved model's vectors of a corpus of any size, on disk, resumable: MODEL=folder DATA=
+	$(PY) -m eval encode --model '$(MODEL)' --data '$(DATA)' $(ARGS)
+
+search: $(MAIN) base  ## Search these vectors, exactly or through FAISS too, and score: MODEL=folder DATA=
+	$(PY) -m eval search --model '$(MODEL)' --data '$(DATA)' $(ARGS)
 
 rag: $(MAIN) base  ## Answer questions with one model in three roles, against two and three: MODEL=folder DATA=folder
 	$(PY) -m eval rag --model '$(MODEL)' --data $(DATA) $(ARGS)

@@ -1,8 +1,9 @@
 """`python -m bench`: what this machine can show, as tables and one JSON file.
 
 On a CPU: encoding, reranking and training beside the known libraries, the bordered weight beside
-addmm, and two models beside one. On a card: two models beside one, the whole model in four designs,
-and every kernel beside its twins, in the real shapes with random weights; then the libraries too.
+addmm, two models beside one, and corpora of growing size. On a card: two models beside one, the
+whole model in four designs, and every kernel beside its twins, in the real shapes with random
+weights; then the libraries too.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 import transformers
 
 from analysis.figures import table
-from bench import designs, encoding, ops, reranking, serving, timing, training
+from bench import corpus, designs, encoding, ops, reranking, serving, timing, training
 from bench.serving import PAIR
 from bench.shapes import SHAPES
 from eval.files import write_text
@@ -104,6 +105,21 @@ def serving_table(rows: list[dict]) -> str:
     return f"{what}\n\n{table(head, cells)}"
 
 
+def corpus_table(rows: list[dict]) -> str:
+    head = ["texts", "tokens", "tokens/s", "peak after loading (GB)", "peak (GB)"]
+    cells = [
+        [f"{row['texts']:,}", f"{row['tokens']:,}", f"{row['tokens'] / row['seconds']:,.0f}",
+         f"{row['loaded_bytes'] / 1e9:.3f}", f"{row['peak_bytes'] / 1e9:.3f}"]
+        for row in rows
+    ]  # fmt: skip
+    first = rows[0]
+    what = (
+        f"Short passages into shards of {first['window']:,}, {first['layers']} layers, "
+        f"{first['dtype']}; reading the corpus and writing the vectors included."
+    )
+    return f"{what}\n\n{table(head, cells)}"
+
+
 TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "serving": ("Two models against one", serving_table),
     "designs": ("The whole model in four designs", designs_table),
@@ -112,6 +128,7 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "reranking": ("Reranking", rivals_table),
     "training": ("Training", rivals_table),
     "bordered": ("The bordered weight on a CPU", rivals_table),
+    "corpus": ("A corpus into shards on disk", corpus_table),
 }
 
 Part = tuple[str, str, Callable[[], list[dict]]]  # section, what it measures, how
@@ -140,6 +157,7 @@ def parts(bench: Workbench, base: str, rounds: int) -> list[Part]:
             ("bordered", "bordered", bordered),
             ("serving", "smollm2-135m", serve),
             ("serving", "qwen3-0.6b", larger),
+            ("corpus", "1,000 to 100,000 texts", partial(corpus.run, bench, base)),
         ]
     dtype = resolve_dtype("auto")
     own: torch.dtype = DTYPES[dtype]

@@ -1,10 +1,12 @@
-"""`python -m eval beir | mteb | rag`: a saved model on benchmarks or on a folder of one's own.
+"""`python -m eval beir | mteb | rag | encode | search`: a saved model on benchmarks or folders.
 
-beir: full-corpus retrieval, and reranking of BM25's own top candidates, by our protocol.
+beir: full-corpus retrieval, and reranking of BM25's own top candidates, by our protocol, on the
+collections of BEIR (`--data all`), BRIGHT, MIRACL and mMARCO, and on one's own.
 mteb: tasks by name or a whole benchmark through `mteb`, or a collection as two tasks of mteb's;
 results in mteb's own layout, which its leaderboard tools read.
 rag: retrieve, rerank, generate, on folders with `answers.json`; one model in all roles against two
 and three, each in a process of its own, for the sake of its peak memory.
+encode, search: a corpus that no memory holds; see `python -m eval search --help`.
 """
 
 import argparse
@@ -17,81 +19,15 @@ from pathlib import Path
 
 import torch
 
-from eval import metrics, rag
+from eval import large, rag
 from eval.answers import NORMALISERS
-from eval.collections import Collection, load, require_split
+from eval.benchmarks import beir, evaluation_set, split_of
+from eval.collections import load, require_split
 from eval.files import write_json
 from eval.machine import device_name
-from eval.metrics import METRICS
-from eval.protocol import EvaluationSet
 from model import bases
-from model.prefix import TextSet
 from model.unimoer import UniMoER
 from model.weights import revision
-from trials import Config
-
-TITLES = {"embedding": "retrieval", "reranking": "reranking"}
-
-
-def evaluation_set(model: UniMoER, collection: Collection, args) -> EvaluationSet:
-    config = Config(
-        split=args.split, retrieval_depth=args.depth, candidates=args.candidates,
-        reranking_pooling=model.config.reranking_pooling, reranking_queries=args.queries,
-    )  # fmt: skip
-    return EvaluationSet(collection, model.tokenizer, config, lambda ids, title: TextSet(ids))
-
-
-def file_name(args, collection: Collection) -> str:
-    """`scifact-test.json`."""
-    return f"{collection.name.lower()}-{args.split}.json"
-
-
-def beir(args: argparse.Namespace) -> None:
-    """Retrieval and reranking on each collection, a JSON each with per-query scores."""
-    model = UniMoER.from_pretrained(args.model, args.device)
-    for data in args.data:
-        collection = load(data, bases.cache_folder() / "data")
-        place = Path(args.out) / "beir" / args.name / file_name(args, collection)
-        if place.exists():
-            result = json.loads(place.read_text())
-            asked = {k: getattr(args, k) for k in ("depth", "candidates", "queries")}
-            known = (result["data"]["fingerprint"], result["revision"], result["asked"])
-            if known != (collection.fingerprint, revision(args.model), asked):
-                raise ValueError(
-                    f"{place} is of another model, data or setting: move it away, or give another "
-                    "--name"
-                )
-        else:
-            evaluation = evaluation_set(model, collection, args)
-            scores = {
-                "embedding": evaluation.retrieval(model, progress=True),
-                "reranking": evaluation.reranking(model, progress=True),
-            }
-            result = {
-                "model": args.name, "revision": revision(args.model), "base": model.identity,
-                "prompts": vars(model.config.prompts), "split": args.split,
-                "asked": {k: getattr(args, k) for k in ("depth", "candidates", "queries")},
-                "data": {"name": collection.name, "fingerprint": collection.fingerprint},
-                "bm25": evaluation.bm25_scores(), "scores": scores,
-                "ceiling": {"reranking": evaluation.ceiling()},
-            }  # fmt: skip
-            write_json(place, result)
-        show(result)
-
-
-def show(result: dict) -> None:
-    """A table of one collection's means."""
-    print(f"{result['data']['name']}, {result['split']}, {result['model']}")
-    print(f"{'':28}" + "".join(f"{name:>13}" for name in METRICS))
-    rows = {
-        f"{TITLES[task]}, {who}": scores
-        for who, of in (("BM25", result["bm25"]), ("model", result["scores"]),
-                        ("ceiling", result["ceiling"]))
-        for task, scores in of.items()
-    }  # fmt: skip
-    for name, scores in sorted(rows.items()):
-        cells = "".join(f"{metrics.mean(scores, m):13.4f}" for m in METRICS)
-        print(f"{name:28}{cells}")
 
 
 def through_mteb(args: argparse.Namespace) -> None:
@@ -105,8 +41,9 @@ def through_mteb(args: argparse.Namespace) -> None:
     made = []
     for data in args.data:
         collection = load(data, bases.cache_folder() / "data")
-        candidates = evaluation_set(model, collection, args).candidates
-        made += mteb_adapter.tasks(collection, args.split, candidates)
+        split = split_of(args, data)
+        candidates = evaluation_set(model, collection, split, args).candidates
+        made += mteb_adapter.tasks(collection, split, candidates)
     if args.tasks:
         made += mteb.get_tasks(tasks=args.tasks)
     if args.benchmark:
@@ -186,10 +123,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("bench", choices=("beir", "mteb", "rag"))
     made.add_argument("--model", required=True, help="a folder written by save_pretrained")
     made.add_argument("--name", default="", help="of the model in the results; default: its folder")
-    made.add_argument("--data", nargs="*", default=[], help="stdlib, BEIR names, msmarco, folders")
+    made.add_argument("--data", nargs="*", default=[], help="stdlib, folders, names such as "
+                      "scifact, bright/biology, miracl/sw, mmarco/es; beir: also all (BEIR's 18), "
+                      "cqadupstack, bright, miracl, mmarco")  # fmt: skip
+    made.add_argument("--dimensions", nargs="+", type=int, default=[], help="beir: retrieval by so "
+                      "many of the vectors' first dimensions too, e.g. 64 128")  # fmt: skip
     made.add_argument("--tasks", nargs="*", default=[], help="mteb: tasks by name")
     made.add_argument("--benchmark", default="", help="mteb: such as 'MTEB(eng, v2)'")
-    made.add_argument("--split", default="test")
+    made.add_argument("--split", default="", help="default: test, or what the benchmark measures")
     made.add_argument("--depth", type=int, default=0, help="documents retrieved for a query; "
                       "0: 1000, or 20 for rag")  # fmt: skip
     made.add_argument("--candidates", type=int, default=100, help="of BM25, that are reranked")
@@ -206,8 +147,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] in large.COMMANDS:
+        return large.main(words)
+    args = parser().parse_args(words)
     args.depth = args.depth or (20 if args.bench == "rag" else 1000)
+    if args.bench == "rag":
+        args.split = args.split or "test"
     folder = Path(args.model).resolve()
     args.name = args.name or f"{folder.parent.name}-{folder.stem}"
     try:

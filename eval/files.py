@@ -2,20 +2,40 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: a temporary name, then renamed."""
+@contextmanager
+def whole(path: Path, mark: str = "") -> Iterator[BinaryIO]:
+    """A file to write bytes into, which takes its name once all of it is on the disk.
+
+    A write that fails leaves nothing behind; what a killed process leaves, the next one overwrites.
+
+    Args:
+        mark: part of the temporary name; tells apart processes that may write the same file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    part = path.with_name(f".{path.name}{mark}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     os.replace(part, path)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_text(path: Path, text: str, mark: str = "") -> None:
+    """Whole or not at all: a temporary name, then renamed."""
+    with whole(path, mark) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, content: dict, mark: str = "") -> None:
     """`write_text` of JSON; a NaN or infinity is an error."""
-    write_text(path, json.dumps(content, allow_nan=False))
+    write_text(path, json.dumps(content, allow_nan=False), mark)

@@ -1,41 +1,62 @@
 """Per-query ranking metrics, through trec_eval (`pytrec_eval`)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pytrec_eval
 
 METRICS = ("ndcg_cut_10", "map", "recip_rank", "recall_100")
+MRR_10 = "recip_rank_cut_10"  # MS MARCO's; trec_eval's recip_rank has no cut
 
 
 def evaluate(
-    qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Mapping[str, float]]
+    qrels: Mapping[str, Mapping[str, int]],
+    run: Mapping[str, Mapping[str, float]],
+    *,
+    metrics: Sequence[str] = METRICS,
+    relevant: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Score a run, one row for each judged query.
 
     nDCG@10 is trec_eval's: DCG = sum over ranks r <= 10 of grade / log2(r + 1), divided by the DCG
-    of the ideal ordering of *all* judged documents; a document is relevant for the other three
-    metrics when its grade is at least 1. Documents are ordered by score, equal scores by document
-    id, descending. Scores are rounded to float32 first, so that what counts as equal does not
-    depend on the precision in which a score was computed.
+    of the ideal ordering of *all* judged documents; a document is relevant for the other metrics
+    when its grade is at least `relevant`. recip_rank_cut_10 is MS MARCO's MRR@10: 1/rank of the
+    first relevant document, 0 where that is not among the first ten. Documents are ordered by
+    score, equal scores by document id, descending. Scores are rounded to float32 first, so that
+    what counts as equal does not depend on the precision in which a score was computed.
 
     Args:
         qrels: query id -> document id -> grade.
         run: query id -> document id -> score (higher is better). A judged query that is absent
             here, or has no document, scores 0; a query that is not judged is ignored.
+        metrics: names of trec_eval's, or recip_rank_cut_10.
+        relevant: 2 for the passages of TREC's Deep Learning track, whose grade 1 is "related, but
+            not relevant" (trec_eval -l 2). nDCG keeps all grades.
     Returns:
         query id -> metric -> value in [0, 1], in the order of `qrels`; a query without a relevant
         document scores 0, as in trec_eval.
     Raises:
-        ValueError: a score is not finite in float32 (the query and the document are named).
+        ValueError: a score is not finite in float32 (the query and the document are named), or
+            `relevant` is below 1.
     """
+    if relevant < 1:
+        raise ValueError(f"relevant={relevant}: expected a grade of at least 1")
     scores = {query: _float32(query, run[query]) for query in qrels if run.get(query)}
     evaluator = pytrec_eval.RelevanceEvaluator(
-        {query: dict(judged) for query, judged in qrels.items()}, set(METRICS)
+        {query: dict(judged) for query, judged in qrels.items()},
+        {"recip_rank" if metric == MRR_10 else metric for metric in metrics},
+        relevance_level=relevant,
     )
     rows = evaluator.evaluate(scores)
-    zero = dict.fromkeys(METRICS, 0.0)
-    return {query: {m: rows.get(query, zero)[m] for m in METRICS} for query in qrels}
+    return {query: {m: _value(rows.get(query, {}), m) for m in metrics} for query in qrels}
+
+
+def _value(row: Mapping[str, float], metric: str) -> float:
+    if not row:
+        return 0.0
+    if metric == MRR_10:
+        return row["recip_rank"] if row["recip_rank"] >= 1 / 10 else 0.0
+    return row[metric]
 
 
 def mean(per_query: Mapping[str, Mapping[str, float]], metric: str) -> float:

@@ -121,7 +121,15 @@ def tasks(
 
     Args:
         candidates: query id -> ids of the documents that are to be ordered.
+    Raises:
+        ValueError: there is no such split, or mteb's evaluator would not keep to the collection's
+            rules.
     """
+    if collection.excluded or collection.query_prompt:
+        raise ValueError(
+            f"{collection.name} excludes documents by query or has its own prompt, which mteb "
+            "would pass over: use BENCH=beir, or mteb's own task of it"
+        )
     judged = require_split(collection, split)
     documents = collection.pools[split]
     corpus = Dataset.from_dict({"id": documents, "text": [collection.corpus[d] for d in documents]})

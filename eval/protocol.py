@@ -11,7 +11,7 @@ from eval.bm25 import BM25
 from eval.collections import Collection, require_split
 from eval.metrics import evaluate, ideal
 from eval.rerank import random_heads, to_run
-from eval.retrieval import search
+from eval.retrieval import cut, search
 from model.heads import pool
 from model.prefix import TextSet
 from model.tokens import Tokenizer
@@ -28,7 +28,8 @@ class EvaluationSet:
     Retrieval: every judged query against every document of the split's pool. Reranking:
     `reranking_queries` of them (chosen by each query id's own generator, so they do not depend on
     arm or seed) with BM25's own top `candidates`; nothing is forced in, so `ceiling` is what a
-    perfect reranker would reach.
+    perfect reranker would reach. What the collection excludes for a query is taken out of its
+    rankings before they are cut, and its own prompt for queries replaces the tokenizer's.
     """
 
     def __init__(
@@ -41,15 +42,21 @@ class EvaluationSet:
         order = sorted(self.queries, key=lambda query: random.Random(query).random())
         chosen = sorted(order[: config.reranking_queries or None])
         self.reranking_qrels = {query: self.qrels[query] for query in chosen}
-        bm25 = BM25(self.documents, [collection.corpus[d] for d in self.documents])
+        texts = [collection.corpus[d] for d in self.documents]
+        bm25 = BM25(self.documents, texts, language=collection.language)
         depth = max(config.retrieval_depth, config.candidates)
-        self.bm25 = bm25.search({q: collection.queries[q] for q in self.queries}, depth)
+        self._excluded = {q: set(collection.excluded.get(q, ())) for q in self.queries}
+        self._most = max(map(len, self._excluded.values()), default=0)
+        asked = {q: collection.queries[q] for q in self.queries}
+        self.bm25 = cut(bm25.search(asked, depth + self._most), self._excluded, depth)
         self.candidates = {
             query: dict(list(self.bm25[query].items())[: config.candidates]) for query in chosen
         }
         self.pairs = [(q, d) for q in chosen for d in self.candidates[q]]
         self.clusters = {q: collection.domain.get(q, q) for q in self.queries}
         self.collection = collection
+        if collection.query_prompt:
+            tokenizer = tokenizer.with_query(collection.query_prompt)
         self.tokenizer, self._states = tokenizer, states
         self._sets: dict[str, TextSet] = {}
 
@@ -96,14 +103,19 @@ class EvaluationSet:
         """The best that any reranking of these candidates can score."""
         return ideal(self.reranking_qrels, self.candidates)
 
+    def vectors(self, model: UniMoER, base: bool = False, progress: bool = False) -> Tensor:
+        """(Q + M, D) unit vectors of the queries, then of the documents."""
+        return model.embed_all(self._set("embedding"), base=base, progress=progress, shared=True)
+
+    def ranked(self, vectors: Tensor) -> Scores:
+        """Per-query metrics of full-corpus retrieval by `vectors`, or by their first dimensions."""
+        n, depth = len(self.queries), self.config.retrieval_depth
+        run = search(vectors[:n], vectors[n:], self.queries, self.documents, depth + self._most)
+        return evaluate(self.qrels, cut(run, self._excluded, depth))
+
     def retrieval(self, model: UniMoER, base: bool = False, progress: bool = False) -> Scores:
         """Per-query metrics of full-corpus retrieval."""
-        vectors = model.embed_all(self._set("embedding"), base=base, progress=progress, shared=True)
-        n = len(self.queries)
-        run = search(
-            vectors[:n], vectors[n:], self.queries, self.documents, self.config.retrieval_depth
-        )
-        return evaluate(self.qrels, run)
+        return self.ranked(self.vectors(model, base, progress))
 
     def reranking(self, model: UniMoER, progress: bool = False) -> Scores:
         """Per-query metrics of the reranked candidates."""

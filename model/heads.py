@@ -41,6 +41,21 @@ def embed(hidden: Tensor, batch: Packed, pooling: str) -> Tensor:
     return F.normalize(pool(hidden, batch, pooling), dim=-1)
 
 
+def truncate(vectors: Tensor, dimensions: int | None) -> Tensor:
+    """The first `dimensions` of unit vectors (n, D), at length 1 again; None: all, as they are.
+
+    Matryoshka, arXiv 2205.13147.
+
+    Raises:
+        ValueError: fewer than 1, or more than D.
+    """
+    if dimensions is None:
+        return vectors
+    if not 1 <= dimensions <= vectors.shape[1]:
+        raise ValueError(f"dimensions must be 1 to {vectors.shape[1]}, got {dimensions}")
+    return F.normalize(vectors[:, :dimensions], dim=-1)
+
+
 class LinearScore(nn.Module):
     """score = w . pool(h) + b: a relevance head trained from scratch; its logit, fp32."""
 

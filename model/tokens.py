@@ -1,13 +1,15 @@
 """Text -> token ids: templates, truncation of the document alone, the end token by id."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-CHUNK = 1000  # texts whose whole encodings, before they are cut, are in memory at once
+# Texts, and their characters, whose whole encodings, before they are cut, are in memory at once.
+CHUNK, CHARACTERS = 1000, 4_000_000
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
 
 
@@ -77,6 +79,12 @@ class Tokenizer:
         assert end is not None
         self.end_id = end
 
+    def with_query(self, template: str) -> "Tokenizer":
+        """The same with another template for queries, such as a benchmark's own instruction."""
+        other = copy.copy(self)
+        other.prompts = replace(self.prompts, query=template)
+        return other
+
     def id(self, token: str) -> int | None:
         return self.fast.token_to_id(token)
 
@@ -95,8 +103,7 @@ class Tokenizer:
 
     def _encode(self, filled: list[tuple[str, int, int]], end: bool = True) -> list[list[int]]:
         found = []
-        for at in range(0, len(filled), CHUNK):
-            chunk = filled[at : at + CHUNK]
+        for chunk in _chunks(filled):
             encodings = self.fast.encode_batch([text for text, _, _ in chunk])
             for encoding, (_, start, stop) in zip(encodings, chunk, strict=True):
                 found.append(self._cut(encoding, start, stop, end))
@@ -118,6 +125,18 @@ class Tokenizer:
             ids.append(self.end_id)
         assert not end or ids[-1] == self.end_id
         return ids
+
+
+def _chunks(filled: list[tuple[str, int, int]]) -> Iterator[list[tuple[str, int, int]]]:
+    """Runs of at most CHUNK texts and CHARACTERS characters (or one longer text)."""
+    start = size = 0
+    for i, (text, _, _) in enumerate(filled):
+        if i > start and (i - start == CHUNK or size + len(text) > CHARACTERS):
+            yield filled[start:i]
+            start, size = i, 0
+        size += len(text)
+    if filled:
+        yield filled[start:]
 
 
 def _fill(template: str, **fields: str) -> tuple[str, int, int]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from kernels.choice import use_triton
 from model import bases, parallel, weights
 from model.config import DTYPES, DecoderConfig, ModelConfig
-from model.heads import LinearScore, YesNoScore, embed, pool
+from model.heads import LinearScore, YesNoScore, embed, pool, truncate
 from model.lora import LinearGroup
 from model.packed import Packed
 from model.prefix import TextSet, token_batches
@@ -244,6 +244,7 @@ class UniMoER(nn.Module):
         texts: Sequence[str],
         *,
         task: str = "document",
+        dimensions: int | None = None,
         budget: int | None = None,
         progress: bool | None = None,
     ) -> Tensor:
@@ -251,6 +252,7 @@ class UniMoER(nn.Module):
 
         Args:
             task: "query" or "document", which decides the template.
+            dimensions: only the first of them, at length 1 again (Matryoshka); None: all D.
             budget: tokens of one batch; None: 2,048 on a CPU, `CARD_BUDGET` on a card.
             progress: a bar; None: from 1,000 texts up.
         Returns:
@@ -262,7 +264,8 @@ class UniMoER(nn.Module):
         tokenize = self.tokenizer.queries if task == "query" else self.tokenizer.documents
         bar = len(texts) >= 1000 if progress is None else progress
         budget = budget or self._budget(2048)
-        return self.embed_all(TextSet(tokenize(texts)), budget=budget, progress=bar)
+        vectors = self.embed_all(TextSet(tokenize(texts)), budget=budget, progress=bar)
+        return truncate(vectors, dimensions)
 
     def encode_query(self, texts: Sequence[str], **options) -> Tensor:
         """`encode` with the query template."""

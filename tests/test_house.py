@@ -24,6 +24,7 @@ ONLY_IN = {"mteb": "eval", "datasets": "eval"}  # pulls transformers in, and wha
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 MODULES = {  # distribution -> module
     "pytrec_eval_terrier": "pytrec_eval",
+    "faiss_cpu": "faiss",
     "pystemmer": "Stemmer",
     "scikit_learn": "sklearn",
     "umap_learn": "umap",

@@ -1,12 +1,10 @@
 """One trial: config -> model -> train -> evaluate -> the record that is stored."""
 
-import ctypes
 import hashlib
 import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from eval.collections import Collection, load
-from eval.machine import device_name, peak_bytes
+from eval.machine import device_name, peak_bytes, trim_heap
 from eval.protocol import EvaluationSet
 from model import parallel, sharding
 from model.lora import LinearGroup, LoRAConfig
@@ -37,10 +35,6 @@ from trials import Config, parts
 ROOT = Path(__file__).parent.parent
 SCHEMA = 1
 TRIM_EVERY = 4  # steps
-# oneDNN keeps a compiled primitive for each of the last 1024 shapes it saw. Every step has another
-# number of tokens, so that is 0.6 GB which nothing asks for again; one step has about 40 shapes.
-# Read when the first primitive is made.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def resolve_dtype(name: str) -> str:
@@ -157,7 +151,7 @@ class Workbench:
 
                     def advance(tokens: int, bar: tqdm = bar) -> None:
                         bar.update(tokens)
-                        _trim_heap()
+                        trim_heap()
 
                     states = prefix_states(
                         model.decoder,
@@ -224,13 +218,13 @@ def run_trial(
             if watched is not None:
                 watched(step, line)
             if step % TRIM_EVERY == 0:
-                _trim_heap()
+                trim_heap()
 
         title = f"{arm} seed {config.seed}"
         log = train(model, data, config, place, callback=after_step, title=title)
     trained = time.perf_counter()
     evaluation = bench.evaluation(model, config)
-    _trim_heap()
+    trim_heap()
     scores = {}
     tasks = config.scored or config.tasks
     if "embedding" in tasks:
@@ -327,13 +321,3 @@ def _body_parameters(model: UniMoER) -> int:
     groups = (m.layout for m in modules if isinstance(m, LinearGroup))
     norms = sum(m.weight.numel() for m in modules if isinstance(m, RMSNorm))
     return norms + sum(g.in_features * g.out_features for g in groups)
-
-
-def _trim_heap() -> None:
-    """Give freed memory back to the system (glibc).
-
-    Every step has another number of tokens, so every block another size, and blocks that small
-    survivors keep apart are never joined: without this a run grows by 7 MB a step.
-    """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import encoding, reranking, timing, training
+from bench import corpus, encoding, reranking, timing, training
 from model.heads import LinearScore
 from model.unimoer import UniMoER
 from tests.train.tiny import write_collection
@@ -156,6 +156,20 @@ def test_a_rival_with_another_loss_is_refused(base, bench, monkeypatch):
     monkeypatch.setattr(training.Theirs, "loss", lambda self, step: torch.tensor(99.0))
     with pytest.raises(ValueError, match="first losses .*99.* differ"):
         training.run(bench, str(base), settings=SETTINGS, **SMALL)
+
+
+def test_corpora_of_growing_size(base, bench):
+    rows = corpus.run(bench, str(base), layers=2, counts=(12, 30), window=8)
+    model = UniMoER(encoding.config(str(base), 2, "float32", 512))
+    for row, count in zip(rows, (12, 30), strict=True):
+        texts = list(corpus.passages(bench.collection.queries.values(), count))
+        assert {len(text.split()) for text in texts} == {corpus.WORDS} and len(set(texts)) > 5
+        assert row["texts"] == count
+        assert row["tokens"] == sum(map(len, model.tokenizer.documents(texts)))
+        assert 0 < row["loaded_bytes"] <= row["peak_bytes"] and row["seconds"] > 0
+    assert f"| 30 | {rows[1]['tokens']:,} | " in command.corpus_table(rows)
+    with pytest.raises(ValueError, match="encoding 3 texts ended with an error"):
+        corpus.run(bench, "nowhere/at/all", counts=(3,))
 
 
 def test_the_record(base, bench, monkeypatch, tmp_path, capsys):

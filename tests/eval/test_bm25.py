@@ -132,3 +132,35 @@ def test_scale_on_a_public_collection(name, low, high):
     index = BM25(data.pools["test"], [data.corpus[i] for i in data.pools["test"]])
     run = index.search({query: data.queries[query] for query in qrels}, 100)
     assert low < metrics.mean(metrics.evaluate(qrels, run), "ndcg_cut_10") < high
+
+
+@pytest.mark.parametrize(
+    ("language", "texts", "query"),
+    [
+        # one word in another form, which that language's stemmer makes the same
+        ("es", ["las casas blancas", "los perros"], "casa blanca"),
+        ("ru", ["книги на столе", "дома в лесу"], "книга"),
+        ("ar", ["الكتاب على الطاولة", "السيارة سريعة"], "كتاب"),
+        # vowel signs are no letters to Python, and belong to the word
+        ("hi", ["हिन्दी भाषा", "अंग्रेज़ी बोली"], "भाषा"),
+        ("bn", ["বাংলা ভাষা", "ইংরেজি বই"], "ভাষা"),
+        ("te", ["తెలుగు భాష", "ఆంగ్ల పుస్తకం"], "భాష"),
+        ("yo", ["ọmọ ẹ̀kọ́", "ilé wa"], "ẹ̀kọ́"),
+        # no spaces
+        ("zh", ["人人生而自由", "科学与技术"], "自由"),
+        ("ja", ["すべての人間は自由である", "身体の安全"], "自由とは"),
+        ("th", ["มนุษย์ทั้งหลายเกิดมามีอิสระ", "ความปลอดภัย"], "อิสระ"),
+        ("sw", ["watu wote wamezaliwa huru", "kila mtu"], "huru"),
+    ],
+)
+def test_other_languages_have_their_own_words(language, texts, query):
+    index = BM25(["a", "b"], texts, language=language)
+    assert list(index.search({"q": query}, 2)["q"]) == ["a"]
+
+
+def test_pairs_of_letters_overlap_and_marks_hold_on_to_their_words():
+    index = BM25(["a"], ["自由権"], language="zh")
+    assert index._tokenize(["自由権、x 人"]) == [["自由", "由権"]]
+    hindi = BM25(["a"], ["क"], language="bn")._tokenize(["प्राप्त है। ok"])
+    assert hindi == [["प्राप्त", "है", "ok"]]
+    assert BM25(["a"], ["x"])._tokenize(["naïve caf\u0065\u0301s"]) == [["naïv", "cafe"]]

@@ -9,12 +9,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from eval import collections as C
 from eval import stdlib as S
+from eval.sources import Sources, read_queries, read_splits
 
 CORPUS = [{"_id": "d1", "title": "One", "text": "first"}, {"_id": "d2", "text": ""}]
 QUERIES = [{"_id": "q1", "text": "which is first?"}, {"_id": "q2", "text": "which is empty?"}]
@@ -81,6 +80,9 @@ def test_fingerprint_follows_content_and_not_order(tmp_path):
     rows = ["q1\td1\t1", "q2\td2\t1"]
     marks.add(C.load(write(tmp_path / "f", queries=labelled, test=rows)).fingerprint)
     assert len(marks) == 5
+    held = (first.corpus, first.queries, first.qrels, first.domain)
+    assert C.fingerprint(*held) == C.fingerprint(*held, {}) == first.fingerprint
+    assert C.fingerprint(*held, {"q1": ["d2"]}) != first.fingerprint
 
 
 def test_domains_come_from_the_query_or_its_metadata(tmp_path):
@@ -141,6 +143,7 @@ def test_blank_lines_and_repeated_equal_judgments_are_harmless(tmp_path):
         ("queries", {"_id": "q3", "text": "x", "domain": 1}, r"queries\.jsonl:3: found 'domain'"),
         ("qrels", "q1\td1", r"test\.tsv:3: found .*expected three columns"),
         ("qrels", "q1\t0\td1\t1", r"test\.tsv:3: found .*expected three columns"),
+        ("qrels", "q1\td1\t1\t", r"test\.tsv:3: found .*expected three columns"),
         ("qrels", "q1\td2\t0.5", r"test\.tsv:3: found score '0\.5', expected an integer"),
         ("qrels", "q9\td1\t1", r"test\.tsv:3: query id 'q9' is not in"),
         ("qrels", "q1\td9\t1", r"test\.tsv:3: document id 'd9' is not in"),
@@ -158,11 +161,68 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, part, line, message):
         C.load(folder)
 
 
+def test_queries_as_lines_of_id_and_text(tmp_path):
+    """MS MARCO's own queries file."""
+    file = tmp_path / "queries.tsv"
+    file.write_text("q1\twhich is first?\nq2\ta\tb\n")
+    sources = Sources("x", [], [file], {}, {})
+    assert read_queries(sources).texts == {"q1": "which is first?", "q2": "a\tb"}
+    file.write_text("q1\tx\nq2 y\n")
+    with pytest.raises(ValueError, match=r"queries\.tsv:2: .*expected an id, a tab and a text"):
+        read_queries(sources)
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+@pytest.mark.parametrize("names", ["train dev test", "train validation test", "train test"])
+def test_one_split_alone_is_what_it_is_among_all(tmp_path, names, split):
+    queries = [{"_id": f"q{i}", "text": f"text {i}"} for i in range(60)]
+    rows = {name: [f"q{i}\td1\t1" for i in range(at, 60, 3)] for at, name in
+            enumerate(names.split())}  # fmt: skip
+    folder = write(tmp_path, queries=queries, **rows)
+    every = C.load(folder).qrels
+    sources = C.find(folder).only(split)
+    found, _ = read_splits(sources, read_queries(sources))
+    assert found[split] == every[split]
+    assert len(sources.qrels) == (2 if split == "train" and len(rows) == 3 else 1)
+
+
 @pytest.mark.parametrize("first", ["q1\td1\t1", "query_id\tcorpus_id\tscore", ""])
 def test_judgments_need_their_header(tmp_path, first):
     folder = write(tmp_path)
     (tmp_path / "qrels" / "test.tsv").write_text(first)
     with pytest.raises(ValueError, match=r"test\.tsv:1: .*expected the columns \['query-id'"):
+        C.load(folder)
+
+
+TREC = ["q1 0 d1 2", "q1 0 d2 0", "q2 Q0 d2 -1"]
+
+
+@pytest.mark.parametrize("gap", [" ", "\t", "  "])
+def test_judgments_in_trec_s_format(tmp_path, gap):
+    folder = write(tmp_path)
+    lines = [line.replace(" ", gap) for line in TREC]
+    (tmp_path / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    data = C.load(folder)
+    assert data.qrels == {"test": {"q1": {"d1": 2, "d2": 0}, "q2": {"d2": -1}}}
+    beir = C.load(write(tmp_path / "b", test=["q1\td1\t2", "q1\td2\t0", "q2\td2\t-1"]))
+    assert data.fingerprint == beir.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("q1\td1\t1", r"test\.tsv:4: found 'q1\\td1\\t1', expected TREC's four columns"),
+        ("q1 0 d1", r"test\.tsv:4: .*expected TREC's four columns"),
+        ("q1 0 d1 good", r"test\.tsv:4: found score 'good', expected an integer"),
+        ("q9 0 d1 1", r"test\.tsv:4: query id 'q9' is not in"),
+        ("q1 0 d9 1", r"test\.tsv:4: document id 'd9' is not in"),
+        ("q1 0 d1 1", r"test\.tsv:4: found grade 1 .*expected 2"),
+    ],
+)
+def test_a_bad_line_in_trec_s_format_is_named(tmp_path, line, message):
+    folder = write(tmp_path)
+    (tmp_path / "qrels" / "test.tsv").write_text("\n".join([*TREC, line]) + "\n")
+    with pytest.raises(ValueError, match=message):
         C.load(folder)
 
 
@@ -207,33 +267,20 @@ def test_missing_and_doubled_files(tmp_path):
 def test_an_unknown_name_lists_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="neither a collection nor a folder.*scifact"):
         C.load(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="DATA=bioasq.*pass the folder"):
+
+
+def test_what_the_hub_may_not_have_lies_in_the_cache(tmp_path):
+    assert C.missing("scifact", tmp_path) == ""
+    with pytest.raises(ValueError, match=r"DATA=bioasq: its licence.*participants-area\.bioasq"):
         C.load("bioasq")
+    with pytest.raises(ValueError, match=rf"NIST.*{tmp_path}/robust04"):
+        C.load("robust04", tmp_path)
+    write(tmp_path / "robust04")
+    assert C.missing("robust04", tmp_path) == ""
+    assert C.load("robust04", tmp_path).name == "robust04"
 
 
 # --------------------------------------------------------------------------------------- the hub
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """repository -> file name -> bytes, served as hf_hub_download would; `asked` logs the calls."""
-    files: dict[str, dict[str, bytes]] = {}
-    asked = []
-
-    def download(repo, name, *, repo_type, revision, cache_dir):
-        asked.append((repo, name, revision, cache_dir))
-        assert repo_type == "dataset"
-        if repo not in files:
-            raise LocalEntryNotFoundError("no network, nothing cached")
-        if name not in files[repo]:
-            raise EntryNotFoundError(f"404: {name}")
-        path = tmp_path / "hub" / repo / "snapshots" / f"commit-of-{repo.split('/')[1]}" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(files[repo][name])
-        return str(path)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    return files, asked
 
 
 def serve(files, name: str, splits: dict[str, str]):

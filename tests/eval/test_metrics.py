@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from eval.metrics import METRICS, evaluate, ideal, mean
+from eval.metrics import METRICS, MRR_10, evaluate, ideal, mean
 
 
 def test_ndcg_and_the_rest_worked_by_hand():
@@ -91,3 +91,63 @@ def test_ideal_keeps_a_query_without_candidates_and_reads_a_run():
     rows = ideal({"q": {"a": 1}, "r": {"a": 1}}, {"q": {"b": 3.0, "a": 1.0}})
     assert rows["q"]["ndcg_cut_10"] == 1
     assert rows["r"] == dict.fromkeys(METRICS, 0.0)
+
+
+def test_ms_marcos_mrr_is_cut_at_ten():
+    run = {f"q{rank}": {f"d{i:02d}": -float(i) for i in range(20)} for rank in (1, 3, 10, 11)}
+    qrels = {f"q{rank}": {f"d{rank - 1:02d}": 1, "d19": 1} for rank in (1, 3, 10, 11)}
+    qrels["absent"] = {"d00": 1}  # counts: the official script divides by the judged queries
+    rows = evaluate(qrels, run, metrics=(MRR_10, "recip_rank"))
+    assert [row[MRR_10] for row in rows.values()] == [1, 1 / 3, 1 / 10, 0, 0]
+    assert rows["q11"]["recip_rank"] == pytest.approx(1 / 11)
+    assert mean(rows, MRR_10) == pytest.approx((1 + 1 / 3 + 1 / 10) / 5, abs=1e-12)
+
+
+def test_the_deep_learning_track_counts_from_grade_two():
+    """Its grade 1 is "related, but not relevant"; nDCG has all grades as gains."""
+    qrels = {"q": {"a": 3, "b": 1, "c": 2, "d": 0}}
+    run = {"q": {"b": 4.0, "c": 3.0, "d": 2.0, "a": 1.0}}
+    names = (*METRICS, MRR_10)
+    graded = evaluate(qrels, run, metrics=names)["q"]
+    strict = evaluate(qrels, run, metrics=names, relevant=2)["q"]
+    dcg = 1 + 2 / math.log2(3) + 3 / math.log2(5)
+    ndcg = dcg / (3 + 2 / math.log2(3) + 1 / math.log2(4))
+    assert graded["ndcg_cut_10"] == strict["ndcg_cut_10"] == pytest.approx(ndcg, abs=1e-9)
+    assert (graded["recip_rank"], strict["recip_rank"], strict[MRR_10]) == (1, 1 / 2, 1 / 2)
+    assert graded["map"] == pytest.approx((1 + 1 + 3 / 4) / 3, abs=1e-9)
+    assert strict["map"] == pytest.approx((1 / 2 + 2 / 4) / 2, abs=1e-9)
+    with pytest.raises(ValueError, match="relevant=0: expected a grade of at least 1"):
+        evaluate(qrels, run, relevant=0)
+
+
+def test_every_figure_is_mtebs():
+    """Random graded runs with ties, against mteb's own code."""
+    scores = pytest.importorskip("mteb._evaluators.retrieval_metrics").calculate_retrieval_scores
+    rng = np.random.default_rng(1)
+    documents = [f"d{i}" for i in range(120)]
+    qrels = {
+        f"q{q}": {d: int(g) for d, g in zip(documents, rng.integers(0, 4, 120), strict=True)
+                  if rng.random() < 0.1} | {"d0": 1}
+        for q in range(30)
+    }  # fmt: skip
+    run = {
+        query: {d: float(s) for d, s in zip(documents, rng.integers(0, 50, 120), strict=True)}
+        for query in qrels
+    }
+    theirs = scores(run, qrels, [10, 100, 1000])
+    rows = evaluate(qrels, run, metrics=(*METRICS, MRR_10, "recall_1000"))
+    for name, value in (
+        (MRR_10, theirs.mrr["MRR@10"]),
+        ("ndcg_cut_10", theirs.ndcg["NDCG@10"]),
+        ("map", theirs.map["MAP@1000"]),
+        ("recall_100", theirs.recall["Recall@100"]),
+        ("recall_1000", theirs.recall["Recall@1000"]),
+    ):
+        assert mean(rows, name) == pytest.approx(value, abs=1e-5), name  # mteb rounds to 5 digits
+    assert [row[MRR_10] for row in rows.values()] == pytest.approx(_mteb_mrr(qrels, run), abs=1e-6)
+
+
+def _mteb_mrr(qrels, run) -> list[float]:
+    from mteb._evaluators.retrieval_metrics import mrr
+
+    return mrr(qrels, run, [10])["MRR@10"]

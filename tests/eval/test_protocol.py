@@ -233,3 +233,57 @@ def test_to_run_keeps_each_score_with_its_pair():
     assert to_run(scores, pairs) == {"q": {"a": 0.5, "b": 2.0}, "p": {"a": -1.0}}
     with pytest.raises(ValueError, match="zip"):
         to_run(scores[:2], pairs)
+
+
+def test_what_is_excluded_is_taken_out_before_the_cut(collection, model, config, make):
+    """As if the ranking had been made deeper, and then the documents struck out."""
+    first, second = list(collection.qrels["test"])[:2]
+    free = make(candidates=40, retrieval_depth=40)
+    top = {q: list(row) for q, row in free.bm25.items()}
+    out = [top[first][0], "d0", top[first][2]]  # two of the best, one that is far down
+    struck = replace(collection, excluded={first: out})
+    settings = replace(config, candidates=3, retrieval_depth=4)
+    evaluation = EvaluationSet(struck, model.tokenizer, settings, tokens_only)
+    left = [d for d in top[first] if d not in out]
+    assert list(evaluation.bm25[first]) == left[:4]
+    assert list(evaluation.candidates[first]) == left[:3]
+    assert [d for q, d in evaluation.pairs if q == first] == left[:3]
+    assert list(evaluation.bm25[second]) == top[second][:4]
+    assert evaluation.documents == free.documents
+
+    vectors = free.vectors(model)
+    cosine = vectors[: len(free.queries)] @ vectors[len(free.queries) :].t()
+    ranked = {
+        q: dict(sorted(zip(free.documents, row, strict=True), key=lambda pair: -pair[1]))
+        for q, row in zip(free.queries, cosine.tolist(), strict=True)
+    }
+    out = list(ranked[first])[:2]
+    assert not collection.qrels["test"][first].keys() & set(out)  # so the relevant one gains
+    struck = replace(collection, excluded={first: out})
+    run = {q: {d: s for d, s in row.items() if q != first or d not in out}
+           for q, row in ranked.items()}  # fmt: skip
+    run = {q: dict(list(row.items())[:30]) for q, row in run.items()}
+    settings = replace(config, retrieval_depth=30)
+    found = EvaluationSet(struck, model.tokenizer, settings, tokens_only).retrieval(model)
+    assert found == metrics.evaluate(free.qrels, run)
+    before = make(retrieval_depth=30).retrieval(model)
+    assert found[first]["recip_rank"] > before[first]["recip_rank"]
+    assert found[second] == before[second]
+
+
+def test_the_collection_s_own_prompt_goes_before_queries_alone(collection, model, config, make):
+    template = "Instruct: find it\nQuery: {query}"
+    own = replace(collection, query_prompt=template)
+    evaluation = EvaluationSet(own, model.tokenizer, config, tokens_only)
+    assert evaluation.tokenizer.prompts == replace(model.tokenizer.prompts, query=template)
+    assert model.tokenizer.prompts.query == config.query_prompt  # the model keeps its own
+    plain = make().vectors(model)
+    vectors = evaluation.vectors(model)
+    n = len(evaluation.queries)
+    torch.testing.assert_close(vectors[n:], plain[n:])
+    filled = ["Instruct: find it\nQuery: " + own.queries[q] for q in evaluation.queries]
+    ids = [[*model.tokenizer.fast.encode(text).ids, model.tokenizer.end_id] for text in filled]
+    expected = model.embed_all(tokens_only(ids, ""))
+    torch.testing.assert_close(vectors[:n], expected)
+    assert (vectors[:n] - plain[:n]).abs().max() > 0.01
+    assert evaluation.reranking(model) == make().reranking(model)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model.heads import LinearScore, YesNoScore, check_pooling, embed, pool
+from model.heads import LinearScore, YesNoScore, check_pooling, embed, pool, truncate
 from model.packed import pack
 from model.unimoer import ModelConfig, UniMoER
 
@@ -36,6 +36,27 @@ def test_pooling_by_hand(pooling: str, expected: list[list[float]]) -> None:
 def test_embeddings_have_length_one() -> None:
     expected = torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.8, 0.6]])
     torch.testing.assert_close(embed(HIDDEN, BATCH, "last"), expected)
+
+
+def test_fewer_dimensions_have_length_one_again() -> None:
+    """As if the unscaled vector had been cut and then normalised."""
+    vectors = torch.tensor([[3.0, 4.0, 12.0, 0.0], [0.0, 0.0, 0.0, 2.0]])
+    unit = torch.nn.functional.normalize(vectors, dim=-1)
+    found = truncate(unit, 2)
+    torch.testing.assert_close(found, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+    torch.testing.assert_close(truncate(unit, 4), unit)
+    assert truncate(unit, None) is unit
+    random = torch.randn(7, 16, generator=torch.Generator().manual_seed(0)).double()
+    exact = random[:, :5] / random[:, :5].norm(dim=-1, keepdim=True)
+    whole = random / random.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(truncate(whole, 5), exact, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(truncate(whole.float(), 5).double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dimensions", [0, -1, 5])
+def test_dimensions_that_are_not_there(dimensions: int) -> None:
+    with pytest.raises(ValueError, match=f"dimensions must be 1 to 4, got {dimensions}"):
+        truncate(torch.ones(2, 4), dimensions)
 
 
 def test_first_needs_bidirectional_attention() -> None:

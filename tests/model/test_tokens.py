@@ -32,6 +32,17 @@ def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.fast.encode(text).ids
 
 
+def test_another_template_for_queries_alone(tiny_base: Path) -> None:
+    first = make(tiny_base)
+    other = first.with_query("Instruct: look\nQuery: {query}")
+    assert text_of(other, other.queries(["yes"])[0]).startswith("Instruct: look\nQuery: yes")
+    assert first.prompts == WRAPPED
+    assert other.documents(["yes"]) == first.documents(["yes"])
+    assert other.pairs([("a", "b")]) == first.pairs([("a", "b")])
+    with pytest.raises(ValueError, match="prompt 'query' needs {query} once"):
+        first.with_query("Instruct: look")
+
+
 def test_short_texts_are_whole(tiny_base: Path) -> None:
     tokenizer = make(tiny_base, document_tokens=100)
     (query,) = tokenizer.queries(["what is this"])
@@ -229,3 +240,9 @@ def test_chunks_change_nothing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch)
     whole = tokenizer.documents(texts)
     monkeypatch.setattr(tokens, "CHUNK", 3)
     assert tokenizer.documents(texts) == whole and len(whole) == 7
+    monkeypatch.setattr(tokens, "CHARACTERS", 13)  # two texts of six; a longer one comes alone
+    assert tokenizer.documents(texts) == whole
+    filled = [(text, 0, 0) for text in ("a" * 20, *texts, "", "b" * 7)]
+    sizes = [[len(text) for text, _, _ in chunk] for chunk in tokens._chunks(filled)]
+    assert sizes == [[20], [6, 6], [6, 6], [6, 6], [6, 0, 7]]
+    assert list(tokens._chunks([])) == []

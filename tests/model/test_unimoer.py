@@ -187,6 +187,18 @@ def test_an_untrained_model_is_its_base(tiny_base: Path) -> None:
 # Encoding and ranking ------------------------------------------------------------------------
 
 
+def test_encode_to_fewer_dimensions(model: UniMoER) -> None:
+    whole = model.encode_document(TEXTS)
+    for encode in (model.encode_document, model.encode_query):
+        few = encode(TEXTS, dimensions=8)
+        assert few.shape == (len(TEXTS), 8)
+        torch.testing.assert_close(few.norm(dim=-1), torch.ones(len(TEXTS)))
+    expected = F.normalize(whole[:, :8], dim=-1)
+    torch.testing.assert_close(model.encode_document(TEXTS, dimensions=8), expected)
+    with pytest.raises(ValueError, match="dimensions must be 1 to 32, got 33"):
+        model.encode(TEXTS, dimensions=33)
+
+
 def test_encode_is_one_unit_vector_a_text(model: UniMoER) -> None:
     vectors = model.encode_document(TEXTS)
     assert vectors.shape == (6, 32) and vectors.dtype == torch.float32

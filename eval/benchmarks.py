@@ -1,0 +1,177 @@
+"""`python -m eval beir`: retrieval and reranking by our protocol, on one collection or on many."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval import hub, metrics
+from eval.collections import Collection, load, missing
+from eval.files import write_json, write_text
+from eval.metrics import METRICS
+from eval.protocol import EvaluationSet, Scores
+from model import bases
+from model.heads import truncate
+from model.prefix import TextSet
+from model.unimoer import UniMoER
+from model.weights import revision
+from trials import Config
+
+TITLES = {"embedding": "retrieval", "reranking": "reranking"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """rows: name -> the collections whose mean it is (of most names: itself)."""
+
+    title: str
+    rows: dict[str, tuple[str, ...]]
+
+
+def tables(data: Sequence[str]) -> list[Table]:
+    """What is asked: each group is a table of its own, what is named alone is one together."""
+    alone = {name: (name,) for name in data if name not in hub.GROUPS}
+    made = [Table("collections", alone)] if alone else []
+    for group in dict.fromkeys(name for name in data if name in hub.GROUPS):
+        rows = {name: hub.GROUPS.get(name, (name,)) for name in hub.GROUPS[group]}
+        made.append(Table("beir" if group == "all" else group, rows))
+    return made
+
+
+def split_of(args: argparse.Namespace, data: str) -> str:
+    """The split that is measured: --split, or the one that the benchmark's authors measure."""
+    return args.split or hub.own_split(data)
+
+
+def evaluation_set(
+    model: UniMoER, collection: Collection, split: str, args: argparse.Namespace
+) -> EvaluationSet:
+    config = Config(
+        split=split, retrieval_depth=args.depth, candidates=args.candidates,
+        reranking_pooling=model.config.reranking_pooling, reranking_queries=args.queries,
+    )  # fmt: skip
+    return EvaluationSet(collection, model.tokenizer, config, lambda ids, title: TextSet(ids))
+
+
+def beir(args: argparse.Namespace) -> None:
+    """Each collection: a JSON with per-query scores, and a table. Several: a summary of them."""
+    cache = bases.cache_folder() / "data"
+    asked = tables(args.data)
+    model = UniMoER.from_pretrained(args.model, args.device)
+    width = model.decoder.config.hidden_size
+    if wrong := [size for size in args.dimensions if not 1 <= size <= width]:
+        raise ValueError(f"--dimensions {wrong[0]}: expected 1 to {width}, which the model has")
+    parts = []
+    for table in asked:
+        found: dict[str, list[dict] | str] = {}
+        for name, members in table.rows.items():
+            if table.title == "beir" and (why := missing(name, cache)):
+                found[name] = why
+                continue
+            found[name] = [measure(model, member, args, cache) for member in members]
+        if len(found) > 1:
+            parts.append(summary(table.title, found))
+            print(parts[-1])
+    if parts:
+        place = Path(args.out) / "beir" / args.name / "summary.md"
+        write_text(place, "\n\n".join(parts) + "\n")
+        print(f"written to {place}")
+
+
+def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) -> dict:
+    """The result of one collection, measured or, where that has been done, read; it is shown.
+
+    Raises:
+        ValueError: the stored result is of another model, data or setting.
+    """
+    collection = load(data, cache)
+    split = split_of(args, data)
+    place = Path(args.out) / "beir" / args.name / f"{collection.name.lower()}-{split}.json"
+    asked = {k: getattr(args, k) for k in ("depth", "candidates", "queries")}
+    if args.dimensions:
+        asked["dimensions"] = args.dimensions
+    if place.exists():
+        result = json.loads(place.read_text())
+        known = (result["data"]["fingerprint"], result["revision"], result["asked"])
+        if known != (collection.fingerprint, revision(args.model), asked):
+            raise ValueError(
+                f"{place} is of another model, data or setting: move it away, or give another "
+                "--name"
+            )
+    else:
+        evaluation = evaluation_set(model, collection, split, args)
+        vectors = evaluation.vectors(model, progress=True)
+        shorter = {str(d): evaluation.ranked(truncate(vectors, d)) for d in args.dimensions}
+        scores = {
+            "embedding": evaluation.ranked(vectors),
+            "reranking": evaluation.reranking(model, progress=True),
+        }
+        result = {
+            "model": args.name, "revision": revision(args.model), "base": model.identity,
+            "prompts": vars(evaluation.tokenizer.prompts), "split": split, "asked": asked,
+            "data": {"name": collection.name, "fingerprint": collection.fingerprint},
+            "bm25": evaluation.bm25_scores(), "scores": scores, "dimensions": shorter,
+            "ceiling": {"reranking": evaluation.ceiling()},
+        }  # fmt: skip
+        write_json(place, result)
+    show(result)
+    return result
+
+
+def rows_of(result: dict) -> dict[str, Scores]:
+    """A result's scores by what they are of: "retrieval, BM25", "retrieval, 64 dimensions"."""
+    rows = {}
+    for task, title in TITLES.items():
+        for who, of in (("BM25", result["bm25"]), ("model", result["scores"]),
+                        ("ceiling", result["ceiling"])):  # fmt: skip
+            if task in of:
+                rows[f"{title}, {who}"] = of[task]
+        if task == "embedding":
+            for size, scores in result.get("dimensions", {}).items():
+                rows[f"{title}, {size} dimensions"] = scores
+    return rows
+
+
+def show(result: dict) -> None:
+    """A table of one collection's means."""
+    print(f"{result['data']['name']}, {result['split']}, {result['model']}")
+    print(f"{'':28}" + "".join(f"{name:>13}" for name in METRICS))
+    for name, scores in rows_of(result).items():
+        cells = "".join(f"{metrics.mean(scores, m):13.4f}" for m in METRICS)
+        print(f"{name:28}{cells}")
+
+
+def summary(title: str, found: dict[str, list[dict] | str]) -> str:
+    """nDCG@10 of each row (of several results: their mean), and the mean of the measured rows.
+
+    Args:
+        found: row -> its results, or why there is none.
+    """
+    means: dict[str, list[float]] = {}
+    columns: list[str] = []
+    for name, results in found.items():
+        if isinstance(results, str):
+            continue
+        each = [
+            {what: metrics.mean(scores, "ndcg_cut_10") for what, scores in rows_of(result).items()}
+            for result in results
+        ]
+        columns = list(each[0])
+        means[name] = [sum(row[c] for row in each) / len(each) for c in columns]
+    lines = [
+        f"| {title}, nDCG@10 | {' | '.join(columns)} |",
+        f"| --- |{' ---: |' * len(columns)}",
+    ]
+    for name, results in found.items():
+        if isinstance(results, str):
+            lines.append(f"| {name} | missing: {results} |{' |' * (len(columns) - 1)}")
+            continue
+        label = results[0]["data"]["name"]
+        if len(results) > 1:
+            label = f"{name} (mean of {len(results)})"
+        lines.append(f"| {label} | {' | '.join(f'{value:.4f}' for value in means[name])} |")
+    mean = [sum(column) / len(means) for column in zip(*means.values(), strict=True)]
+    cells = " | ".join(f"{value:.4f}" for value in mean)
+    lines.append(f"| **mean of {len(means)} of {len(found)}** | {cells} |")
+    return "\n".join(lines)

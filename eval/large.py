@@ -1,0 +1,314 @@
+"""`python -m eval encode | search`: retrieval over a corpus that no memory holds.
+
+encode: a saved model's vectors of a collection's documents (a BEIR folder, or a name that
+eval/hub.py knows) in shards on disk; goes on where it was stopped. Under torchrun every rank
+encodes its share of the shards.
+search: the judged queries of a split against all of them, exactly, within --memory; through FAISS
+as well where --index asks for it. What the collection excludes for a query is taken out, and its
+own prompt for queries replaces the model's. A JSON with per-query scores, and a table.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from eval import hub, metrics
+from eval.collections import find, fingerprint
+from eval.files import whole, write_json
+from eval.machine import device_name
+from eval.retrieval import Ids, cut, exact, plan, to_run
+from eval.sources import Qrels, Sources, lacking, read_qrels, read_queries, read_splits
+from eval.vectors import DTYPES, WINDOW, Vectors, encode
+from model import bases
+from model.unimoer import UniMoER
+from model.weights import revision
+
+COMMANDS = ("encode", "search")
+METRICS = (metrics.MRR_10, *metrics.METRICS, "recall_1000")
+AT_ONCE = 256  # queries whose rankings are held as dicts
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is asked of a split, and what counts as found.
+
+    Attributes:
+        queries: those that are judged. excluded: of them alone; see `collections.Collection`.
+        relevant: the grade from which a document counts as relevant.
+        prompt: the collection's own for queries, or "".
+        origin: where queries and judgments came from.
+    """
+
+    split: str
+    queries: dict[str, str]
+    qrels: Qrels
+    excluded: dict[str, list[str]]
+    relevant: int
+    prompt: str
+    origin: dict[str, str]
+
+    def depth(self, k: int) -> int:
+        """How many documents are searched for, so that k are left without the excluded."""
+        return k + max(map(len, self.excluded.values()), default=0)
+
+
+def run_encode(args: argparse.Namespace) -> None:
+    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    sources = _find(args.data)
+    folder = _folder(args, sources.name)
+    stored = encode(
+        UniMoER.from_pretrained(args.model, args.device), sources, folder,
+        revision=revision(args.model), window=args.window, dtype=args.dtype,
+        rank=rank, world=world, progress=rank == 0,
+    )  # fmt: skip
+    left = f", {len(missing)} still missing" if (missing := stored.missing()) else ""
+    print(
+        f"{folder}: {stored.documents:,} documents of {sources.name} in {stored.shards} shards of "
+        f"{stored.dtype}{left}"
+    )
+
+
+def run_search(args: argparse.Namespace) -> None:
+    sources = _find(args.data)
+    judged = _judged(args, sources)
+    stored = Vectors(_folder(args, sources.name))
+    stored.require_all()
+    for what, found, expected in (
+        ("the checkpoint", stored.manifest["revision"], revision(args.model)),
+        ("the data", stored.manifest["data"], sources.name),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"{stored.folder} is of another model or data ({what}: {found!r} there, "
+                f"{expected!r} now): give its --model and --data, or encode into another --vectors"
+            )
+    ids = stored.ids()
+    block = plan(
+        args.memory * 1e9, len(judged.qrels), len(ids), stored.dimension,
+        min(judged.depth(args.depth), len(ids)), ids.itemsize, stored.window,
+    )  # fmt: skip
+    ids = Ids(ids)
+    documents = {document for row in judged.qrels.values() for document in row}
+    absent = ids.absent(sorted(documents))
+    if absent and not (sources.published and not args.qrels):
+        raise ValueError(
+            f"{len(absent)} judged documents of {judged.split} are not among the encoded, such as "
+            f"{absent[0]!r}: encode the corpus that was judged"
+        )
+    origin = {
+        "model": args.name, "revision": stored.manifest["revision"],
+        "base": stored.manifest["base"], "split": judged.split,
+        "asked": {k: getattr(args, k) for k in ("depth", "index", "lists", "probes")}
+        | {"relevant": judged.relevant},
+        "data": {
+            "name": sources.name, "documents": stored.documents,
+            "source": judged.origin | lacking(sources.name, documents, set(absent)),
+            "fingerprint": stored.manifest["fingerprint"],
+            "judgments": fingerprint(
+                {}, judged.queries, {judged.split: judged.qrels}, {}, judged.excluded
+            ),
+        },
+        "vectors": {k: stored.manifest[k] for k in ("dtype", "dimension", "document_tokens")},
+    }  # fmt: skip
+    name = f"{sources.name.lower()}-{judged.split}" + (
+        "" if args.index == "exact" else f"-{args.index}"
+    )
+    place = Path(args.out) / "search" / args.name / f"{name}.json"
+    result = json.loads(place.read_text()) if place.exists() else None
+    if result is not None and {k: result[k] for k in origin} != origin:
+        raise ValueError(
+            f"{place} is of another model, data or setting: move it away, or give another --name"
+        )
+    if result is None or args.trec:
+        result = origin | _measure(args, stored, ids, judged, block)
+        write_json(place, result)
+    show(result)
+
+
+def _judged(args: argparse.Namespace, sources: Sources) -> Judged:
+    for option in ("queries", "qrels"):
+        if getattr(args, option) and not Path(getattr(args, option)).is_file():
+            raise ValueError(f"--{option} {getattr(args, option)}: there is no such file")
+    given = sources
+    if args.queries:
+        own = sources.own_document
+        given = Sources(sources.name, [], [Path(args.queries)], {}, {}, own_document=own)
+    queries = read_queries(given)
+    origin = {k: v for k, v in sources.provenance.items() if k != "path"}  # results name no folder
+    if args.qrels:
+        split, qrels = Path(args.qrels).stem, read_qrels(Path(args.qrels), queries.texts)
+    else:
+        split = args.split or hub.own_split(args.data)
+        splits, said = read_splits(sources.only(split), queries)
+        qrels, origin = splits.get(split, {}), origin | said
+    if not qrels:
+        has = ", ".join(sources.qrels) or "test"
+        raise ValueError(
+            f"{sources.name}: no judgments of {split} (it has {has}): choose one of these with "
+            "--split, or give a file with --qrels"
+        )
+    deep = args.data == "msmarco" and split == "test" and not args.qrels  # TREC DL 2019
+    return Judged(
+        split, {query: queries.texts[query] for query in qrels}, qrels,
+        {query: out for query, out in queries.excluded.items() if query in qrels},
+        args.relevant or (2 if deep else 1), sources.query_prompt, origin,
+    )  # fmt: skip
+
+
+def _measure(
+    args: argparse.Namespace, stored: Vectors, ids: Ids, judged: Judged, block: tuple[int, int]
+) -> dict:
+    """Per-query scores of the exact search and of the index, its recall, and seconds."""
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        seconds[stage] = time.perf_counter() - started
+
+    with timed("queries"):
+        model = UniMoER.from_pretrained(args.model, args.device)
+        if judged.prompt:
+            model.tokenizer = model.tokenizer.with_query(judged.prompt)
+        prompts = vars(model.tokenizer.prompts)
+        asked = model.encode_query(list(judged.queries.values()))
+        del model  # its memory is the search's
+    found: dict = {"prompts": prompts, "device": device_name(args.device), "seconds": seconds}
+    rankings: dict[str, Tensor] = {}
+    k = judged.depth(args.depth)
+    if args.index != "exact":  # first: it may not fit, and is gone before the exact search
+        from eval import approximate  # FAISS is slow to import
+
+        with timed("build"):
+            index = approximate.build(stored, args.index, args.memory * 1e9, args.lists)
+        with timed(args.index):
+            rankings[args.index] = approximate.search(index, asked, ids, k, args.probes)
+        del index
+    with timed("exact"):
+        rankings["exact"] = exact(
+            asked, stored, ids, k, block=block, device=args.device, progress=True
+        )
+    if args.index != "exact":
+        depth = min(args.depth, rankings["exact"].shape[1])
+        found["recall"] = {
+            str(k): approximate.recall(rankings[args.index], rankings["exact"], k)
+            for k in sorted({10, 100, depth})
+            if k <= depth
+        }
+    with whole(Path(args.trec)) if args.trec else nullcontext() as file:
+        found["scores"] = {
+            who: scored(keys, ids, judged, args.depth, file if who == args.index else None)
+            for who, keys in rankings.items()
+        }
+    found["mean"] = {
+        who: {metric: metrics.mean(rows, metric) for metric in METRICS}
+        for who, rows in found["scores"].items()
+    }
+    return found
+
+
+def scored(
+    keys: Tensor, ids: Ids, judged: Judged, depth: int, file: BinaryIO | None = None
+) -> dict[str, dict[str, float]]:
+    """Per-query metrics of rankings (Q, k), a few queries at a time.
+
+    Args:
+        depth: what is left of each.
+        file: where to write them as a TREC run.
+    """
+    names = list(judged.queries)
+    found = {}
+    for start in range(0, len(names), AT_ONCE):
+        some = names[start : start + AT_ONCE]
+        run = cut(to_run(keys[start : start + AT_ONCE], some, ids), judged.excluded, depth)
+        qrels = {query: judged.qrels[query] for query in some}
+        found |= metrics.evaluate(qrels, run, metrics=METRICS, relevant=judged.relevant)
+        if file is not None:
+            for query, row in run.items():
+                ranked = enumerate(row.items(), 1)
+                lines = [f"{query} Q0 {d} {at} {score!r} unimoer\n" for at, (d, score) in ranked]
+                file.write("".join(lines).encode())
+    return found
+
+
+def show(result: dict) -> None:
+    """A table of the means."""
+    data, asked = result["data"], result["asked"]
+    print(
+        f"{data['name']}, {result['split']}, {result['model']}: {data['documents']:,} documents, "
+        f"relevant from grade {asked['relevant']}"
+    )
+    print(f"{'':8}" + "".join(f"{name:>19}" for name in METRICS))
+    for who, means in result["mean"].items():
+        print(f"{who:8}" + "".join(f"{means[metric]:19.4f}" for metric in METRICS))
+    for k, share in result.get("recall", {}).items():
+        print(f"of the exact {k} best {asked['index']} finds {100 * share:.2f} %")
+
+
+def _find(data: str) -> Sources:
+    if data == "stdlib":
+        raise ValueError("stdlib has a corpus for each split, and is small: use `make eval`")
+    return find(data, bases.cache_folder() / "data")
+
+
+def _folder(args: argparse.Namespace, data: str) -> Path:
+    return Path(args.vectors or f"{args.out}/vectors/{args.name}/{data.lower()}")
+
+
+def parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--model", required=True, help="a folder written by save_pretrained")
+    common.add_argument("--name", default="", help="of the model in results; default: its folder")
+    common.add_argument("--data", required=True, help="a BEIR folder, or a name such as "
+                        "msmarco, scifact, bright/biology, miracl/sw, mmarco/es")  # fmt: skip
+    common.add_argument("--out", default="runs/eval", help="folder of the results")
+    common.add_argument("--vectors", default="", help="their folder; default: under --out")
+    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
+    commands = made.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("encode", parents=[common], help="the corpus, into shards on disk")
+    one.add_argument("--window", type=int, default=WINDOW, help="documents of a shard: what is in "
+                     "memory at once")  # fmt: skip
+    one.add_argument("--dtype", choices=DTYPES, default="float16", help="of the vectors on disk")
+    one = commands.add_parser("search", parents=[common], help="a split's queries in the shards")
+    one.add_argument("--split", default="", help="default: test, or what the benchmark measures; "
+                     "msmarco: dev is dev.small, test TREC DL 2019")  # fmt: skip
+    one.add_argument("--queries", default="", help="other queries: .jsonl, .parquet, or .tsv")
+    one.add_argument("--qrels", default="", help="other judgments: BEIR's or TREC's format")
+    one.add_argument("--relevant", type=int, default=0, help="from this grade on a document counts "
+                     "where grades do not; 0: 2 for TREC DL (msmarco, test), else 1")  # fmt: skip
+    one.add_argument("--depth", type=int, default=1000, help="documents found for a query")
+    one.add_argument("--memory", type=float, default=4.0, help="GB that the search may take")
+    one.add_argument("--index", choices=("exact", "flat", "ivf"), default="exact",
+                     help="flat, ivf: through FAISS, beside the exact search")  # fmt: skip
+    one.add_argument("--lists", type=int, default=0, help="of ivf; 0: 4 sqrt(documents)")
+    one.add_argument("--probes", type=int, default=0, help="lists looked at; 0: a sixteenth")
+    one.add_argument("--trec", default="", help="write the rankings here, as a TREC run")
+    return made
+
+
+def main(arguments: list[str]) -> int:
+    args = parser().parse_args(arguments)
+    folder = Path(args.model).resolve()
+    args.name = args.name or f"{folder.parent.name}-{folder.stem}"
+    try:
+        if args.command == "search" and (args.depth < 1 or args.relevant < 0):
+            raise ValueError("--depth and --relevant: expected positive numbers")
+        {"encode": run_encode, "search": run_search}[args.command](args)
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0

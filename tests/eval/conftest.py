@@ -1,0 +1,32 @@
+"""A hub that is not there."""
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+Files = dict[str, dict[str, bytes]]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Files, list[tuple]]:
+    """repository -> file name -> bytes, served as hf_hub_download would; `asked` logs the calls."""
+    files: Files = {}
+    asked = []
+
+    def download(repo, name, *, repo_type, revision, cache_dir):
+        asked.append((repo, name, revision, cache_dir))
+        assert repo_type == "dataset"
+        if repo not in files:
+            raise LocalEntryNotFoundError("no network, nothing cached")
+        if name not in files[repo]:
+            raise EntryNotFoundError(f"404: {name}")
+        commit = revision or f"commit-of-{repo.split('/')[1]}"
+        path = tmp_path / "hub" / repo / "snapshots" / commit / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(files[repo][name])
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return files, asked

@@ -1,0 +1,179 @@
+"""eval/hub.py: every published layout, on tiny copies; what their data do that ours may not."""
+
+import gzip
+import json
+import re
+
+import pytest
+
+from eval import collections as C
+from eval import hub as H
+from tests.eval import published as P
+
+
+def test_the_benchmarks_have_their_known_sizes() -> None:
+    sizes = {name: len(set(members)) for name, members in H.GROUPS.items()}
+    assert sizes == {"all": 18, "cqadupstack": 12, "bright": 12, "miracl": 18, "mmarco": 14}
+    public = set(H.BEIR) & H.HUB_SPLITS.keys()
+    assert set(H.BEIR) == public | H.GATED.keys() | {"cqadupstack"} and len(public) == 13
+    assert "msmarco" not in H.BEIR  # in BEIR's paper what was trained on, not what is averaged
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in H.CQADUPSTACK.values())
+
+
+def test_known_names_and_their_splits() -> None:
+    for name in ("scifact", "cqadupstack/tex", "bright/pony", "miracl/sw", "mmarco/es"):
+        assert H.known(name)
+    for name in ("bright", "bright/", "bright/law", "miracl/xx", "folder/sw", "all", "bioasq"):
+        assert not H.known(name)
+    dev = ("msmarco", "miracl/sw", "mmarco/es")
+    assert [H.own_split(name) for name in dev] == ["dev"] * 3
+    assert {H.own_split(n) for n in ("scifact", "bright/pony", "miracl", "x/y")} == {"test"}
+
+
+@pytest.mark.parametrize("qrels", ["jsonl", "tsv"])
+def test_a_forum_of_cqadupstack(hub, qrels: str) -> None:
+    files, asked = hub
+    P.forum(files, "gis", 0)
+    repo = files["mteb/cqadupstack-gis"]
+    if qrels == "tsv":
+        del repo["qrels/test.jsonl"]
+        lines = [P.HEADER, "q0\td0\t1", "q1\td1\t1", "q2\td2\t1"]
+        repo["qrels/test.tsv"] = "\n".join(lines).encode()
+    data = C.load("cqadupstack/gis")
+    assert data.name == "cqadupstack-gis"
+    assert data.qrels == {"test": {f"q{i}": {f"d{i}": 1} for i in range(3)}}
+    assert data.corpus["d0"] == P.functions()[0].document
+    assert {revision for _, _, revision, _ in asked} == {H.CQADUPSTACK["gis"]}
+    assert data.provenance == {"mteb/cqadupstack-gis": H.CQADUPSTACK["gis"]}
+
+
+def test_a_domain_of_bright(hub) -> None:
+    P.bright(hub[0], "earth_science", 3)
+    data = C.load("bright/earth_science")
+    pairs = P.functions()[3:9]
+    assert data.name == "bright-earth_science" and len(data.corpus) == 7
+    assert data.queries == {str(i): pair.query for i, pair in enumerate(pairs[:3])}
+    assert data.qrels == {"test": {str(i): {f"{pairs[i].id}.txt": 1} for i in range(3)}}
+    assert data.excluded == {"0": ["itself.txt"]}  # "N/A" stands for none
+    assert data.query_prompt == (
+        "Instruct: Given a earth_science post, retrieve relevant passages that help answer the "
+        "post\nQuery: {query}"
+    )
+    assert data.provenance == {"xlangai/BRIGHT": "commit-of-BRIGHT"}
+    for other in H.BRIGHT:
+        P.bright(hub[0], other, 0)
+        assert C.load(f"bright/{other}").query_prompt.count("{query}") == 1
+
+
+@pytest.mark.parametrize("language", ["sw", "hi", "ja"])
+def test_a_language_of_miracl(hub, language: str) -> None:
+    P.miracl(hub[0], language, H.MIRACL[language])
+    data = C.load(f"miracl/{language}")
+    assert (data.name, data.language) == (f"miracl-{language}", language)
+    assert data.corpus == {
+        f"{i}#1": f"UDHR {i}\n{text}" for i, (text, _) in enumerate(P.ARTICLES[language])
+    }
+    assert data.qrels["dev"]["0#0"] == {"0#1": 1, "1#1": 0, "2#1": 0, "3#1": 0}
+    assert data.queries["1#0"] == P.ARTICLES[language][1][1]
+    assert data.provenance.keys() == {"miracl/miracl", "miracl/miracl-corpus"}
+    del hub[0]["miracl/miracl-corpus"][f"miracl-corpus-v1.0-{language}/docs-0.jsonl.gz"]
+    with pytest.raises(ValueError, match=r"miracl/miracl-corpus: .*docs-0\.jsonl\.gz.*404"):
+        C.load(f"miracl/{language}")  # a file less is never a smaller corpus
+
+
+def test_a_language_of_mmarco(hub) -> None:
+    P.mmarco(hub[0], "es")
+    data = C.load("mmarco/es")
+    assert (data.name, data.language) == ("mmarco-es", "es")
+    assert data.corpus == {str(i): text for i, (text, _) in enumerate(P.ARTICLES["es"])}
+    assert data.qrels == {"dev": {str(100 + i): {str(i): 1} for i in range(4)}}
+
+
+def test_a_query_that_is_a_document_is_excluded_under_its_id(hub) -> None:
+    files, _ = hub
+    for name in ("quora", "nq"):
+        P.beir(files, name, 0)
+        texts = [{"_id": "q1", "text": "which?"}, {"_id": "q2", "text": "what?"}]
+        corpus = [*texts, {"_id": "d1", "text": "this"}]
+        files[f"BeIR/{name}"] = {
+            "corpus.jsonl.gz": gzip.compress(P.jsonl(corpus)),
+            "queries.jsonl.gz": gzip.compress(P.jsonl([*texts, {"_id": "q3", "text": "who?"}])),
+        }
+        for split in files[f"BeIR/{name}-qrels"]:
+            files[f"BeIR/{name}-qrels"][split] = f"{P.HEADER}\nq1\td1\t1\n".encode()
+    assert C.load("quora").excluded == {"q1": ["q1"], "q2": ["q2"]}
+    assert C.load("nq").excluded == {}  # there it would be chance
+    assert C.load("quora").fingerprint != C.load("nq").fingerprint
+
+
+def test_what_is_published_may_judge_documents_that_it_lacks(hub) -> None:
+    """ArguAna does; the judgment stays, so that the score is the known one."""
+    files, _ = hub
+    P.beir(files, "fiqa", 0)
+    for split in ("train", "dev", "test"):
+        lines = [P.HEADER, "q0\td0\t1", "q0\tgone\t1", "q1\tgone\t1"]
+        files["BeIR/fiqa-qrels"][f"{split}.tsv"] = "\n".join(lines).encode()
+    data = C.load("fiqa")
+    assert data.qrels["test"] == {"q0": {"d0": 1, "gone": 1}, "q1": {"gone": 1}}
+    assert data.provenance["judged documents that the corpus lacks"] == "1"
+    assert data.qrels["train"] == {"q0": {"d0": 1}}  # nothing could be trained on the others
+    for split in ("train", "dev", "test"):
+        files["BeIR/fiqa-qrels"][f"{split}.tsv"] = f"{P.HEADER}\nq0\tgone\t1\n".encode()
+    with pytest.raises(ValueError, match="fiqa: no judged document is in the corpus.*'gone'"):
+        C.load("fiqa")
+
+
+EXAMPLE = {"id": "0", "query": "what?", "excluded_ids": ["N/A"], "gold_ids": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": " "}, r"biology-00000-of-00001\.parquet: row 2: query '1' is empty"),
+        ({"id": "0"}, r"parquet: row 2: query id '0' occurs a second time"),
+        ({"gold_ids": None}, r"row 2: found 'gold_ids': None, expected 'gold_ids' with a list"),
+        ({"excluded_ids": ["a"]}, r"row 2: document id 'a' is both gold and excluded"),
+    ],
+)
+def test_a_bad_row_of_bright_is_named(hub, change: dict, message: str) -> None:
+    rows = [EXAMPLE, EXAMPLE | {"id": "1"} | change]
+    hub[0]["xlangai/BRIGHT"] = {
+        "examples/biology-00000-of-00001.parquet": P.as_parquet(rows),
+        "documents/biology-00000-of-00001.parquet": P.as_parquet([{"id": "a", "content": "x"}]),
+    }
+    with pytest.raises(ValueError, match=message):
+        C.load("bright/biology")
+
+
+@pytest.mark.parametrize(
+    ("file", "lines", "message"),
+    [
+        ("collections/spanish_collection.tsv", "0\tuno\n1 dos", r"tsv:2: found '1 dos'.*a tab"),
+        ("collections/spanish_collection.tsv", "0\tuno\n0\tdos", r"tsv:2: document id '0' occurs"),
+        ("queries/dev/spanish_queries.dev.small.tsv", "100\t", r"tsv:1: query '100' is empty"),
+    ],
+)
+def test_a_bad_line_of_mmarco_is_named(hub, file: str, lines: str, message: str) -> None:
+    P.mmarco(hub[0], "es")
+    hub[0]["unicamp-dl/mmarco"][f"data/google/{file}"] = lines.encode()
+    with pytest.raises(ValueError, match=message):
+        C.load("mmarco/es")
+
+
+def test_a_grade_between_two_is_named(hub) -> None:
+    P.forum(hub[0], "tex", 0)
+    row = {"query-id": "q0", "corpus-id": "d0", "score": 0.5}
+    hub[0]["mteb/cqadupstack-tex"]["qrels/test.jsonl"] = json.dumps(row).encode()
+    with pytest.raises(ValueError, match=r"test\.jsonl:1: found score 0\.5, expected an integer"):
+        C.load("cqadupstack/tex")
+
+
+@pytest.mark.parametrize("name", ["cqadupstack/tex", "bright/pony", "miracl/sw", "mmarco/es"])
+def test_without_the_hub_the_error_says_what_to_do(hub, name: str) -> None:
+    with pytest.raises(ValueError, match=r"/.*: neither in the cache.*no network.*DATA=path"):
+        C.load(name)
+
+
+def test_a_group_is_not_one_collection() -> None:
+    with pytest.raises(ValueError, match=r"DATA=bright is 12 collections.*bright/biology"):
+        C.load("bright")
