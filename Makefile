@@ -14,7 +14,8 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup base kill-gate scale-study gradient-conflict soft-vs-hard routing \
-  representation probing transfer rank-sweep remedies study sweep mine eval encode search rag bench bench-model plan kernels-report gpu-all report \
+  representation probing transfer rank-sweep remedies pointwise-vs-listwise study sweep mine eval \
+  encode search rag bench bench-model plan kernels-report gpu-all report \
   test test-gpu lint format clean
 
 ifdef PYTHON
@@ -75,9 +76,12 @@ rank-sweep: base  ## Quality against the rank of each expert, and the smallest t
 remedies: base  ## What else could win the loss back: PCGrad, loss weights, merged specialists
 	$(STUDY)
 
+pointwise-vs-listwise: base  ## One document at a time or the whole list: quality, speed, order, routing
+	$(STUDY)
+
 # The watched trials first: they stand for the same ones of the others, and not the other way round.
 STUDIES = gradient-conflict kill-gate scale-study soft-vs-hard routing representation probing \
-  transfer rank-sweep remedies
+  transfer rank-sweep remedies pointwise-vs-listwise
 study: $(STUDIES)  ## All experiments
 
 sweep: base  ## Try learning rates and clippings of each arm on dev; the choice goes into experiments.py

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trials import Config, Experiment, parts
+from trials import Config, Experiment, setting_name
 
 THREE = ("embedding", "reranking", "shared")
 MOE = {"experts": THREE, "ranks": (16, 16, 16)}
@@ -31,6 +31,7 @@ MERGED = {  # the specialists' experts in one, nothing trained
     "start": ("shared=emb-only+rank-only", "head=rank-only"),
     "steps_factor": 0.0,
 }
+LIST = {"rerank_head": "interaction"}
 SPARSEGEN = {**MOE, "router": "sparsegen", "router_noise": 0.1, "expert_dropout": 0.1}
 
 ARMS = {
@@ -309,6 +310,23 @@ EXPERIMENTS = {
         },
         report="pareto", reference="joint-moe",
     ),
+    "pointwise_vs_listwise": Experiment(
+        question="Should a reranker see one document or the whole list, and which gains more from "
+        "routing?",
+        expected="A list shows a document its rivals, at the price of depending on their order, "
+        "which is said to matter little. A list is routed as one, so routing should add less.",
+        arms={
+            **_like("joint-single", {"pointwise-single": {}, "listwise-single": LIST}),
+            **_like("joint-moe", {"pointwise-moe": SPARSEGEN, "listwise-moe": SPARSEGEN | LIST}),
+        },
+        report="order", measures=("order",),
+        contrasts=(
+            *((f"{mode}-moe", f"{mode}-single", task, f"what routing adds, {mode}")
+              for mode in ("pointwise", "listwise") for task in ("embedding", "reranking")),
+            ("listwise-single", "pointwise-single", "reranking", "what the list adds, one LoRA"),
+            ("listwise-moe", "pointwise-moe", "reranking", "what the list adds, MoE"),
+        ),
+    ),
     "sweep": Experiment(
         question="Which learning rate and clipping suit each arm best on the dev split?",
         arms={
@@ -354,16 +372,6 @@ def size_of(experiment: str, arm: str, scale: str) -> dict[str, Any]:
 def baselines_name(size: dict[str, Any]) -> str:
     """The file of the baselines of a size."""
     return f"baselines-{size['layers']}l.json" if size else "baselines.json"
-
-
-def setting_name(scale: str, base: str, data: str) -> str:
-    """`small`, `small-scifact`, `full-qwen3-0.6b-base-msmarco`: what is not the default."""
-    named = [scale]
-    if base != Config().base:
-        named.append(Path(base).name.lower())
-    if data != Config().data:
-        named.append("+".join(Path(part).name.lower() for part in parts(data)))
-    return "-".join(named)
 
 
 def _scaled(experiment: str, scale: str, **overrides) -> Config:

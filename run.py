@@ -19,6 +19,7 @@ from analysis import (
     compare,
     conflict,
     gradients,
+    order,
     overview,
     pareto,
     probes,
@@ -66,6 +67,7 @@ REPORTS = {  # each has write(folder) and summary(what it wrote)
     "representations": representations,
     "probes": probes,
     "scale": scale,
+    "order": order,
 }
 
 # name -> (model, evaluation set, training data of both tasks when called, the trial's config and
@@ -77,6 +79,7 @@ MEASURES = {
     "representation": representation.measure,
     "probing": probing.measure,
     "ablation": ablation.measure,
+    "order": order.measure,
 }
 
 

@@ -48,18 +48,19 @@ class Config:
     revision: str | None = None
     layers: int | None = None  # only the first n of the base; None: all
     adapter_layers: int = 0  # the first layer that has experts
-    prefix: bool = True  # keep the states below it (needs adapter_layers > 0)
+    prefix: bool = True  # keep the states below it (needs adapter_layers > 0); not of lists
     dtype: str = "auto"  # bfloat16 where the processor multiplies it, else float32
     causal: bool = True
     checkpointing: bool = False
     embedding_pooling: str = "last"
     reranking_pooling: str = "last"
-    rerank_head: str = "linear"
+    rerank_head: str = "linear"  # or "yes_no", or "interaction", which reads whole lists
     query_prompt: str = "Query: {query}"
     document_prompt: str = "{document}"
     pair_prompt: str = "Query: {query}\nDocument: {document}"
     end_token: str = ""
     document_tokens: int = 512
+    list_tokens: int = 8192  # of a query with its candidates; more of them make several texts
     data: str = "stdlib"  # fiqa+msmarco: trained on both, measured on the first
     mixture_temperature: float = 1.0  # T: steps of a collection in proportion to size^(1/T)
     split: str = "test"
@@ -79,7 +80,11 @@ class Config:
     distill: str = ""  # "kl" or "margin_mse": learn the teacher's scores of the mined file as well
     distill_weight: float = 1.0
     distill_temperature: float = 1.0  # of kl
-    reranking_loss: str = "listwise"  # or "bce"
+    reranking_loss: str = "listwise"  # or "bce"; an interaction head has its own four
+    list_temperature: float = 0.05
+    dispersive_weight: float = 0.45
+    dual_weight: float = 0.85
+    similarity_weight: float = 0.85  # 0: lists are not read a second time
     temperature: float = 0.02
     false_negative_margin: float = 0.1
     embedding_weight: float = 1.0
@@ -190,3 +195,13 @@ class Experiment:
     by_scale: dict[str, dict[str, dict]] = field(default_factory=dict)
     measures: tuple[str, ...] = ()
     contrasts: tuple[tuple[str, str, str, str], ...] = ()
+
+
+def setting_name(scale: str, base: str, data: str) -> str:
+    """`small`, `small-scifact`, `full-qwen3-0.6b-base-msmarco`: what is not the default."""
+    named = [scale]
+    if base != Config().base:
+        named.append(Path(base).name.lower())
+    if data != Config().data:
+        named.append("+".join(Path(part).name.lower() for part in parts(data)))
+    return "-".join(named)

@@ -17,7 +17,6 @@ from mteb.types import PromptType
 from torch import Tensor
 
 from eval.collections import Collection, require_split
-from model.prefix import TextSet
 from model.unimoer import UniMoER
 
 
@@ -108,10 +107,10 @@ class CrossEncoder:
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """(n,) logits of relevance: in fp32 their sigmoid ties where it saturates."""
+        """(n,) raw scores of relevance: in fp32 the sigmoid of logits ties where it saturates."""
         pairs = list(zip(texts_of(inputs1), texts_of(inputs2), strict=True))
         bar = bool(kwargs.get("show_progress_bar"))
-        return self.model.score_all(TextSet(self.model.tokenizer.pairs(pairs)), progress=bar)
+        return self.model.score_pairs(pairs, progress=bar)
 
 
 def tasks(

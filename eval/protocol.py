@@ -117,9 +117,33 @@ class EvaluationSet:
         """Per-query metrics of full-corpus retrieval."""
         return self.ranked(self.vectors(model, base, progress))
 
+    def pair_scores(
+        self, model: UniMoER, shuffle: int | None = None, progress: bool = False
+    ) -> Tensor:
+        """Scores (n,) of `pairs`.
+
+        Args:
+            shuffle: the number of a random order of each query's candidates, in which an
+                interaction head reads them; None: BM25's. Other heads never see the order.
+        """
+        if model.config.rerank_head != "interaction":
+            return model.score_all(self._set("reranking"), progress=progress, shared=True)
+        c, lists, places = self.collection, [], []
+        for query, found in self.candidates.items():
+            order = list(range(len(found)))
+            if shuffle is not None:
+                random.Random(f"{query} {shuffle}").shuffle(order)
+            documents = list(found)
+            lists.append((c.queries[query], [c.corpus[documents[i]] for i in order]))
+            places += [len(places) + i for i in order]
+        read = torch.cat(model.score_lists(lists, progress=progress, shared=True))
+        scores = torch.empty_like(read)
+        scores[places] = read
+        return scores
+
     def reranking(self, model: UniMoER, progress: bool = False) -> Scores:
-        """Per-query metrics of the reranked candidates."""
-        scores = model.score_all(self._set("reranking"), progress=progress, shared=True)
+        """Per-query metrics of the reranked candidates, lists being read in BM25's order."""
+        scores = self.pair_scores(model, progress=progress)
         return evaluate(self.reranking_qrels, to_run(scores, self.pairs))
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """The shape of a decoder, from Hugging Face's config.json, and of a whole UniMoER."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from model import bases
 from model.heads import check_pooling
 from model.lora import LoRAConfig
-from model.router import RouterConfig
+from model.router import SIMILARITY, RouterConfig
 from model.tokens import Prompts
 from model.weights import read_json
 
@@ -93,6 +94,18 @@ class DecoderConfig:
             )
         return replace(self, num_hidden_layers=layers)
 
+    def unused(self, name: str) -> bool:
+        """Whether a checkpoint's tensor has no place in the decoder, by right: layers that were cut
+        off, the output matrix, a projector, which is the head's (`listwise.own_projector`)."""
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer and int(layer[1]) >= self.num_hidden_layers:
+            return True
+        return (
+            name == "lm_head.weight"
+            or name.endswith("rotary_emb.inv_freq")
+            or (name.startswith("projector."))
+        )
+
 
 DTYPES = {
     "float32": torch.float32,
@@ -100,6 +113,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+HEADS = ("linear", "yes_no", "interaction")
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,7 @@ class ModelConfig:
     reranking_pooling: str = "last"
     rerank_head: str = "linear"
     document_tokens: int = 512
+    list_tokens: int = 8192
     end_token: str = ""
     prompts: Prompts = Prompts()
     lora: LoRAConfig | None = None
@@ -130,8 +147,14 @@ class ModelConfig:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
-        if self.rerank_head not in ("linear", "yes_no"):
-            raise ValueError(f"rerank_head must be linear or yes_no, got {self.rerank_head!r}")
+        if self.rerank_head not in HEADS:
+            raise ValueError(f"rerank_head must be one of {HEADS}, got {self.rerank_head!r}")
+        similar = self.router is not None and self.router.kind in SIMILARITY
+        if self.rerank_head == "interaction" and similar:
+            raise ValueError(
+                "routing by similarity compares a text with training texts, and there are none for "
+                "lists: use another router with rerank_head='interaction'"
+            )
         check_pooling(self.embedding_pooling, self.causal)
         check_pooling(self.reranking_pooling, self.causal)
 

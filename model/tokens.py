@@ -70,6 +70,7 @@ class Tokenizer:
         # The file may carry its own truncation and padding; both would break the rules here.
         self.fast.no_truncation()
         self.fast.no_padding()
+        self.path = path
         self.prompts, self.document_tokens, self.pair_end = prompts, document_tokens, pair_end
         known = [t for t in ([end_token] if end_token else END_TOKENS) if self.id(t) is not None]
         if not known:
@@ -88,6 +89,21 @@ class Tokenizer:
     def id(self, token: str) -> int | None:
         return self.fast.token_to_id(token)
 
+    def word_id(self, word: str) -> int:
+        """The id of a word that a yes/no head reads. Raises ValueError if it is no single token."""
+        found = self.id(word)
+        if found is None:
+            raise ValueError(
+                f"rerank_head='yes_no' needs the single token {word!r}, which {self.path} does not "
+                "have: use rerank_head='linear'"
+            )
+        return found
+
+    def lead(self) -> list[int]:
+        """What the tokenizer puts before every text: a BOS for Mistral, nothing for Qwen3."""
+        encoding = self.fast.encode("a")
+        return encoding.ids[: encoding.special_tokens_mask.index(0)]
+
     def queries(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text in the query template, whole, with the end token."""
         return self._encode([_fill(self.prompts.query, query=text) for text in texts])
@@ -101,16 +117,36 @@ class Tokenizer:
         filled = [_fill(self.prompts.pair, query=q, document=d) for q, d in pairs]
         return self._encode(filled, self.pair_end)
 
+    def pieces(self, filled: Sequence[tuple[str, int, int]], limit: int) -> list[list[int]]:
+        """Token ids of the parts of one text, with nothing put before or after them.
+
+        Args:
+            filled: each part, and which of its characters are a document (0, 0: none).
+            limit: a document longer than this loses its end, whatever `document_tokens` says.
+        """
+        encodings = self.fast.encode_batch(
+            [text for text, _, _ in filled], add_special_tokens=False
+        )
+        return [
+            self._cut(encoding, start, stop, limit)
+            for encoding, (_, start, stop) in zip(encodings, filled, strict=True)
+        ]
+
     def _encode(self, filled: list[tuple[str, int, int]], end: bool = True) -> list[list[int]]:
         found = []
         for chunk in _chunks(filled):
             encodings = self.fast.encode_batch([text for text, _, _ in chunk])
             for encoding, (_, start, stop) in zip(encodings, chunk, strict=True):
-                found.append(self._cut(encoding, start, stop, end))
+                ids = self._cut(encoding, start, stop, self.document_tokens)
+                if end and (not ids or ids[-1] != self.end_id):
+                    ids.append(self.end_id)
+                assert not end or ids[-1] == self.end_id
+                found.append(ids)
         return found
 
-    def _cut(self, encoding: Encoding, start: int, stop: int, end: bool) -> list[int]:
-        """Drop the tokens past `document_tokens` of the characters [start, stop)."""
+    @staticmethod
+    def _cut(encoding: Encoding, start: int, stop: int, limit: int) -> list[int]:
+        """Drop the tokens past `limit` of the characters [start, stop)."""
         inside = 0
         ids = []
         for token, (left, right) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -118,12 +154,9 @@ class Tokenizer:
             if left < stop and right > start:
                 inside += 1
                 # One that ends in the template (".</" before "</doc>") stays: it is both.
-                if inside > self.document_tokens and right <= stop:
+                if inside > limit and right <= stop:
                     continue
             ids.append(token)
-        if end and (not ids or ids[-1] != self.end_id):
-            ids.append(self.end_id)
-        assert not end or ids[-1] == self.end_id
         return ids
 
 

@@ -1,21 +1,18 @@
 """UniMoER: one frozen decoder that embeds and reranks, with its experts, routers and heads."""
 
-import json
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from kernels.choice import use_triton
-from model import bases, parallel, weights
+from model import bases, parallel, saved, weights
 from model.config import DTYPES, DecoderConfig, ModelConfig
 from model.heads import LinearScore, YesNoScore, embed, pool, truncate
+from model.listwise import Interaction, Lists, by_query, in_order, own_projector, score_blocks
 from model.lora import LinearGroup
 from model.packed import Packed
 from model.prefix import TextSet, token_batches
@@ -23,7 +20,6 @@ from model.router import TASKS, Router
 from model.tokens import Tokenizer, listed
 from model.transformer import Decoder
 
-FORMAT = 1
 CARD_BUDGET = 32768  # tokens of a batch on a card, where small ones leave it waiting for the host
 
 
@@ -64,36 +60,30 @@ class UniMoER(nn.Module):
         targets = self.decoder.named_weights()
         if head is not None:
             targets["lm_head.weight"] = head
-        weights.load_into(
-            folder, targets, ignore=lambda name: _unused(name, shape, head is not None)
-        )
-        self.head: LinearScore | YesNoScore
+        weights.load_into(folder, targets, ignore=shape.unused)
+        self.head: LinearScore | YesNoScore | Interaction
+        rows = self.decoder.embed_tokens.weight
         if config.rerank_head == "linear":
             self.head = LinearScore(shape.hidden_size)
-            if config.dtype == "float64":
-                self.head.double()
+        elif config.rerank_head == "interaction":
+            self.lists = Lists(self.tokenizer, config.list_tokens)
+            own = own_projector(folder, shape.hidden_size)
+            start = rows[self.tokenizer.end_id].cpu()
+            self.head = Interaction(shape.hidden_size, self.lists.marks, start, own)
         else:
-            rows = self.decoder.embed_tokens.weight if head is None else head
-            yes, no = self._word_id("yes"), self._word_id("no")
-            self.head = YesNoScore(rows[yes], rows[no])
+            rows = rows if head is None else head
+            self.head = YesNoScore(*(rows[self.tokenizer.word_id(word)] for word in ("yes", "no")))
+        if config.dtype == "float64":
+            self.head.double()
         self.to(device)
         self.reset_parameters(seed)
         self.eval()
-
-    def _word_id(self, word: str) -> int:
-        found = self.tokenizer.id(word)
-        if found is None:
-            raise ValueError(
-                f"rerank_head='yes_no' needs the single token {word!r}, which the tokenizer of "
-                f"{self.config.base} does not have: use rerank_head='linear'"
-            )
-        return found
 
     def reset_parameters(self, seed: int) -> None:
         """Initialise experts, routers and head; the same seed gives the same values."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
-            if isinstance(module, LinearGroup | Router | LinearScore | YesNoScore):
+            if isinstance(module, LinearGroup | Router | LinearScore | YesNoScore | Interaction):
                 module.reset_parameters(generator)
 
     @property
@@ -147,6 +137,8 @@ class UniMoER(nn.Module):
         if states is not None:
             assert self.config.lora is not None
             first = self.config.lora.first_layer
+        elif isinstance(self.head, Interaction) and task == "reranking":
+            states = self.head.inputs(self.decoder.embed_tokens, batch.input_ids)
         return self.decoder(batch, tasks, hidden=states, first_layer=first, base=base)
 
     def embed(
@@ -159,9 +151,23 @@ class UniMoER(nn.Module):
     def score(
         self, batch: Packed, states: Tensor | None = None, base: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """Relevance logits (B,) of a batch of pairs, and the routing weights by layer."""
+        """Relevance logits (B,) of a batch of pairs, and the routing weights by layer.
+
+        With an interaction head the texts are lists, and the scores those of all their documents.
+        """
+        if isinstance(self.head, Interaction):
+            vectors, routing = self.marked(batch, states, base)
+            return self.head.cosines(vectors, batch), routing
         hidden, routing = self.hidden(batch, "reranking", states, base)
         return self.head(pool(hidden, batch, self.config.reranking_pooling)), routing
+
+    def marked(
+        self, batch: Packed, states: Tensor | None = None, base: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Vectors (M, 512) of the M marks of a batch of lists; else as above."""
+        assert isinstance(self.head, Interaction), f"{self.config.rerank_head} reads no marks"
+        hidden, routing = self.hidden(batch, "reranking", states, base)
+        return self.head(hidden[self.head.places(batch.input_ids)]), routing
 
     # Many texts ------------------------------------------------------------------------------
 
@@ -239,6 +245,44 @@ class UniMoER(nn.Module):
             out[indices] = scores
         return parallel.together(out, self.device) if shared else out
 
+    def score_lists(
+        self,
+        lists: Sequence[tuple[str, Sequence[str]]],
+        *,
+        budget: int | None = None,
+        progress: bool = False,
+        shared: bool = False,
+    ) -> list[Tensor]:
+        """Scores (n,) of the n documents of each (query, documents), which an interaction head
+        reads in the order given; see `model.listwise`. shared: as above."""
+        assert isinstance(self.head, Interaction), f"{self.config.rerank_head} scores pairs"
+        made = [self.lists.blocks(query, documents) for query, documents in lists]
+        texts = TextSet([block.ids for blocks in made for block in blocks])
+        options = {"budget": budget, "progress": progress, "shared": shared}
+        dtype = torch.promote_types(self.dtype, torch.float)
+        vectors = in_order(made, self.over(texts, self.marked, title="rerank", **options), dtype)
+        return score_blocks(made, parallel.together(vectors, self.device) if shared else vectors)
+
+    def score_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        budget: int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Raw scores (n,) of (query, document) pairs: logits. An interaction head takes the pairs
+        of one query as a list, in the order given, and its scores are cosines."""
+        if not isinstance(self.head, Interaction):
+            texts = TextSet(self.tokenizer.pairs(pairs))
+            return self.score_all(texts, budget=budget, progress=progress)
+        lists, places = by_query(pairs)
+        found = self.score_lists(lists, budget=budget, progress=progress)
+        return torch.cat([torch.zeros(0), *found])[places]
+
+    def relevance(self, scores: Tensor) -> Tensor:
+        """Raw scores -> [0, 1]: the sigmoid of logits, (1 + s) / 2 of cosines."""
+        return (1 + scores) / 2 if isinstance(self.head, Interaction) else scores.sigmoid()
+
     def encode(
         self,
         texts: Sequence[str],
@@ -287,22 +331,21 @@ class UniMoER(nn.Module):
         budget: int | None = None,
         progress: bool | None = None,
     ) -> Tensor:
-        """Relevance in (0, 1) of (query, document) pairs: the sigmoid of the head's logit, (n,)."""
+        """Relevance in [0, 1] of (query, document) pairs, (n,); see `score_pairs`."""
         pairs = listed(pairs, "pairs")
         bar = len(pairs) >= 1000 if progress is None else progress
-        texts = TextSet(self.tokenizer.pairs(pairs))
         budget = budget or self._budget(2048)
-        return self.score_all(texts, budget=budget, progress=bar).sigmoid()
+        return self.relevance(self.score_pairs(pairs, budget=budget, progress=bar))
 
     def rank(
         self, query: str, documents: Sequence[str], top_k: int | None = None
     ) -> list[tuple[int, float]]:
         """(index of the document, relevance), best first, ties in the order given."""
         pairs = [(query, text) for text in listed(documents, "documents")]
-        logits = self.score_all(TextSet(self.tokenizer.pairs(pairs)))
-        # By logit: in fp32 the sigmoid of everything above 17 is 1.
-        order = logits.argsort(descending=True, stable=True)[:top_k]
-        return [(int(i), float(logits[i].sigmoid())) for i in order]
+        scores = self.score_pairs(pairs)
+        # By raw score: in fp32 the sigmoid of everything above 17 is 1.
+        order = scores.argsort(descending=True, stable=True)[:top_k]
+        return [(int(i), float(self.relevance(scores[i]))) for i in order]
 
     # On disk ---------------------------------------------------------------------------------
 
@@ -318,19 +361,8 @@ class UniMoER(nn.Module):
         """
         if any(getattr(module, "dropped", False) for module in self.modules()):
             raise ValueError("compact() dropped what would be saved: save before it, or load again")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach() for name, p in self.kept().items()}
-        heads = {name: t for name, t in tensors.items() if name.startswith("head.")}
-        adapters = {name: t for name, t in tensors.items() if name not in heads}
-        (folder / "config.json").unlink(missing_ok=True)
-        weights.save(adapters, folder / "adapters.safetensors")
-        weights.save(heads, folder / "heads.safetensors")
-        model = asdict(replace(self.config, revision=self.identity["revision"]))
-        record = {"format": FORMAT, "model": model, "identity": self.identity}
-        part = folder / ".config.json.part"
-        part.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(part, folder / "config.json")
+        settled = replace(self.config, revision=self.identity["revision"])
+        saved.write(Path(folder), settled, self.identity, self.kept())
 
     @classmethod
     def from_pretrained(
@@ -349,17 +381,7 @@ class UniMoER(nn.Module):
                 on, or a tensor is missing, unexpected or misshapen.
         """
         folder = Path(folder)
-        path = folder / "config.json"
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: expected a folder written by save_pretrained")
-        record = weights.read_json(path)
-        if record.get("format") != FORMAT:
-            raise ValueError(f"{path}: format {record.get('format')!r}, expected {FORMAT}")
-        try:
-            config = ModelConfig.from_json(record["model"])
-            expected = record["identity"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not what save_pretrained writes: {error}") from error
+        config, expected = saved.read_config(folder)
         if base:
             config = replace(config, base=base, revision=None)
         model = cls(config, device, kernels=kernels)
@@ -369,35 +391,9 @@ class UniMoER(nn.Module):
                 f"{expected['revision']}) with fingerprint {expected['fingerprint']}, but "
                 f"{config.base} has {found}: give the original base"
             )
-        tensors = {}
-        for name in ("adapters.safetensors", "heads.safetensors"):
-            weights.read_header(folder / name)  # refuses truncated and foreign files by name
-            tensors.update(load_file(folder / name))
-        model.load_trained(tensors, str(folder))
+        model.load_trained(saved.read_tensors(folder), str(folder))
         return model
 
-    @torch.no_grad()
     def load_trained(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Copy experts, routers and head; names and shapes must match exactly."""
-        mine = self.kept()
-        problems = [f"missing: {name}" for name in mine.keys() - tensors.keys()]
-        problems += [f"unexpected: {name}" for name in tensors.keys() - mine.keys()]
-        problems += [
-            f"shape: {name} is {tuple(tensors[name].shape)}, expected {tuple(mine[name].shape)}"
-            for name in mine.keys() & tensors.keys()
-            if mine[name].shape != tensors[name].shape
-        ]
-        if problems:
-            raise ValueError(
-                f"{source} does not fit the model:\n  " + "\n  ".join(sorted(problems))
-            )
-        for name, parameter in mine.items():
-            parameter.copy_(tensors[name])
-
-
-def _unused(name: str, shape: DecoderConfig, keeps_head: bool) -> bool:
-    """Checkpoint tensors that this model has no place for, by right."""
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if layer and int(layer[1]) >= shape.num_hidden_layers:
-        return True
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and not keeps_head)
+        weights.copy_exactly(tensors, self.kept(), source)

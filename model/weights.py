@@ -183,6 +183,28 @@ def load_into(
         _copy(path, name, found[name][1], targets[name])
 
 
+@torch.no_grad()
+def copy_exactly(
+    tensors: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor], source: str
+) -> None:
+    """Copy tensors into the targets of the same names, in place.
+
+    Raises one ValueError that lists the names that are missing or unexpected and the shapes that
+    differ, before anything is copied.
+    """
+    problems = [f"missing: {name}" for name in targets.keys() - tensors.keys()]
+    problems += [f"unexpected: {name}" for name in tensors.keys() - targets.keys()]
+    problems += [
+        f"shape: {name} is {tuple(tensors[name].shape)}, expected {tuple(targets[name].shape)}"
+        for name in targets.keys() & tensors.keys()
+        if targets[name].shape != tensors[name].shape
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
+    for name, target in targets.items():
+        target.copy_(tensors[name])
+
+
 def fingerprint(folder: Path) -> str:
     """A cheap sha256 of a checkpoint: of every tensor its file, header entry and 4 KiB from its
     middle, so that other weights of the same shapes differ too. Raises like `checkpoint`."""

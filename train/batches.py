@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from eval.collections import Collection, require_split
+from model.listwise import Lists
 from model.prefix import TextSet
 from model.tokens import Tokenizer
 from train.negatives import Mined, best_positive, bm25_negatives, read_mined
 from trials import Config
 
+DROPPED = 0.1  # share of a document's words that its altered copy lacks
 # Tokenized texts -> the same with their frozen-prefix states, where those are used.
 WithStates = Callable[[list[list[int]], str], TextSet]
 
@@ -54,6 +56,20 @@ def training_queries(collection: Collection, count: int) -> list[str]:
     judged = require_split(collection, "train")
     usable = sorted(q for q, row in judged.items() if any(grade > 0 for grade in row.values()))
     return sorted(usable, key=lambda query: random.Random(query).random())[: count or None]
+
+
+@dataclass(frozen=True)
+class ListBatch:
+    """texts: token ids of each query's list, then of each again with altered documents in another
+    order, if that is wanted. A group has K documents, the right one first: place (B, K) says where
+    in the query's list each of them stands, again (B, K) where in the second list; teacher (B, K):
+    logits of the group, None without a teacher."""
+
+    texts: list[list[int]]
+    place: Tensor
+    again: Tensor | None
+    teacher: Tensor | None
+    ids: list[str]
 
 
 def check_training(collection: Collection, config: Config) -> list[str]:
@@ -105,7 +121,10 @@ class TrainingData:
         self.negatives, self.teacher = mined.negatives, mined.teacher
         if "embedding" in config.tasks:
             self._embedding_texts(collection, tokenizer, states)
-        if "reranking" in config.tasks:
+        if config.rerank_head == "interaction":
+            self.query_text = collection.queries
+            self.template = Lists(tokenizer, config.list_tokens)
+        elif "reranking" in config.tasks:
             self._reranking_texts(collection, tokenizer, states)
 
     def _mined(self, collection: Collection) -> Mined:
@@ -156,9 +175,11 @@ class TrainingData:
         order = list(self.used[task])
         per_epoch = len(order) // size
         epoch, at = divmod(step, per_epoch)
-        seed = self.config.seed + self.config.seed_offset if seed is None else seed
-        random.Random(f"{seed} {task} {epoch}").shuffle(order)
+        random.Random(f"{self._seed(seed)} {task} {epoch}").shuffle(order)
         return order[at * size : (at + 1) * size]
+
+    def _seed(self, seed: int | None) -> int:
+        return self.config.seed + self.config.seed_offset if seed is None else seed
 
     def embedding(self, step: int, seed: int | None = None) -> EmbeddingBatch:
         """The embedding micro-batch of a step; seed: of the order, if not the config's."""
@@ -200,3 +221,48 @@ class TrainingData:
             ids=queries,
             teacher=self._teacher(groups),
         )
+
+    def lists(self, step: int, seed: int | None = None) -> ListBatch:
+        """The same micro-batch as lists, for an interaction head.
+
+        The documents of a group come in an order that seed and step decide, and the list of altered
+        documents in one of its own. There are no prefix states: the vectors at the marks are
+        trained, so what enters the adapted layers changes.
+
+        Raises:
+            ValueError: a group does not fit into one text.
+        """
+        c = self.config
+        queries = self._batch_queries("reranking", step, c.reranking_batch, seed)
+        rng = random.Random(f"{self._seed(seed)} lists {step}")
+        groups = [(q, [self.positive[q], *self.negatives[q][: c.group_size - 1]]) for q in queries]
+        texts, altered, place, again = [], [], [], []
+        for query, members in groups:
+            documents = [self.corpus[d] for d in members]
+            first, second = (rng.sample(range(len(members)), len(members)) for _ in range(2))
+            texts.append(self._list(query, [documents[i] for i in first]))
+            place.append([first.index(i) for i in range(len(members))])
+            if c.similarity_weight:
+                altered.append(self._list(query, [alter(documents[i], rng) for i in second]))
+                again.append([second.index(i) for i in range(len(members))])
+        other = torch.tensor(again) if again else None
+        return ListBatch(
+            texts + altered, torch.tensor(place), other, self._teacher(groups), queries
+        )
+
+    def _list(self, query: str, documents: list[str]) -> list[int]:
+        blocks = self.template.blocks(self.query_text[query], documents, early=True)
+        if len(blocks) > 1:
+            raise ValueError(
+                f"query {query!r}: its {len(documents)} documents take {len(blocks)} texts of "
+                f"list_tokens={self.config.list_tokens}: raise it, or lower group_size or "
+                "document_tokens"
+            )
+        return blocks[0].ids
+
+
+def alter(text: str, rng: random.Random) -> str:
+    """The text without a tenth of its words, drawn at random; one word at least is kept."""
+    words = text.split()
+    kept = [word for word in words if rng.random() >= DROPPED]
+    return " ".join(kept or words[:1])

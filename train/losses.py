@@ -1,5 +1,7 @@
-"""What is minimised: listwise or pointwise for the scores, and balance; for the vectors it is
-`kernels.info_nce`; and what a teacher's scores add to either."""
+"""What is minimised: listwise or pointwise for the scores, four terms for lists that are read as
+one text, and balance; for the vectors it is `kernels.info_nce`; and what a teacher's scores add."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,45 @@ def bce(scores: Tensor) -> Tensor:
     target[:, 0] = 1
     weight = scores.new_tensor(scores.shape[1] - 1)
     return F.binary_cross_entropy_with_logits(scores, target, pos_weight=weight)
+
+
+def contrast(queries: Tensor, documents: Tensor, temperature: float) -> Tensor:
+    """InfoNCE within each list: mean of -log softmax(q . d / temperature) at the positive, which is
+    the first.
+
+    The rank loss of jina-reranker-v3 (arXiv 2509.25085, eq. 2); its dual loss, with the queries
+    read before the documents.
+
+    Args:
+        queries: (B, W), documents: (B, K, W), of length 1.
+    """
+    return listwise(torch.einsum("bw,bkw->bk", queries, documents) / temperature)
+
+
+def dispersive(documents: Tensor, temperature: float) -> Tensor:
+    """Mean over lists of log(sum over pairs of exp(d . d' / temperature) / (K - 1)): it drives a
+    list's documents apart (arXiv 2509.25085, eq. 3).
+
+    Args:
+        documents: (B, K, W) of length 1, K >= 2; the positive is one of them.
+    """
+    count = documents.shape[1]
+    scores = documents @ documents.mT / temperature  # (B, K, K)
+    row, column = torch.triu_indices(count, count, offset=1, device=scores.device)
+    return (scores[:, row, column].logsumexp(-1) - math.log(count - 1)).mean()
+
+
+def similarity(documents: Tensor, altered: Tensor, temperature: float) -> Tensor:
+    """Mean of -log softmax at a document's altered copy, against the list's other documents
+    (arXiv 2509.25085, section 4.1, which gives no formula).
+
+    Args:
+        documents, altered: (B, K, W) of length 1, the same documents in the same order.
+    """
+    scores = documents @ documents.mT / temperature  # (B, K, K), a document with the others
+    own = (documents * altered).sum(-1) / temperature
+    itself = torch.eye(documents.shape[1], dtype=torch.bool, device=scores.device)
+    return (torch.where(itself, own[..., None], scores).logsumexp(-1) - own).mean()
 
 
 RERANKING = {"listwise": listwise, "bce": bce}

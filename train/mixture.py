@@ -11,6 +11,7 @@ from model.prefix import TextSet
 from model.tokens import Tokenizer
 from train.batches import (
     EmbeddingBatch,
+    ListBatch,
     RerankingBatch,
     TrainingData,
     WithStates,
@@ -101,7 +102,7 @@ class Mixture(TrainingData):
         if "embedding" in config.tasks:
             sets = [part.embedding_texts for part in self.parts]
             self.embedding_texts = self._joined("embedding", sets, "training texts", states)
-        if "reranking" in config.tasks:
+        if "reranking" in config.tasks and config.rerank_head != "interaction":
             sets = [part.reranking_texts for part in self.parts]
             self.reranking_texts = self._joined("reranking", sets, "training pairs", states)
 
@@ -141,7 +142,7 @@ class Mixture(TrainingData):
             batch,
             queries=[start + i for i in batch.queries],
             documents=[start + i for i in batch.documents],
-            ids=[f"{self.names[part]}:{query}" for query in batch.ids],
+            ids=self._named(part, batch.ids),
         )
 
     def reranking(self, step: int, seed: int | None = None) -> RerankingBatch:
@@ -150,8 +151,16 @@ class Mixture(TrainingData):
         return replace(
             batch,
             pairs=[start + i for i in batch.pairs],
-            ids=[f"{self.names[part]}:{query}" for query in batch.ids],
+            ids=self._named(part, batch.ids),
         )
+
+    def lists(self, step: int, seed: int | None = None) -> ListBatch:
+        part, at = self.place(step, seed)
+        batch = self.parts[part].lists(at, seed)
+        return replace(batch, ids=self._named(part, batch.ids))
+
+    def _named(self, part: int, queries: list[str]) -> list[str]:
+        return [f"{self.names[part]}:{query}" for query in queries]
 
 
 def training_data(

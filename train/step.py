@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.info_nce import info_nce
 from model import parallel
-from model.packed import Part
+from model.packed import Packed, Part
 from model.prefix import TextSet
 from model.unimoer import UniMoER
 from train import losses
@@ -28,11 +29,12 @@ from trials import Config
 class Work:
     """A micro-batch that is to be done.
 
-    indices: of its texts in the set. loss: rows of the texts, in that order -> scalar.
-    ids: of the queries, for messages.
+    read: a batch -> one row for each text, and the routing weights by layer. indices: of the texts
+    in the set. loss: their rows, in that order -> scalar. ids: of the queries, for messages.
     """
 
     task: str
+    read: Callable[[UniMoER, Packed, Tensor | None], tuple[Tensor, list[Tensor]]]
     texts: TextSet
     indices: list[int]
     loss: Callable[[Tensor], Tensor]
@@ -64,12 +66,15 @@ def embedding(data: TrainingData, step: int, seed: int | None = None) -> Work:
             total = total + c.distill_weight * _distilled(student, rows.teacher, c)
         return total
 
-    return Work("embedding", data.embedding_texts, rows.queries + rows.documents, loss, rows.ids)
+    indices = rows.queries + rows.documents
+    return Work("embedding", UniMoER.embed, data.embedding_texts, indices, loss, rows.ids)
 
 
 def reranking(data: TrainingData, step: int, seed: int | None = None) -> Work:
     """Listwise or pointwise loss of the step's pairs; seed and teacher as above, the student's
     logits being the head's."""
+    if data.config.rerank_head == "interaction":
+        return lists(data, step, seed)
     rows, c = data.reranking(step, seed), data.config
 
     def loss(scores: Tensor) -> Tensor:
@@ -79,7 +84,42 @@ def reranking(data: TrainingData, step: int, seed: int | None = None) -> Work:
             total = total + c.distill_weight * _distilled(scores, rows.teacher, c)
         return total
 
-    return Work("reranking", data.reranking_texts, rows.pairs, loss, rows.ids)
+    return Work("reranking", UniMoER.score, data.reranking_texts, rows.pairs, loss, rows.ids)
+
+
+def lists(data: TrainingData, step: int, seed: int | None = None) -> Work:
+    """rank + a dispersive + b dual + c similarity of the step's lists (jina-reranker-v3,
+    arXiv 2509.25085, eq. 1), each list being one text; seed and teacher as above, the student's
+    logits being the cosines over the temperature."""
+    rows, c = data.lists(step, seed), data.config
+
+    def loss(marked: Tensor) -> Tensor:
+        vectors, t = F.normalize(marked, dim=-1), c.list_temperature  # (texts, K + 2, W)
+        first, second = vectors[: len(rows.ids)], vectors[len(rows.ids) :, 1:-1]
+        early, query, place = first[:, 0], first[:, -1], rows.place.to(marked.device)
+        documents = torch.take_along_dim(first[:, 1:-1], place[..., None], 1)  # the right one first
+        total = losses.contrast(query, documents, t)
+        total = total + c.dispersive_weight * losses.dispersive(documents, t)
+        total = total + c.dual_weight * losses.contrast(early, documents, t)
+        if rows.again is not None:
+            altered = torch.take_along_dim(second, rows.again.to(marked.device)[..., None], 1)
+            total = total + c.similarity_weight * losses.similarity(documents, altered, t)
+        if rows.teacher is not None:
+            student = torch.einsum("bw,bkw->bk", query, documents) / t
+            total = total + c.distill_weight * _distilled(student, rows.teacher, c)
+        return total
+
+    return Work(
+        "reranking", _marked, TextSet(rows.texts), list(range(len(rows.texts))), loss, rows.ids
+    )
+
+
+def _marked(
+    model: UniMoER, batch: Packed, states: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """(B, K + 2, W): in training all lists have as many marks."""
+    vectors, routing = model.marked(batch, states)
+    return vectors.unflatten(0, (len(batch.lengths), -1)), routing
 
 
 def _distilled(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
@@ -103,9 +143,10 @@ def task_loss(
 class Made:
     """What the model made of a micro-batch.
 
-    rows: vectors (n, D) or scores (n,), in the order of the work's indices. routing: weights (n, E)
-    of each routed layer, or of all tokens where they are routed, in some order. penalties: of the
-    routers that have one, (n,). carry: finishes a backward pass that has reached these.
+    rows: vectors (n, D), scores (n,) or marks (n, K + 2, W), in the order of the work's indices.
+    routing: weights (n, E) of each routed layer, or of all tokens where they are routed, in some
+    order. penalties: of the routers that have one, (n,). carry: finishes a backward pass that has
+    reached these.
     """
 
     rows: Tensor
@@ -141,7 +182,7 @@ def run(model: UniMoER, work: Work, cached_tokens: int = 0) -> Made:
         if cached or world > 1:
             batch = replace(batch, part=Part.of(sizes, part, device))
             random.restore(number)
-        made, routing = (model.embed if work.task == "embedding" else model.score)(batch, states)
+        made, routing = work.read(model, batch, states)
         penalties = [r.penalty for r in model.routers().values() if r.penalty is not None]
         outputs = [made, *routing, *penalties]
         return outputs if parts[number] else [output[:0] for output in outputs]

@@ -104,6 +104,7 @@ def model_config(config: Config) -> ModelConfig:
         reranking_pooling=config.reranking_pooling,
         rerank_head=config.rerank_head,
         document_tokens=config.document_tokens,
+        list_tokens=config.list_tokens,
         end_token=config.end_token,
         prompts=Prompts(config.query_prompt, config.document_prompt, config.pair_prompt),
         lora=lora,

@@ -1,6 +1,7 @@
 """MTEB's scores of a model are ours; every type of task runs; what is kept beside the scores."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -157,3 +158,15 @@ def test_another_checkpoint_has_another_revision(folder: Path, tmp_path: Path) -
         next(iter(other.trained().values())).add_(1)
     other.save_pretrained(tmp_path / "other")
     assert revision(tmp_path / "other") != revision(folder)
+
+
+def test_an_interaction_head_reads_the_pairs_of_a_query_as_one_list(config: Config) -> None:
+    """In the order in which mteb hands them on, over the bounds of its batches."""
+    model = UniMoER(model_config(replace(config, rerank_head="interaction")))
+    side = mteb_adapter.CrossEncoder(model, "a/b", "0")
+    queries, documents = ["p", "q", "q", "p", "q"], ["ba", "ko", "mi", "tu", "re"]
+    batches = [[{"text": texts[:2]}, {"text": texts[2:]}] for texts in (queries, documents)]
+    found = side.predict(*batches, task_metadata=cast(Any, None), hf_split="", hf_subset="")
+    p, q = model.score_lists([("p", ["ba", "tu"]), ("q", ["ko", "mi", "re"])])
+    expected = torch.stack([p[0], q[0], q[1], p[1], q[2]])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

@@ -121,3 +121,74 @@ def test_gradient_of_distillation(kind):
 def test_an_unknown_kind_of_distillation():
     with pytest.raises(ValueError, match="distill must be kl or margin_mse, got 'mse'"):
         losses.distillation(torch.zeros(1, 2), torch.zeros(1, 2), "mse", 1.0)
+
+
+# Lists that are read as one text -----------------------------------------------------------------
+
+
+def unit(*angles: float) -> torch.Tensor:
+    """Vectors of the plane at these angles, in degrees."""
+    radians = torch.tensor(angles, dtype=torch.float64).deg2rad()
+    return torch.stack((radians.cos(), radians.sin()), -1)
+
+
+def test_contrast_by_hand():
+    """Cosines 1/2, 0, 1, then 0, 1/2, 1, and a temperature of 1/2; the positive is the first."""
+    documents = torch.stack((unit(60, 90, 0), unit(90, 60, 0)))
+    queries = unit(0, 0)
+    total = 1 + math.e + math.e**2
+    expected = (math.log(total) - 1 + math.log(total)) / 2
+    found = losses.contrast(queries, documents, 0.5)
+    assert found.item() == pytest.approx(expected, abs=1e-14)
+
+
+def test_dispersive_by_hand():
+    """Three documents, so K - 1 = 2 negatives; pairs at 60, 90 and 30 degrees."""
+    pairs = (0.5, 0.0, math.sqrt(3) / 2)
+    first = math.log(sum(math.exp(s / 0.5) for s in pairs) / 2)
+    collapsed = math.log(3 * math.exp(1 / 0.5) / 2)
+    documents = torch.stack((unit(0, 60, 90), unit(10, 10, 10)))
+    found = losses.dispersive(documents, 0.5)
+    assert found.item() == pytest.approx((first + collapsed) / 2, abs=1e-14)
+    order = documents[:, [2, 0, 1]]  # which of them is the positive does not matter
+    assert losses.dispersive(order, 0.5).item() == pytest.approx(found.item(), abs=1e-14)
+    pair = losses.dispersive(unit(0, 60)[None], 0.5)
+    assert pair.item() == pytest.approx(1.0, abs=1e-14)  # log(exp(.5 / .5) / 1)
+
+
+def test_similarity_by_hand():
+    """The first document's copy is at 60 degrees, the others' are the documents themselves."""
+    documents, altered = unit(0, 90, 180)[None], unit(60, 90, 180)[None]
+    # With the others: 0 and -1; -0 and 0; -1 and 0. With its own: 1/2, 1, 1.
+    expected = sum(
+        math.log(sum(math.exp(s / 0.5) for s in (own, *others))) - own / 0.5
+        for own, others in ((0.5, (0, -1)), (1.0, (0, 0)), (1.0, (-1, 0)))
+    )
+    found = losses.similarity(documents, altered, 0.5)
+    assert found.item() == pytest.approx(expected / 3, abs=1e-14)
+
+
+def test_the_losses_of_lists_push_the_right_way():
+    generator = torch.Generator().manual_seed(0)
+    documents = torch.randn(2, 4, 8, dtype=torch.float64, generator=generator)
+    altered = torch.randn(2, 4, 8, dtype=torch.float64, generator=generator)
+    queries = torch.randn(2, 8, dtype=torch.float64, generator=generator)
+    inputs = [x.requires_grad_() for x in (documents, altered, queries)]
+
+    def total(documents, altered, queries):
+        d, a, q = (torch.nn.functional.normalize(x, dim=-1) for x in (documents, altered, queries))
+        parts = (
+            losses.contrast(q, d, 0.3),
+            losses.dispersive(d, 0.3),
+            losses.similarity(d, a, 0.3),
+        )
+        return torch.stack(parts)
+
+    assert torch.autograd.gradcheck(total, inputs)
+    before = total(*inputs)
+    optimizer = torch.optim.SGD(inputs, lr=0.02)
+    for _ in range(20):
+        optimizer.zero_grad()
+        total(*inputs).sum().backward()
+        optimizer.step()
+    assert (total(*inputs) < before).all()

@@ -13,6 +13,7 @@ import torch
 
 from eval.bm25 import BM25
 from eval.collections import Collection, load
+from model.packed import pack
 from model.unimoer import UniMoER
 from tests.train.tiny import TRAIN, build, tiny_config, tokens_only, write_collection
 from train import __main__ as program
@@ -557,3 +558,24 @@ def test_a_planted_order_is_learnt(
 def test_settings_of_distillation_that_cannot_work(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**fields)
+
+
+def test_the_teacher_of_lists(config: Config, collection: Collection, planted: Path) -> None:
+    """Lists come in a random order, the teacher's scores in the group's: list by list."""
+    c = resolved(replace(config, negatives=str(planted), distill="margin_mse", dtype="float64",
+                         rerank_head="interaction", similarity_weight=0.0))  # fmt: skip
+    model, data = build(c, collection)
+    plain = TrainingData(collection, model.tokenizer, replace(c, distill=""), tokens_only)
+    found = task_loss("reranking", model, data, 0) - task_loss("reranking", model, plain, 0)
+    lines, made, terms = rows(planted), data.lists(0), []
+    assert made.teacher is not None
+    for i, query in enumerate(made.ids):
+        names = [lines[query]["positive"], *list(lines[query]["negatives"])[: c.group_size - 1]]
+        assert made.teacher[i].tolist() == [lines[query]["teacher"][d] for d in names]
+        _, *documents, asked = torch.nn.functional.normalize(
+            model.marked(pack([made.texts[i]]))[0], dim=-1
+        )
+        student = torch.stack([asked @ documents[at] for at in made.place[i]]) / c.list_temperature
+        teacher = made.teacher[i].double()
+        terms += list(((student[0] - student[1:]) - (teacher[0] - teacher[1:])) ** 2)
+    torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-9, atol=1e-10)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval.collections import Collection, load
 from model.tokens import Prompts, Tokenizer
@@ -143,6 +144,15 @@ def test_a_batch_holds_the_texts_of_one_collection(made, collections, config, ta
         name = collections[part].name
         assert batch.ids == [f"{name}:{query}" for query in expected.ids]
     assert len(texts.ids) == sum(len(getattr(p, f"{task}_texts").ids) for p in data.parts)
+
+
+def test_lists_are_those_of_the_part(made) -> None:
+    data = made(rerank_head="interaction")
+    for step in range(8):
+        part, at = data.place(step)
+        batch, own = data.lists(step), data.parts[part].lists(at)
+        assert batch.texts == own.texts and torch.equal(batch.place, own.place)
+        assert batch.ids == [f"{data.names[part]}:{query}" for query in own.ids]
 
 
 def test_prefix_states_are_made_once_of_all(collections, tiny_base, config) -> None:

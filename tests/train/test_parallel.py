@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import run
 from model import parallel
 from model.prefix import TextSet
+from model.unimoer import UniMoER
 from train import step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,4 +130,4 @@ def test_more_processes_than_cards(monkeypatch):
 def test_a_batch_smaller_than_the_job(monkeypatch):
     monkeypatch.setattr(parallel, "world", lambda: 40)
     with pytest.raises(ValueError, match="embedding micro-batch has 2 texts for 40 processes"):
-        step.Work("embedding", TextSet([[1], [2]]), [0, 1], torch.sum, ["q"])
+        step.Work("embedding", UniMoER.embed, TextSet([[1], [2]]), [0, 1], torch.sum, ["q"])

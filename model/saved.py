@@ -1,0 +1,68 @@
+"""A saved model: one folder with config.json, adapters.safetensors and heads.safetensors."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model import weights
+from model.config import ModelConfig
+
+FORMAT = 1
+CONFIG, ADAPTERS, HEADS = "config.json", "adapters.safetensors", "heads.safetensors"
+
+
+def write(
+    folder: Path,
+    config: ModelConfig,
+    identity: dict[str, str | None],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Write a folder. Each file is renamed into place whole; config.json goes first and comes last,
+    so a folder that was being written over when the process died is an error, not a mixture.
+
+    Args:
+        identity: of the base, from `bases.identity`.
+        tensors: all that is trained; names that begin with "head." are the heads.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    heads = {name: t.detach() for name, t in tensors.items() if name.startswith("head.")}
+    adapters = {name: t.detach() for name, t in tensors.items() if name not in heads}
+    (folder / CONFIG).unlink(missing_ok=True)
+    weights.save(adapters, folder / ADAPTERS)
+    weights.save(heads, folder / HEADS)
+    record = {"format": FORMAT, "model": asdict(config), "identity": identity}
+    part = folder / f".{CONFIG}.part"
+    part.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(part, folder / CONFIG)
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str | None]]:
+    """The config and the identity of the base it was trained on.
+
+    Raises:
+        ValueError: config.json is missing, or not what `write` writes.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: expected a folder written by save_pretrained")
+    record = weights.read_json(path)
+    if record.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {record.get('format')!r}, expected {FORMAT}")
+    try:
+        return ModelConfig.from_json(record["model"]), record["identity"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what save_pretrained writes: {error}") from error
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All that was trained. Raises ValueError for a truncated or foreign file, by name."""
+    tensors = {}
+    for name in (ADAPTERS, HEADS):
+        weights.read_header(folder / name)
+        tensors |= load_file(folder / name)
+    return tensors

@@ -1,0 +1,123 @@
+"""Pointwise against listwise: what was planted is found, and what is measured of a saved model."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import experiments
+import run
+from analysis import order
+from eval import order as evaluated
+from eval.collections import load
+from eval.protocol import EvaluationSet
+from model.unimoer import UniMoER
+from tests.analysis.made import Maker, write_json
+from tests.train.tiny import NOISY_MOE, tiny_config, tokens_only, write_collection
+from train.trial import model_config
+
+SCORES = {  # reranking; MoE adds 1 point pointwise and 5 listwise
+    "pointwise-single": 0.50, "pointwise-moe": 0.51, "listwise-single": 0.50, "listwise-moe": 0.55,
+}  # fmt: skip
+
+
+def measured(mean: float, spread: float, tau: float, rate: float) -> dict:
+    row = {"by_order": [mean] * 4, "mean": mean, "spread": spread, "tau": tau, "queries": 16,
+           "orders": 4}  # fmt: skip
+    return {"order": row, "speed": {"pairs": 80, "seconds": 80 / rate, "pairs_per_second": rate}}
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Maker:
+    maker = Maker(tmp_path / "pointwise_vs_listwise" / "smoke")
+    maker.baselines()
+    for arm, score in SCORES.items():
+        maker.arm(arm, {"embedding": 0.6, "reranking": score})
+        for seed in range(3):
+            listwise = arm.startswith("listwise")
+            row = measured(score, 0.02, 0.6, 30.0 + seed) if listwise else (
+                measured(score, 0.0, 1.0, 10.0 + seed))  # fmt: skip
+            write_json(maker.folder / arm / f"order-seed{seed}.json", row)
+    return maker
+
+
+def test_what_was_planted_is_found(made: Maker) -> None:
+    found = order.write(made.folder)
+    assert found["order"]["listwise-moe"] == {
+        "seeds": 3, "queries": 16, "orders": 4, "mean": pytest.approx(0.55),
+        "spread": pytest.approx(0.02), "tau": pytest.approx(0.6),
+        "pairs_per_second": pytest.approx(31), "slowest": 30.0, "fastest": 32.0,
+    }  # fmt: skip
+    gain = found["routing_gain"]
+    assert gain["listwise"] == pytest.approx(5, abs=0.5)
+    assert gain["pointwise"] == pytest.approx(1, abs=0.5)
+    assert gain["difference"] == pytest.approx(gain["listwise"] - gain["pointwise"])
+    low, high = gain["interval"]
+    assert low < gain["difference"] < high and low > 0 and gain["p"] < 0.05
+    text = (made.folder / "report.md").read_text()
+    assert "| Listwise-MoE | 55.00 | 2.00 | 0.600 | 31.0 (30.0 to 32.0) |" in text
+    assert "| Pointwise-Single | 50.00 | 0.00 | 1.000 | 11.0 (10.0 to 12.0) |" in text
+    assert "Routing adds more listwise." in text
+    assert "Another order moves Listwise-MoE by 2.00 points (Kendall's tau 0.60); it scores" in text
+    assert "2.82 times as many pairs a second as pointwise" in text
+    assert "what routing adds, listwise" in text and "what the list adds, one LoRA" in text
+    pairs = {(row["arm"], row["against"], row["task"]) for row in found["differences"]}
+    assert len(pairs) == 6 and ("listwise-moe", "listwise-single", "embedding") in pairs
+    assert json.loads((made.folder / "comparison.json").read_text()) == found
+    assert order.summary(found).startswith("pointwise_vs_listwise smoke, 12 trials: ")
+
+
+def test_an_equal_gain_cannot_be_told_from_chance(tmp_path: Path) -> None:
+    maker = Maker(tmp_path / "pointwise_vs_listwise" / "smoke")
+    maker.baselines()
+    for arm in SCORES:
+        maker.arm(arm, {"embedding": 0.6, "reranking": 0.5})
+    found = order.write(maker.folder)
+    assert found["order"] == {} and found["routing_gain"]["p"] > 0.05
+    text = (maker.folder / "report.md").read_text()
+    assert "Which mode gains more from routing cannot be told from chance." in text
+    assert "Nothing was measured yet." in text
+
+
+def test_missing_arms_and_seeds(made: Maker, tmp_path: Path) -> None:
+    """Gains are of the seeds that both arms of a mode have; an absent arm leaves none."""
+    for name in ("seed0.json", "order-seed0.json"):
+        (made.folder / "listwise-moe" / name).unlink()
+    found = order.write(made.folder)
+    assert found["order"]["listwise-moe"]["seeds"] == 2
+    assert found["routing_gain"]["listwise"] == pytest.approx(5, abs=0.6)
+    for path in (made.folder / "pointwise-moe").iterdir():
+        path.unlink()
+    found = order.write(made.folder)
+    assert found["routing_gain"] is None
+    assert "Not all four arms have a seed in common." in (made.folder / "report.md").read_text()
+
+
+def test_the_arms_differ_in_the_head_and_in_routing_alone() -> None:
+    def made(arm: str):
+        return experiments.config("pointwise_vs_listwise", arm, "small", 1)
+
+    for kind in ("single", "moe"):
+        pointwise, listwise = made(f"pointwise-{kind}"), made(f"listwise-{kind}")
+        assert listwise == replace(pointwise, rerank_head="interaction")
+        # the same trials as the kill gate's, which are trained once
+        assert pointwise == experiments.config("kill_gate", f"joint-{kind}", "small", 1)
+    study = experiments.EXPERIMENTS["pointwise_vs_listwise"]
+    assert run.REPORTS[study.report] is order and run.MEASURES["order"] is order.measure
+
+
+def test_measured_of_a_saved_model(tiny_base: Path, tmp_path: Path) -> None:
+    """Order on the model at hand, speed on the saved one."""
+    config = tiny_config(tiny_base, write_collection(tmp_path / "tiny"), measured=5,
+                         rerank_head="interaction", **NOISY_MOE)  # fmt: skip
+    model = UniMoER(model_config(config))
+    place = tmp_path / "arm" / "seed0"
+    model.save_pretrained(place.with_name("seed0.model"))
+    evaluation = EvaluationSet(load(config.data), model.tokenizer, config, tokens_only)
+    found = order.measure(model, evaluation, lambda: pytest.fail("no training data"), config, place)
+    part = evaluation.sample(5)
+    assert found["order"] == evaluated.sensitivity(model, part, order.ORDERS)
+    assert found["order"]["queries"] == 5 and found["order"]["spread"] > 0
+    assert found["speed"]["pairs"] == len(part.pairs) and found["speed"]["pairs_per_second"] > 0
+    json.dumps(found, allow_nan=False)
