@@ -230,9 +230,11 @@ def reading(v: dict[str, Any]) -> str:
     if unsure:
         least, most = (f([row["detectable"] for row in unsure]) for f in (min, max))
         to = f" to {label(v['reference'])}" if v["reference"] else ""
+        many = f"{len(unsure)} differences" if len(unsure) > 1 else "difference"
+        seen = f"{least:.1f} to {most:.1f}" if least < most else f"{least:.1f}"
         said.append(
-            f"{'The' if not sure else 'The other'} {len(unsure)} differences{to} cannot be told "
-            f"from chance; what could have been seen is {least:.1f} to {most:.1f} points."
+            f"The {'other ' if sure else ''}{many}{to} cannot be told from chance; what could have "
+            f"been seen is {seen} points."
         )
     for task in TASKS:
         best = _best(v, task)

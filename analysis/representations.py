@@ -23,7 +23,9 @@ PAGE = """# {title}
 {reading}
 
 All views are of the same {texts} documents and {texts} pairs: the mean over a text's tokens of the
-hidden state behind each adapted layer. Values are means over seeds.
+hidden state behind each adapted layer, each token at root mean square 1, as later blocks read it
+(the raw states vary almost only in one direction, that of the first token's massive activations).
+Values are means over seeds.
 
 ## How alike are the models?
 

@@ -140,13 +140,13 @@ def reading(v: dict[str, Any]) -> str:
             f"layers and seeds; the mean weights of the two tasks lie {100 * shift['task']:.1f} % "
             "apart"
         )
-        if shift["template"] >= 0.005 or shift["content"] >= 0.005:
-            more, less = ("template", "content") if shift["template"] > shift["content"] else (
-                "content", "template")  # fmt: skip
-            text += (
-                f", the {more} shifting them more ({100 * shift[more]:.1f} %) than the {less} "
-                f"({100 * shift[less]:.1f} %)"
-            )
+        found_in = {name: f"{100 * shift[name]:.1f} %" for name in ("template", "content")}
+        if found_in["template"] == found_in["content"]:
+            text += f", which template and content shift alike ({found_in['content']})"
+        else:
+            more, less = sorted(found_in, key=shift.__getitem__, reverse=True)
+            text += f", the {more} shifting them more ({found_in[more]}) than the {less} "
+            text += f"({found_in[less]})"
         said.append(f"{text}.")
         idle = [name for name, share in found["dead"].items() if share > 0.5]
         if idle:

@@ -220,7 +220,9 @@ def trained(arm: str, base: Path, data: Path, place: Path, **changes):
     return model, EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only), texts
 
 
-def test_features_are_the_means_of_hidden_states(tiny_base: Path, data: Path, tmp_path: Path):
+def test_features_are_the_means_of_what_the_next_block_reads(
+    tiny_base: Path, data: Path, tmp_path: Path
+):
     model, evaluation, _ = trained("joint-moe", tiny_base, data, tmp_path / "joint-moe" / "seed0")
     ids = evaluation.tokenizer.pairs([("rare1", "rare1 bako odd1"), ("rare2 mi", "tutu")])
     path = tmp_path / "features.npy"
@@ -230,7 +232,8 @@ def test_features_are_the_means_of_hidden_states(tiny_base: Path, data: Path, tm
         tasks = torch.ones(1, dtype=torch.int64)
         for layer in (2, 3):
             hidden = model.decoder(batch, tasks, last_layer=layer + 1)[0]
-            torch.testing.assert_close(found[layer - 2, i], hidden.mean(0), rtol=1e-4, atol=1e-5)
+            read = hidden / hidden.square().mean(1, keepdim=True).sqrt()
+            torch.testing.assert_close(found[layer - 2, i], read.mean(0), rtol=1e-4, atol=1e-4)
     base = representation.features(model, ids, "reranking", path, base=True).clone()
     none = representation.features(model, ids, "reranking", path, fixed=[0.0, 0.0, 0.0])
     torch.testing.assert_close(base, none, rtol=1e-4, atol=1e-5)

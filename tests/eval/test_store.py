@@ -180,5 +180,5 @@ def test_the_errors_of_a_file_are_those_of_the_plain_path(tiny_folder: Path, fro
     path.write_text(good)
     judged = tiny_folder / "qrels" / "train.tsv"
     judged.write_text(judged.read_text() + "q0\tnowhere\t1\n")
-    with pytest.raises(ValueError, match="document id 'nowhere' is not in corpus.jsonl"):
+    with pytest.raises(ValueError, match="document id 'nowhere' is not in the corpus"):
         from_disk(tiny_folder)
