@@ -125,7 +125,7 @@ report: $(MAIN)  ## Write all reports again from their trials, with an overview;
 	$(PY) -m run check
 
 test: $(DEV) base  ## Run the tests on all cores of the CPU
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --dist loadfile $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n logical --dist loadfile $(ARGS)
 
 # The memory checker slows kernels down a hundredfold, so it sees the kernels' own tests at 17 tokens.
 test-gpu: $(DEV)  ## Run the tests that need a CUDA device, then the memory checker; skipped without one

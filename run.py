@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import get_origin
 
@@ -35,6 +36,7 @@ from analysis import (
     sweep,
 )
 from eval import metrics
+from eval.command import exit_status
 from eval.files import write_json, write_text
 from eval.machine import device_name
 from kernels.choice import KERNELS, use_triton
@@ -383,13 +385,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
-        COMMANDS[args.command](args)
-    except (ValueError, NonFiniteLoss, parallel.LostProcess) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+        work = partial(COMMANDS[args.command], args)
+        return exit_status(work, NonFiniteLoss, parallel.LostProcess)
     finally:
         parallel.leave()
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from eval import large, rag
 from eval.answers import NORMALISERS
 from eval.benchmarks import beir, evaluation_set, split_of
 from eval.collections import load, require_split
+from eval.command import exit_status
 from eval.files import write_json
 from eval.machine import device_name
 from model import bases
@@ -156,14 +157,13 @@ def main(arguments: list[str] | None = None) -> int:
         args.split = args.split or "test"
     folder = Path(args.model).resolve()
     args.name = args.name or f"{folder.parent.name}-{folder.stem}"
-    try:
+
+    def work() -> None:
         if args.bench != "mteb" and not args.data:
             raise ValueError("--data is missing: which collections?")
         {"beir": beir, "mteb": through_mteb, "rag": answer}[args.bench](args)
-    except ValueError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 
 import torch
 
+from eval.command import exit_status
 from model import bases
 from model.listwise import Interaction
 from model.unimoer import ModelConfig, UniMoER
@@ -60,13 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--dtype", default="bfloat16", help="of the base; bfloat16, as published")
     made.add_argument("--out", required=True, help="the folder to write")
     args = made.parse_args(arguments)
-    try:
+
+    def work() -> None:
         load(args.base, dtype=args.dtype).save_pretrained(args.out)
-    except ValueError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    print(args.out)
-    return 0
+        print(args.out)
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ own prompt for queries replaces the model's. A JSON with per-query scores, and a
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from eval import hub, metrics
 from eval.collections import find, fingerprint
+from eval.command import exit_status
 from eval.files import whole, write_json
 from eval.machine import device_name
 from eval.retrieval import Ids, cut, exact, plan, to_run
@@ -81,6 +82,8 @@ def run_encode(args: argparse.Namespace) -> None:
 
 
 def run_search(args: argparse.Namespace) -> None:
+    if args.depth < 1 or args.relevant < 0:
+        raise ValueError("--depth and --relevant: expected positive numbers")
     sources = _find(args.data)
     judged = _judged(args, sources)
     stored = Vectors(_folder(args, sources.name))
@@ -304,11 +307,4 @@ def main(arguments: list[str]) -> int:
     args = parser().parse_args(arguments)
     folder = Path(args.model).resolve()
     args.name = args.name or f"{folder.parent.name}-{folder.stem}"
-    try:
-        if args.command == "search" and (args.depth < 1 or args.relevant < 0):
-            raise ValueError("--depth and --relevant: expected positive numbers")
-        {"encode": run_encode, "search": run_search}[args.command](args)
-    except ValueError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(partial({"encode": run_encode, "search": run_search}[args.command], args))

@@ -6,11 +6,13 @@ What is mined and how it lies on disk: `train/mining.py`. A trial takes it with
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from eval.collections import Collection, load
+from eval.command import exit_status
 from model import bases
 from train.mining import LEXICAL, PICKS, Settings, mine
 
@@ -67,12 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
-    try:
-        {"mine": command_mine}[args.command](args)
-    except ValueError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(partial({"mine": command_mine}[args.command], args))
 
 
 if __name__ == "__main__":
