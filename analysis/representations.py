@@ -168,13 +168,28 @@ def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
 
 def reading(v: dict[str, Any]) -> str:
     said = []
+    for kind in KINDS:
+        last = [_mean(found["base"][kind][-1]) for found in v["measured"].values()]
+        alike = [value for value in last if value is not None]
+        if alike:
+            said.append(
+                f"Behind the last layer the arms lie at CKA {_range(alike)} with the base on "
+                f"{KINDS[kind].split()[0]}."
+            )
     for arm, found in v["measured"].items():
-        last = {kind: _mean(found["base"][kind][-1]) for kind in KINDS}
-        told = " and ".join(
-            f"{value:.2f} on {KINDS[kind].split()[0]}" for kind, value in last.items()
-            if value is not None
-        )  # fmt: skip
-        said.append(f"{label(arm)} ends at CKA {told} with the base.")
+        near = {
+            other: [found["arms"][kind].get(other) for kind in KINDS]
+            for other in ("emb-only", "rank-only")
+        }
+        if arm in near or None in (value for values in near.values() for value in values):
+            continue
+        first, second = sorted(near, key=lambda other, near=near: -sum(near[other]))
+        values = {o: " and ".join(f"{value:.2f}" for value in near[o]) for o in near}
+        said.append(
+            f"{label(arm)} is nearer to {label(first)} (CKA {values[first]} on "
+            f"{' and '.join(text.split()[0] for text in KINDS.values())}) than to {label(second)} "
+            f"({values[second]})."
+        )
     joint = v["measured"].get("joint-single") or next(iter(v["measured"].values()))
     last = joint["stir"][-1]
     if last["stir"]["mean"] is not None:
@@ -193,6 +208,11 @@ def reading(v: dict[str, Any]) -> str:
             f"{pair['outputs_by_chance']:.2f} by chance."
         )
     return " ".join(said)
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def markdown(v: dict[str, Any]) -> str:

@@ -31,6 +31,10 @@ def peak_bytes(device: str) -> int:
     """Of the process so far: on the card where there is one, else resident."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose ru_maxrss begins with the peak of the process that forked
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,0 +1,34 @@
+"""What a measurement says of the machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eval.machine import peak_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+PARENT = """
+import subprocess, sys
+block = b"x" * (2 << 30)  # written, so resident
+words = [sys.executable, "-c", "from eval.machine import peak_bytes; print(peak_bytes('cpu'))"]
+sys.exit(subprocess.run(words).returncode)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="of Linux's counters")
+def test_a_process_does_not_begin_with_the_peak_of_its_parent() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert 50 << 20 < int(done.stdout) < 1 << 30
+
+
+def test_the_peak_stays_when_memory_is_given_back() -> None:
+    before = peak_bytes("cpu")
+    block = b"x" * (2 * before)
+    grown = peak_bytes("cpu")
+    assert grown > 2 * before
+    del block
+    assert peak_bytes("cpu") > 0.99 * grown  # the kernel counts in batches
