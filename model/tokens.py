@@ -76,10 +76,11 @@ class Tokenizer:
         self.fast.no_truncation()
         self.fast.no_padding()
         self.fast.encode_special_tokens = True
-        added = self.fast.get_added_tokens_decoder().values()
-        special = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        added = self.fast.get_added_tokens_decoder().items()
+        self._special = {token.content: i for i, token in added if token.special}
+        longest_first = map(re.escape, sorted(self._special, key=len, reverse=True))
         # Nothing matches "(?!)", where a tokenizer has no special tokens.
-        self._special = re.compile(f"({'|'.join(map(re.escape, special)) or '(?!)'})")
+        self._between = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
         self.path = path
         self.prompts, self.document_tokens, self.pair_end = prompts, document_tokens, pair_end
         known = [t for t in ([end_token] if end_token else END_TOKENS) if self.id(t) is not None]
@@ -153,8 +154,8 @@ class Tokenizer:
         Special tokens part a text before anything else is done to it, so what lies between them has
         the same ids by itself.
         """
-        found = self._special.split(template)
-        return found[::2], [self.fast.token_to_id(token) for token in found[1::2]]
+        found = self._between.split(template)
+        return found[::2], [self._special[token] for token in found[1::2]]
 
     def _encode(
         self, template: str, rows: Sequence[dict[str, str]], end: bool = True
