@@ -69,7 +69,9 @@ def saved(tiny_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
 def run(data: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch, capsys):
     """run(words) -> (exit code, stdout, stderr); the hub has nothing, four models lie here."""
     fast = qwen.Tokenizer.from_file(str(folders[jina.JINA] / "tokenizer.json"))
-    marks = tuple(fast.token_to_id(mark) for mark in MARKS)
+    document, query = (fast.token_to_id(mark) for mark in MARKS)
+    assert document is not None and query is not None
+    marks = (document, query)
     monkeypatch.setattr(jina, "load", partial(jina.load, marks=marks))
     monkeypatch.setattr(baselines, "at_hand", lambda name: None)
     monkeypatch.setenv("UNIMOER_CACHE", str(tmp_path / "cache"))

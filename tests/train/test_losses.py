@@ -238,4 +238,4 @@ def test_gradient_of_e2rank():
     parts = [torch.randn(*s, generator=g, dtype=torch.float64) for s in ((2, 5), (2, 5), (2, 3, 5))]
     parts = [torch.nn.functional.normalize(p, dim=-1).requires_grad_() for p in parts]
     grades = torch.tensor([[0.3, 0.1, 0.2], [1.0, 3.0, 3.0]])
-    assert torch.autograd.gradcheck(lambda *x: losses.e2rank(*x, grades, 0.3), parts)
+    assert torch.autograd.gradcheck(lambda q, p, d: losses.e2rank(q, p, d, grades, 0.3), parts)
