@@ -108,7 +108,7 @@ def _one(
     asked = {k: getattr(args, k) for k in ("depth", "candidates", "queries")}
     asked |= {"models": [_named(source) for source in row.sources()]}
     asked["pseudo_query"] = asdict(row.pseudo_query) if row.pseudo_query else None
-    at = _places(row, args)
+    at = _places(row, args, fetch=row.name in args.rows and not place.exists())
     prints = [bases.identity(at[s])["fingerprint"] for s in row.sources() if s in at]
     if place.exists():
         result = json.loads(place.read_text())
@@ -138,8 +138,8 @@ def _named(source: Source) -> dict:
     return {"saved": revision(source)} if isinstance(source, Path) else asdict(source)
 
 
-def _places(row: Row, args: argparse.Namespace) -> dict[Source, Path]:
-    """Where the published models of a row lie, those that can be had."""
+def _places(row: Row, args: argparse.Namespace, fetch: bool) -> dict[Source, Path]:
+    """Where the published models of a row lie, those that can be had; fetch: from the hub too."""
     local = dict(text.partition("=")[::2] for text in args.local)
     found = {}
     for source in row.sources():
@@ -149,7 +149,7 @@ def _places(row: Row, args: argparse.Namespace) -> dict[Source, Path]:
             found[source] = bases.resolve(local[source.base])
         elif folder := baselines.at_hand(source.base):
             found[source] = folder
-        elif row.name in args.rows:
+        elif fetch:
             try:
                 found[source] = bases.resolve(source.base)
             except ValueError as problem:  # the network's edge: the row says what it needs
