@@ -1,11 +1,12 @@
 # Every command a user types. Each target first sets up what it needs and is fast once that is done.
 #
 #   SCALE=smoke|small|full  BASE=hub id or folder  DATA=name or folder  SEEDS=  ARMS=  CONTROLS=1  AA=1
-#   ARGS=          more arguments for pytest (test, test-gpu), bench, plan, eval, encode, search, rag, mine
-#                  and gpu-all
+#   ARGS=          more arguments for pytest (test, test-gpu), bench, plan, eval, baselines, encode, search,
+#                  rag, mine and gpu-all
 #   RUNS=          where trials go; runs/ if not given
 #   PROCESSES=n    n processes, each with a card of its own (or a share of the CPU); docs/cluster.md
 #   BENCH= MODEL= TASKS= BENCHMARK=  for eval, MODEL= for encode, search and rag, MODEL= OUT= for mine
+#   MODELS= ROWS=  for baselines: saved folders; published models by name
 #   PRICE=         for plan: dollars an hour, "t4=0.2 h100=2"
 #   EXPERIMENT=    for report: one alone   LATEX=1  its tables as tables.tex too
 #   PYTHON=path    use this environment and install nothing (container, cluster, no network)
@@ -14,8 +15,8 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup base kill-gate scale-study gradient-conflict soft-vs-hard routing \
-  representation probing transfer rank-sweep remedies pointwise-vs-listwise study sweep mine eval \
-  encode search rag bench bench-model plan kernels-report gpu-all report \
+  representation probing transfer rank-sweep remedies pointwise-vs-listwise trained-baselines study sweep mine eval \
+  baselines encode search rag bench bench-model plan kernels-report gpu-all report \
   test test-gpu lint format clean
 
 ifdef PYTHON
@@ -79,9 +80,12 @@ remedies: base  ## What else could win the loss back: PCGrad, loss weights, merg
 pointwise-vs-listwise: base  ## One document at a time or the whole list: quality, speed, order, routing
 	$(STUDY)
 
+trained-baselines: base  ## Other ways to serve both tasks: one LoRA, hard switches, a LoRA on a frozen embedder
+	$(STUDY)
+
 # The watched trials first: they stand for the same ones of the others, and not the other way round.
 STUDIES = gradient-conflict kill-gate scale-study soft-vs-hard routing representation probing \
-  transfer rank-sweep remedies pointwise-vs-listwise
+  transfer rank-sweep remedies pointwise-vs-listwise trained-baselines
 study: $(STUDIES)  ## All experiments
 
 sweep: base  ## Try learning rates and clippings of each arm on dev; the choice goes into experiments.py
@@ -93,6 +97,10 @@ mine: $(MAIN) base  ## Hard negatives for training: MODEL=bm25 or folder, DATA= 
 eval: $(DEV) base  ## A saved model on public benchmarks: BENCH=beir or mteb, MODEL=folder, DATA=all TASKS= BENCHMARK=
 	$(PY) -m eval $(BENCH) --model '$(MODEL)' $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) \
 	  $(if $(BENCHMARK),--benchmark '$(BENCHMARK)') $(ARGS)
+
+# Saved models fetch their base themselves; BM25 and published models need none of ours.
+baselines: $(MAIN)  ## BM25, published models and MODELS=folders on the same candidates: DATA= ROWS=
+	$(PY) -m eval baselines --data $(DATA) $(if $(ROWS),--rows $(ROWS)) $(if $(MODELS),--models $(MODELS)) $(ARGS)
 
 encode: $(MAIN) base  ## A saved model's vectors of a corpus of any size, on disk, resumable: MODEL=folder DATA=
 	$(PY) -m eval encode --model '$(MODEL)' --data '$(DATA)' $(ARGS)

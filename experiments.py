@@ -4,33 +4,37 @@ A new experiment is a row in EXPERIMENTS, a new arm a row in its `arms`, a new s
 SCALES. A trial is one (experiment, arm, seed); its `Config` says everything about it.
 """
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from trials import Config, Experiment, setting_name
+from trials import Config, Experiment, setting_name, width
 
 THREE = ("embedding", "reranking", "shared")
 MOE = {"experts": THREE, "ranks": (16, 16, 16)}
 PAIR = {"experts": ("embedding", "reranking"), "ranks": (24, 24)}  # without shared, as many ranks
 BARE = {"query_prompt": "{query}", "pair_prompt": "{query}\n{document}"}  # no templates
 BESIDE = {  # two experts that are always on, at the specialists' rank and scale: .5 * 4 = 2
-    "experts": PAIR["experts"],
-    "ranks": (16, 16),
-    "router": "uniform",
-    "alpha_over_rank": 4.0,
-}
+    "experts": PAIR["experts"], "ranks": (16, 16), "router": "uniform", "alpha_over_rank": 4.0,
+}  # fmt: skip
 HEAD = {  # experts stay as they are, the reranking head learns, both tasks are measured
-    "tasks": ("reranking",),
-    "frozen": ("shared",),
-    "scored": ("embedding", "reranking"),
+    "tasks": ("reranking",), "frozen": ("shared",), "scored": ("embedding", "reranking"),
     "head_learning_rate": 1e-2,
-}
+}  # fmt: skip
 MERGED = {  # the specialists' experts in one, nothing trained
-    "start": ("shared=emb-only+rank-only", "head=rank-only"),
-    "steps_factor": 0.0,
-}
+    "start": ("shared=emb-only+rank-only", "head=rank-only"), "steps_factor": 0.0,
+}  # fmt: skip
+ON_BASE = {  # the base embeds as it is, one expert learns to rerank; the other stays 0
+    "experts": PAIR["experts"], "ranks": (1, 16), "router": "task", "frozen": ("embedding",),
+    "tasks": ("reranking",), "scored": ("embedding", "reranking"),
+}  # fmt: skip
+ON_EMBEDDER = {  # the same on the base with emb-only's expert, which is always on
+    **ON_BASE, "experts": THREE, "ranks": (1, 16, 16), "always_on": "shared",
+    "frozen": ("embedding", "shared"), "start": ("shared=emb-only",),
+}  # fmt: skip
+AS_QWEN3 = {  # as Qwen3-Embedding is asked
+    "query_prompt": "Instruct: Given a web search query, retrieve relevant passages that answer "
+    "the query\nQuery:{query}", "embedding_pooling": "last",
+}  # fmt: skip
 LIST = {"rerank_head": "interaction"}
 SPARSEGEN = {**MOE, "router": "sparsegen", "router_noise": 0.1, "expert_dropout": 0.1}
 
@@ -95,13 +99,6 @@ LADDER = {
     "full": ((None, 0),),
 }
 SIZED = ("emb-only", "rank-only", "joint-single")
-
-
-# The hidden size of the bases of the study, for arms whose rank grows with it.
-WIDTHS = {
-    "smollm2-135m": 576, "Qwen/Qwen3-0.6B-Base": 1024, "Qwen/Qwen3-1.7B-Base": 2048,
-    "Qwen/Qwen3-4B-Base": 2560, "Qwen/Qwen3-8B-Base": 4096, "mistralai/Mistral-7B-v0.3": 4096,
-}  # fmt: skip
 
 
 def _ladder(sizes) -> dict[str, dict]:
@@ -337,6 +334,18 @@ EXPERIMENTS = {
         seeds=1, common={"split": "dev"}, report="sweep",
     ),
 }
+EXPERIMENTS["trained_baselines"] = Experiment(
+    question="What do other ways to serve both tasks with one model reach, trained alike?",
+    expected="A reranking LoRA on a frozen embedder keeps retrieval as it is, so the others have "
+    "to beat what it reranks; a switch by task keeps the tasks apart at the same cost.",
+    arms={
+        **{arm: EXPERIMENTS["soft_vs_hard"].arms[arm] for arm in (
+            "emb-only", "joint-single", "task", "similarity-mean", "similarity-max", "sparsegen")},
+        **_like("rank-only", {"embedder-lora": ON_EMBEDDER}),
+    },
+    controls=_like("rank-only", {"base-lora": {**ON_BASE, **AS_QWEN3}}),
+    report="compare", reference="sparsegen",
+)
 # fmt: on
 
 
@@ -378,23 +387,13 @@ def _scaled(experiment: str, scale: str, **overrides) -> Config:
     return replace(Config(), **{**SCALES[scale], **EXPERIMENTS[experiment].common, **overrides})
 
 
-def _width(base: str) -> int:
-    """The hidden size of a base of the study, or of a local folder."""
-    if base in WIDTHS:
-        return WIDTHS[base]
-    path = Path(base) / "config.json"
-    if not path.exists():
-        raise ValueError(f"the width of {base} is not known: add it to experiments.WIDTHS")
-    return json.loads(path.read_text())["hidden_size"]
-
-
 def config(experiment: str, arm: str, scale: str, seed: int, **overrides) -> Config:
     """The Config of one trial. `overrides` win over the arm, the arm over TUNED and the scale."""
     row = dict(arms(experiment, True, True, scale)[arm])
     factor, like = row.pop("steps_factor", 1.0), row.pop("tuned_as", arm)
     base, data = (overrides.get(name, getattr(Config(), name)) for name in ("base", "data"))
     if ratio := row.pop("width_by_rank", 0):
-        row["ranks"] = (_width(base) // ratio,)
+        row["ranks"] = (width(base) // ratio,)
     tuned = TUNED.get(setting_name(scale, base, data), {}).get(like, {})
     made = _scaled(experiment, scale, **{**tuned, **row, **overrides, "seed": seed})
     return replace(made, steps=round(made.steps * factor))

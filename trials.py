@@ -1,5 +1,6 @@
 """What a trial and an experiment are, as data. Standard library only."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,20 @@ def setting_name(scale: str, base: str, data: str) -> str:
     if data != Config().data:
         named.append("+".join(Path(part).name.lower() for part in parts(data)))
     return "-".join(named)
+
+
+# The hidden size of the bases of the study, for arms whose rank grows with it.
+WIDTHS = {
+    "smollm2-135m": 576, "Qwen/Qwen3-0.6B-Base": 1024, "Qwen/Qwen3-1.7B-Base": 2048,
+    "Qwen/Qwen3-4B-Base": 2560, "Qwen/Qwen3-8B-Base": 4096, "mistralai/Mistral-7B-v0.3": 4096,
+}  # fmt: skip
+
+
+def width(base: str) -> int:
+    """The hidden size of a base of the study, or of a local folder."""
+    if base in WIDTHS:
+        return WIDTHS[base]
+    path = Path(base) / "config.json"
+    if not path.exists():
+        raise ValueError(f"the width of {base} is not known: add it to trials.WIDTHS")
+    return json.loads(path.read_text())["hidden_size"]

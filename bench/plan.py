@@ -23,7 +23,7 @@ from bench.shapes import parameters, shape_of
 from eval.collections import load, require_split
 from eval.files import write_text
 from model.config import DecoderConfig
-from trials import Config
+from trials import WIDTHS, Config
 
 SCALE, DATA = "full", "msmarco"  # what bench/results/plan.md is about
 MARGIN = 0.85  # of a card's memory; the rest is for the allocator and batches above the mean
@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
             counts = COLLECTIONS.get(given.data) or counted(given.data)
             counts = replace(counts, **own)
         seeds = given.seeds or experiments.seeds("kill_gate", given.scale)
-        chosen = [given.base] if given.base else list(experiments.WIDTHS)
+        chosen = [given.base] if given.base else list(WIDTHS)
         plans = [make_plan(base, given.scale, given.data, counts, seeds) for base in chosen]
         probed = probe_here(plans[0], seconds) if seconds else None
     except ValueError as problem:

@@ -1,4 +1,4 @@
-"""`python -m eval beir | mteb | rag | encode | search`: a saved model on benchmarks or folders.
+"""`python -m eval beir | mteb | rag | baselines | encode | search`: benchmarks and collections.
 
 beir: full-corpus retrieval, and reranking of BM25's own top candidates, by our protocol, on the
 collections of BEIR (`--data all`), BRIGHT, MIRACL and mMARCO, and on one's own.
@@ -6,6 +6,7 @@ mteb: tasks by name or a whole benchmark through `mteb`, or a collection as two 
 results in mteb's own layout, which its leaderboard tools read.
 rag: retrieve, rerank, generate, on folders with `answers.json`; one model in all roles against two
 and three, each in a process of its own, for the sake of its peak memory.
+baselines: BM25, published models and saved ones beside each other; see its own --help.
 encode, search: a corpus that no memory holds; see `python -m eval search --help`.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from eval import large, rag
+from eval import baseline_table, large, rag
 from eval.answers import NORMALISERS
 from eval.benchmarks import beir, evaluation_set, split_of
 from eval.collections import load, require_split
@@ -151,6 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if words and words[0] in large.COMMANDS:
         return large.main(words)
+    if words and words[0] == "baselines":
+        return baseline_table.main(words[1:])
     args = parser().parse_args(words)
     args.depth = args.depth or (20 if args.bench == "rag" else 1000)
     if args.bench == "rag":

@@ -28,11 +28,13 @@ def load(
     device: torch.device | str = "cpu",
     dtype: str = "float32",
     marks: tuple[int, int] = MARKS,
+    document_tokens: int = DOCUMENT_TOKENS,
 ) -> UniMoER:
     """The reranker, for `rank`, `predict` and `score_lists`.
 
     Args:
         base: the hub id, or a folder with its files. marks: the ids at which it is read.
+        document_tokens: where a document is cut; 2,048, as published.
     Raises:
         ValueError: it cannot be had, or is another model.
     """
@@ -42,7 +44,7 @@ def load(
         raise ValueError(f"this baseline needs {JINA}: {problem}") from problem
     config = ModelConfig(
         base=str(base), rerank_head="interaction", dtype=dtype,
-        document_tokens=DOCUMENT_TOKENS, list_tokens=LIST_TOKENS,
+        document_tokens=document_tokens, list_tokens=LIST_TOKENS,
     )  # fmt: skip
     model = UniMoER(config, device)
     assert isinstance(model.head, Interaction)

@@ -30,10 +30,16 @@ class EvaluationSet:
     arm or seed) with BM25's own top `candidates`; nothing is forced in, so `ceiling` is what a
     perfect reranker would reach. What the collection excludes for a query is taken out of its
     rankings before they are cut, and its own prompt for queries replaces the tokenizer's.
+
+    tokenizer: None for what needs no model; `read_by` then makes the sets for models.
     """
 
     def __init__(
-        self, collection: Collection, tokenizer: Tokenizer, config: Config, states: WithStates
+        self,
+        collection: Collection,
+        tokenizer: Tokenizer | None,
+        config: Config,
+        states: WithStates,
     ):
         self.config = config
         self.qrels = require_split(collection, config.split)
@@ -54,11 +60,24 @@ class EvaluationSet:
         }
         self.pairs = [(q, d) for q in chosen for d in self.candidates[q]]
         self.clusters = {q: collection.domain.get(q, q) for q in self.queries}
-        self.collection = collection
-        if collection.query_prompt:
-            tokenizer = tokenizer.with_query(collection.query_prompt)
-        self.tokenizer, self._states = tokenizer, states
+        self.collection, self._states = collection, states
+        self._tokenizer = None if tokenizer is None else self._prompted(tokenizer)
         self._sets: dict[str, TextSet] = {}
+
+    def _prompted(self, tokenizer: Tokenizer) -> Tokenizer:
+        prompt = self.collection.query_prompt
+        return tokenizer.with_query(prompt) if prompt else tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self._tokenizer is not None, "made without a tokenizer: call read_by first"
+        return self._tokenizer
+
+    def read_by(self, tokenizer: Tokenizer) -> "EvaluationSet":
+        """The same queries, documents and candidates, for a model with another tokenizer."""
+        other = copy.copy(self)
+        other._tokenizer, other._sets = self._prompted(tokenizer), {}
+        return other
 
     def sample(self, count: int) -> "EvaluationSet":
         """A small set for looking into a model: `count` of the reranking queries.

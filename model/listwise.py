@@ -59,7 +59,8 @@ class Lists:
     def __init__(self, tokenizer: Tokenizer, tokens: int):
         self.tokenizer, self.tokens = tokenizer, tokens
         self.marks = mark_ids(tokenizer)
-        self.prefix, self.suffix = PLAIN if tokenizer.id("<|im_start|>") is None else CHAT
+        chat = PLAIN if tokenizer.id("<|im_start|>") is None else CHAT
+        self.prefix, self.suffix = map(tokenizer.template, chat)
         self.lead = tokenizer.lead()
 
     def blocks(self, query: str, documents: Sequence[str], early: bool = False) -> list[Block]:
@@ -103,15 +104,15 @@ class Lists:
     def _frame(self, query: str, count: int, early: bool) -> tuple[list[int], list[int]]:
         """The tokens before the first document and behind the last one's mark."""
         begin = (
-            f"{self.prefix}I will provide you with {count} passages, each indicated by a numerical "
+            f"I will provide you with {count} passages, each indicated by a numerical "
             f"identifier. Rank the passages based on their relevance to query: {query}"
         )
-        end = [f"\n</passage>\n<query>\n{query}", f"\n</query>{self.suffix}"]
+        end = [f"\n</passage>\n<query>\n{query}", "\n</query>"]
         texts = [begin, "\n", *end] if early else [f"{begin}\n", *end]
         *head, asked, rest = self.tokenizer.pieces([(text, 0, 0) for text in texts], 0)
         mark = self.marks[1]
         first = [*head[0], mark, *head[1]] if early else head[0]
-        return [*self.lead, *first], [*asked, mark, *rest]
+        return [*self.lead, *self.prefix, *first], [*asked, mark, *rest, *self.suffix]
 
 
 def _passage(number: int, text: str) -> tuple[str, int, int]:

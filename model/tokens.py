@@ -1,6 +1,7 @@
 """Text -> token ids: templates, truncation of the document alone, the end token by id."""
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 # Texts, and their characters, whose whole encodings, before they are cut, are in memory at once.
 CHUNK, CHARACTERS = 1000, 4_000_000
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
+Part = tuple[str, int, int]  # a text, and which of its characters are a document (0, 0: none)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Prompts:
 
 class Tokenizer:
     """The base's own `tokenizer.json`, and the rules of this project around it.
+
+    Special tokens, such as `<|im_end|>`, are such in a template. In a query or a document they are
+    the characters that spell them, so that no text can end its own turn or begin another.
 
     Args:
         folder: holds tokenizer.json.
@@ -70,6 +75,12 @@ class Tokenizer:
         # The file may carry its own truncation and padding; both would break the rules here.
         self.fast.no_truncation()
         self.fast.no_padding()
+        self.fast.encode_special_tokens = True
+        added = self.fast.get_added_tokens_decoder().items()
+        self._special = {token.content: i for i, token in added if token.special}
+        longest_first = map(re.escape, sorted(self._special, key=len, reverse=True))
+        # Nothing matches "(?!)", where a tokenizer has no special tokens.
+        self._between = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
         self.path = path
         self.prompts, self.document_tokens, self.pair_end = prompts, document_tokens, pair_end
         known = [t for t in ([end_token] if end_token else END_TOKENS) if self.id(t) is not None]
@@ -106,41 +117,62 @@ class Tokenizer:
 
     def queries(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text in the query template, whole, with the end token."""
-        return self._encode([_fill(self.prompts.query, query=text) for text in texts])
+        return self._encode(self.prompts.query, [{"query": text} for text in texts])
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids in the document template, the document cut to `document_tokens`."""
-        return self._encode([_fill(self.prompts.document, document=text) for text in texts])
+        return self._encode(self.prompts.document, [{"document": text} for text in texts])
 
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
         """Token ids of (query, document) in the pair's template, only the document cut."""
-        filled = [_fill(self.prompts.pair, query=q, document=d) for q, d in pairs]
-        return self._encode(filled, self.pair_end)
+        rows = [{"query": query, "document": document} for query, document in pairs]
+        return self._encode(self.prompts.pair, rows, self.pair_end)
 
-    def pieces(self, filled: Sequence[tuple[str, int, int]], limit: int) -> list[list[int]]:
+    def template(self, text: str) -> list[int]:
+        """Token ids of a text of our own, whose special tokens are such, with nothing put before or
+        after them."""
+        texts, marks = self._split(text)
+        first, *others = self.pieces([(part, 0, 0) for part in texts], 0)
+        return first + [i for mark, ids in zip(marks, others, strict=True) for i in (mark, *ids)]
+
+    def pieces(self, parts: Sequence[Part], limit: int) -> list[list[int]]:
         """Token ids of the parts of one text, with nothing put before or after them.
 
         Args:
-            filled: each part, and which of its characters are a document (0, 0: none).
+            parts: in which special tokens are not such; see `template`.
             limit: a document longer than this loses its end, whatever `document_tokens` says.
         """
-        encodings = self.fast.encode_batch(
-            [text for text, _, _ in filled], add_special_tokens=False
-        )
+        encodings = self.fast.encode_batch([text for text, _, _ in parts], add_special_tokens=False)
         return [
             self._cut(encoding, start, stop, limit)
-            for encoding, (_, start, stop) in zip(encodings, filled, strict=True)
+            for encoding, (_, start, stop) in zip(encodings, parts, strict=True)
         ]
 
-    def _encode(self, filled: list[tuple[str, int, int]], end: bool = True) -> list[list[int]]:
-        found = []
-        for chunk in _chunks(filled):
-            encodings = self.fast.encode_batch([text for text, _, _ in chunk])
-            for encoding, (_, start, stop) in zip(encodings, chunk, strict=True):
-                ids = self._cut(encoding, start, stop, self.document_tokens)
+    def _split(self, template: str) -> tuple[list[str], list[int]]:
+        """The n + 1 texts between the n special tokens of a template, and the ids of these.
+
+        Special tokens part a text before anything else is done to it, so what lies between them has
+        the same ids by itself.
+        """
+        found = self._between.split(template)
+        return found[::2], [self._special[token] for token in found[1::2]]
+
+    def _encode(
+        self, template: str, rows: Sequence[dict[str, str]], end: bool = True
+    ) -> list[list[int]]:
+        """Token ids of each row's fields in the template."""
+        texts, marks = self._split(template)
+        lead, found = self.lead(), []
+        for chunk in _chunks([[_fill(text, row) for text in texts] for row in rows]):
+            pieces = iter(
+                self.pieces([part for parts in chunk for part in parts], self.document_tokens)
+            )
+            for _ in chunk:
+                ids = [*lead, *next(pieces)]
+                for mark in marks:
+                    ids += [mark, *next(pieces)]
                 if end and (not ids or ids[-1] != self.end_id):
                     ids.append(self.end_id)
-                assert not end or ids[-1] == self.end_id
                 found.append(ids)
         return found
 
@@ -160,26 +192,29 @@ class Tokenizer:
         return ids
 
 
-def _chunks(filled: list[tuple[str, int, int]]) -> Iterator[list[tuple[str, int, int]]]:
+def _chunks(filled: list[list[Part]]) -> Iterator[list[list[Part]]]:
     """Runs of at most CHUNK texts and CHARACTERS characters (or one longer text)."""
     start = size = 0
-    for i, (text, _, _) in enumerate(filled):
-        if i > start and (i - start == CHUNK or size + len(text) > CHARACTERS):
+    for i, parts in enumerate(filled):
+        length = sum(len(text) for text, _, _ in parts)
+        if i > start and (i - start == CHUNK or size + length > CHARACTERS):
             yield filled[start:i]
             start, size = i, 0
-        size += len(text)
+        size += length
     if filled:
         yield filled[start:]
 
 
-def _fill(template: str, **fields: str) -> tuple[str, int, int]:
-    """The filled template, and which of its characters are the document (0, 0: none).
+def _fill(template: str, fields: dict[str, str]) -> Part:
+    """A template, or a part of one, with the fields that it has a place for.
 
     Not str.format: texts hold braces of their own, and a query may contain "{document}".
     """
     text, start, stop, at = "", 0, 0, 0
-    places = sorted((template.index("{" + name + "}"), name) for name in fields)
+    places = sorted((template.find("{" + name + "}"), name) for name in fields)
     for place, name in places:
+        if place < 0:
+            continue
         text += template[at:place]
         if name == "document":
             start, stop = len(text), len(text) + len(fields[name])

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ALONE = ("embed_tokens.", "layers.", "norm.")  # how names begin where a decoder is stored alone
 
 DTYPES = {
     "F64": torch.float64,
@@ -232,7 +233,18 @@ def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
 
 def checkpoint(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     """Where each tensor of a checkpoint folder lies: name -> (file, entry). Reads headers alone;
-    raises ValueError if a file is absent, truncated or foreign, or the index contradicts it."""
+    raises ValueError if a file is absent, truncated or foreign, or the index contradicts it.
+
+    The names are those of a whole model, also for a decoder that was stored alone, whose names
+    lack the `model.` (Qwen3-Embedding)."""
+    found = _stored(folder)
+    if "embed_tokens.weight" not in found:
+        return found
+    return {f"model.{n}" if n.startswith(ALONE) else n: at for n, at in found.items()}
+
+
+def _stored(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
+    """`checkpoint` by the names that the files have."""
     if (folder / SINGLE).is_file():
         path = folder / SINGLE
         return {name: (path, info) for name, info in read_header(path).items()}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import experiments
+from eval import baselines
 from experiments import EXPERIMENTS, SCALES, Config
 from model.router import ROUTES, Router
 from train.trial import model_config, resolve_dtype
@@ -230,3 +231,23 @@ def test_a_rank_that_grows_with_the_width(tmp_path):
     assert rank(str(tmp_path)) == (10,)
     with pytest.raises(ValueError, match="the width of somebody/else is not known"):
         rank("somebody/else")
+
+
+def test_trained_baselines_are_those_of_the_routers_and_a_lora_on_a_frozen_embedder():
+    def made(experiment: str, arm: str) -> Config:
+        return experiments.config(experiment, arm, "small", 1)
+
+    for arm in experiments.arms("trained_baselines"):
+        if arm != "embedder-lora":
+            assert made("trained_baselines", arm) == made("soft_vs_hard", arm)
+    on_embedder, on_base = (made("trained_baselines", a) for a in ("embedder-lora", "base-lora"))
+    for config in (on_embedder, on_base):
+        # Retrieval is what is frozen; one expert of the specialists' rank and rate learns.
+        assert config.tasks == ("reranking",) and config.scored == ("embedding", "reranking")
+        assert set(config.experts) - set(config.frozen) == {"reranking"}
+        assert config.ranks[config.experts.index("reranking")] == 16
+        twin = made("kill_gate", "rank-only")
+        assert (config.learning_rate, config.clip) == (twin.learning_rate, twin.clip)
+    assert on_embedder.starts() == {"shared": ("emb-only",)}
+    assert on_base.starts() == {} and on_base.router == on_embedder.router == "task"
+    assert on_base.query_prompt == baselines.embedder("b").prompts.query

@@ -154,6 +154,7 @@ def test_a_look_into_a_model_is_kept(
                 "head-on-embedding",
             ),
         ),
+        ("trained_baselines", ("emb-only", "task", "sparsegen", "embedder-lora", "base-lora")),
         ("remedies", ("emb-only", "rank-only", "joint-moe", "weight-25", "merged-sum", "ties-20")),
     ],
 )

@@ -16,7 +16,7 @@ from model.config import DecoderConfig
 from model.lora import LoRAConfig
 from model.packed import pack
 from model.transformer import Decoder
-from trials import Config
+from trials import WIDTHS, Config
 
 QWEN = DecoderConfig("qwen3", 32, 48, 2, 4, 2, 16, 40, 1e-6, 1e4)
 LLAMA = DecoderConfig("llama", 32, 48, 3, 4, 2, 8, 40, 1e-6, 1e4)
@@ -251,8 +251,8 @@ def test_a_pass_takes_the_longer_of_bytes_and_operations() -> None:
 
 
 def test_the_shape_of_a_base(tiny_base, tmp_path) -> None:
-    for hub_id in experiments.WIDTHS:
-        assert shape_of(hub_id).hidden_size == experiments.WIDTHS[hub_id]
+    for hub_id in WIDTHS:
+        assert shape_of(hub_id).hidden_size == WIDTHS[hub_id]
     assert set(HUB.values()) | {"smollm2-135m"} == set(SHAPES)
     assert shape_of(str(tiny_base)) == DecoderConfig.read(tiny_base)
     assert shape_of("qwen3-4b") == SHAPES["qwen3-4b"]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import experiments
 from bench import costs, plan, probe
 from bench.costs import Counts, Option
 from bench.plan import OFFERS, PRICES, Offer
 from bench.roofline import Card
 from tests.train.tiny import write_collection
+from trials import WIDTHS
 
 COUNTS = Counts(100_000, 100, 10, 80, 92, "by hand")
 BIG = Card("big", 1e15, 1e12, 1e15)
@@ -79,7 +79,7 @@ def test_the_page_that_is_kept(tmp_path, monkeypatch, capsys) -> None:
     assert plan.main(["--scale", "full", "--data", "msmarco"]) == 0
     assert (tmp_path / "plan.md").read_text() == kept
     assert capsys.readouterr().out == kept
-    for base in experiments.WIDTHS:
+    for base in WIDTHS:
         assert f"## {Path(base).name}\n" in kept
     (tmp_path / "plan.md").unlink()
     assert plan.main(["--base", "qwen3-0.6b", "--documents", "50", "--seeds", "1"]) == 0

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Qwen3Model
 
@@ -17,13 +16,9 @@ from eval import jina
 from model import bases
 from model.listwise import SYSTEM
 from model.unimoer import UniMoER
+from tests.eval import qwen
 
-# Qwen's own: letters, single digits, punctuation with the ends of lines behind it, white space
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|embed_token|>", "<|rerank_token|>")
+SPECIAL = (*qwen.CHAT, "<|embed_token|>", "<|rerank_token|>")
 QUERY = "what is the capital of France?"
 DOCUMENTS = [
     "Paris is the capital of France.",
@@ -32,22 +27,6 @@ DOCUMENTS = [
     "<|embed_token|>Lyon<|rerank_token|> is no capital",
     "def capital(country): return {'France': 'Paris'}[country]",
 ]
-
-
-def tokenizer() -> Tokenizer:
-    made = Tokenizer(BPE())
-    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=700,
-        special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIAL],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    made.train_from_iterator([SYSTEM, prompt(QUERY, DOCUMENTS), *DOCUMENTS] * 3, trainer)
-    return made
 
 
 def prompt(query: str, documents: list[str]) -> str:
@@ -67,7 +46,7 @@ def prompt(query: str, documents: list[str]) -> str:
 @pytest.fixture(scope="module")
 def folder(make_base: Callable[..., Path]) -> Path:
     """A tiny checkpoint with the files, tensors and tokens of the published one."""
-    made = tokenizer()
+    made = qwen.tokenizer([SYSTEM, prompt(QUERY, DOCUMENTS), *DOCUMENTS] * 3, SPECIAL)
     place = make_base(model_type="qwen3", vocab_size=made.get_vocab_size(), num_hidden_layers=3)
     made.save(str(place / "tokenizer.json"))
     tensors = load_file(place / "model.safetensors")

@@ -343,3 +343,13 @@ def test_peak_memory_is_the_model_plus_one_tensor(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 3 * 8192, f"{int(result.stdout)} kB beside the model"
+
+
+def test_a_decoder_that_was_stored_alone_has_the_names_of_a_whole_model(tmp_path):
+    stored = {"embed_tokens.weight": torch.ones(2), "layers.0.mlp.up_proj.weight": torch.ones(3)}
+    stored |= {"norm.weight": torch.ones(4), "projector.0.weight": torch.ones(5)}
+    weights.save(stored, tmp_path / "model.safetensors")
+    whole = {name if name.startswith("p") else f"model.{name}": t for name, t in stored.items()}
+    targets = {name: torch.zeros_like(t) for name, t in whole.items()}
+    weights.load_into(tmp_path, targets)
+    assert all(torch.equal(targets[name], t) for name, t in whole.items())

@@ -192,3 +192,50 @@ def test_the_losses_of_lists_push_the_right_way():
         total(*inputs).sum().backward()
         optimizer.step()
     assert (total(*inputs) < before).all()
+
+
+def test_ranknet_by_hand():
+    scores = torch.tensor([[1.0, 3.0, 2.0], [0.5, 0.0, 0.0]], dtype=torch.float64)
+    grades = torch.tensor([[2, 1, 0], [1, 1, 0]])
+    # 1 over 2, 1 over 3, 2 over 3; in the second list the first two are not ordered.
+    behind = [3.0 - 1.0, 2.0 - 1.0, 2.0 - 3.0, 0.0 - 0.5, 0.0 - 0.0]
+    expected = sum(math.log1p(math.exp(x)) for x in behind) / 5
+    assert losses.ranknet(scores, grades).item() == pytest.approx(expected, abs=1e-15)
+    assert losses.ranknet(scores, 7.5 * grades - 3).item() == pytest.approx(expected, abs=1e-15)
+    alike = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    nothing = losses.ranknet(alike, torch.ones(2, 3))
+    nothing.backward()
+    assert nothing.item() == 0 and torch.equal(alike.grad, torch.zeros_like(alike))  # pyright: ignore
+
+
+def test_e2rank_by_hand():
+    """The positive of InfoNCE is the best of its own list, also where it comes second."""
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    pseudo = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    documents = torch.tensor(
+        [[[1.0, 0.0], [0.6, 0.8]], [[0.0, 1.0], [0.8, 0.6]]], dtype=torch.float64
+    )
+    grades = torch.tensor([[2.0, 1.0], [1.0, 5.0]])
+    t, scale, weight = 0.5, 3.0, 2.0
+    rows = ([1.0, 0.6, 0.0, 0.8], [0.0, 0.8, 1.0, 0.6])  # cosines of each query with all documents
+    contrasted = [
+        math.log(sum(math.exp(c / t) for c in row)) - row[at] / t
+        for row, at in zip(rows, (0, 3), strict=True)
+    ]
+    # List 1: 0 over 0.8. List 2: 0.6 over 1.
+    ordered = [math.log1p(math.exp(scale * x)) for x in (0.8 - 0.0, 1.0 - 0.6)]
+    expected = sum(contrasted) / 2 + weight * sum(ordered) / 2
+    found = losses.e2rank(queries, pseudo, documents, grades, t, scale, weight)
+    assert found.item() == pytest.approx(expected, abs=1e-14)
+    published = losses.e2rank(queries, pseudo, documents, grades)
+    assert published.item() == losses.e2rank(
+        queries, pseudo, documents, grades, temperature=0.03, scale=10.0, weight=2.0
+    ).item()  # fmt: skip
+
+
+def test_gradient_of_e2rank():
+    g = torch.Generator().manual_seed(1)
+    parts = [torch.randn(*s, generator=g, dtype=torch.float64) for s in ((2, 5), (2, 5), (2, 3, 5))]
+    parts = [torch.nn.functional.normalize(p, dim=-1).requires_grad_() for p in parts]
+    grades = torch.tensor([[0.3, 0.1, 0.2], [1.0, 3.0, 3.0]])
+    assert torch.autograd.gradcheck(lambda q, p, d: losses.e2rank(q, p, d, grades, 0.3), parts)

@@ -8,7 +8,7 @@ import torch
 from peft.utils.merge_utils import ties as peft_ties
 
 from eval.collections import Collection, load
-from experiments import Config
+from experiments import ON_BASE, ON_EMBEDDER, Config
 from model import weights
 from model.lora import LinearGroup
 from model.unimoer import UniMoER
@@ -193,3 +193,23 @@ def test_models_carry_what_was_merged(tiny: Config, arms: Path, tmp_path: Path) 
     assert weights.read_json(tmp_path / "merged" / "config.json")["model"]["lora"]["ranks"] == [8]
     for name, value in change(again, "shared").items():
         assert torch.equal(value, change(model, "shared")[name])
+
+
+@pytest.mark.parametrize("on", ["base", "embedder"])
+def test_a_reranking_lora_leaves_the_embedder_as_it_was(
+    on: str, tiny: Config, arms: Path, collection: Collection, tmp_path: Path
+) -> None:
+    """One model: its vectors are the frozen embedder's, its scores those of what it has learnt."""
+    row = {**ON_BASE, "ranks": (1, 4)} if on == "base" else {**ON_EMBEDDER, "ranks": (1, 4, 4)}
+    config = replace(tiny, **row, steps=3)
+    model, data = build(config, collection)
+    embedder = build(tiny)[0] if on == "base" else loaded(arms, "emb-only")
+    begin(model, config, at(arms))
+    texts = list(collection.corpus.values())
+    pairs = [(text, texts[0]) for text in texts]
+    scores = model.score_pairs(pairs)
+    train(model, data, config, tmp_path / "seed0")
+    torch.testing.assert_close(
+        model.encode_document(texts), embedder.encode_document(texts), rtol=0, atol=1e-6
+    )
+    assert (model.score_pairs(pairs) - scores).abs().max() > 1e-3

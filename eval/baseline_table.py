@@ -1,0 +1,301 @@
+"""`python -m eval baselines`: BM25, published models and saved ones of our own, side by side.
+
+Each row retrieves from the full corpus and reranks the same candidates, BM25's own top; scores are
+kept by query in --out/baselines/ROW/, and what was measured is not measured again. A published
+model that is not on this machine is a row that says which it needs; one that --rows names is
+fetched from the hub if it can be.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from eval import baselines, e2rank, metrics
+from eval.baselines import BM25, Row, Source
+from eval.benchmarks import TITLES, split_of
+from eval.collections import Collection, load
+from eval.files import write_json, write_text
+from eval.metrics import evaluate
+from eval.protocol import EvaluationSet
+from eval.rerank import to_run
+from model import bases
+from model.config import DTYPES
+from model.prefix import TextSet
+from model.weights import revision
+from trials import Config
+
+Found = dict[str, dict | list[str]]  # row -> its result, or the models that it needs
+
+
+def command(args: argparse.Namespace) -> None:
+    """A table of each collection, and of several their mean; all of them in summary.md."""
+    rows = asked_rows(args)
+    found: dict[str, Found] = {}
+    for data in args.data:
+        collection = load(data, bases.cache_folder() / "data")
+        split = split_of(args, data)
+        title = f"{collection.name}, {split}"
+        found[title] = measure_all(rows, collection, split, args)
+        print(f"{table(title, rows, found[title])}\n")
+    parts = [table(title, rows, of) for title, of in found.items()]
+    if len(found) > 1:
+        parts.append(mean_table(rows, list(found.values())))
+        print(f"{parts[-1]}\n")
+    place = Path(args.out) / "baselines" / "summary.md"
+    write_text(place, "\n\n".join(parts) + "\n")
+    print(f"written to {place}")
+
+
+def asked_rows(args: argparse.Namespace) -> list[Row]:
+    """The rows of --rows and --models; BM25, which made the candidates, is always the first.
+
+    Raises:
+        ValueError: a row that there is not, or two of one name.
+    """
+    known = {row.name: row for row in baselines.published(args.instruction)}
+    if unknown := [name for name in args.rows if name not in known]:
+        raise ValueError(f"--rows {unknown[0]}: expected some of {', '.join(known)}")
+    names = dict.fromkeys([BM25, *(args.rows or known)])
+    rows = [baselines.adapt(known[name], args.dtype, args.document_tokens) for name in names]
+    for folder in map(Path, args.models):
+        rows.append(baselines.ours(folder))
+        if args.pseudo_query:
+            rows.append(baselines.ours(folder, e2rank.PseudoQuery()))
+    all_names = [row.name for row in rows]
+    if twice := [name for name in all_names if all_names.count(name) > 1]:
+        raise ValueError(
+            f"--models: two are called {twice[0]}, after their folders: measure them with another "
+            "--out each"
+        )
+    return rows
+
+
+def measure_all(
+    rows: Sequence[Row], collection: Collection, split: str, args: argparse.Namespace
+) -> Found:
+    """Each row's result on one collection, measured or read."""
+    config = Config(
+        split=split, retrieval_depth=args.depth, candidates=args.candidates,
+        reranking_queries=args.queries,
+    )  # fmt: skip
+
+    @cache
+    def evaluation() -> EvaluationSet:
+        return EvaluationSet(collection, None, config, lambda ids, title: TextSet(ids))
+
+    return {row.name: _one(row, collection, split, evaluation, args) for row in rows}
+
+
+def _one(
+    row: Row,
+    collection: Collection,
+    split: str,
+    evaluation: Callable[[], EvaluationSet],
+    args: argparse.Namespace,
+) -> dict | list[str]:
+    """A row's result, or the models that it needs.
+
+    Raises:
+        ValueError: the stored result is of another model, data or setting.
+    """
+    place = Path(args.out) / "baselines" / row.name / f"{collection.name.lower()}-{split}.json"
+    asked = {k: getattr(args, k) for k in ("depth", "candidates", "queries")}
+    asked |= {"models": [_named(source) for source in row.sources()]}
+    asked["pseudo_query"] = asdict(row.pseudo_query) if row.pseudo_query else None
+    at = _places(row, args, fetch=row.name in args.rows and not place.exists())
+    prints = [bases.identity(at[s])["fingerprint"] for s in row.sources() if s in at]
+    if place.exists():
+        result = json.loads(place.read_text())
+        known = [model["base"]["fingerprint"] for model in result["models"]]
+        if (
+            (result["data"]["fingerprint"], result["asked"])
+            != (collection.fingerprint, json.loads(json.dumps(asked)))
+        ) or not set(prints) <= set(known):
+            raise ValueError(
+                f"{place} is of another model, data or setting: move it away, or give another --out"
+            )
+        return result
+    if needs := [s.base for s in row.sources() if not isinstance(s, Path) and s not in at]:
+        return needs
+    bm25 = row.name == BM25
+    result = {
+        "row": row.name, "what": row.what, "split": split, "asked": asked,
+        "data": {"name": collection.name, "fingerprint": collection.fingerprint},
+        **(_bm25(evaluation()) if bm25 else measure(row, at, evaluation(), args.device)),
+    }  # fmt: skip
+    write_json(place, result)
+    return result
+
+
+def _named(source: Source) -> dict:
+    """What a result says of a model that is asked for: its config, or a saved one's hash."""
+    return {"saved": revision(source)} if isinstance(source, Path) else asdict(source)
+
+
+def _places(row: Row, args: argparse.Namespace, fetch: bool) -> dict[Source, Path]:
+    """Where the published models of a row lie, those that can be had; fetch: from the hub too."""
+    local = dict(text.partition("=")[::2] for text in args.local)
+    found = {}
+    for source in row.sources():
+        if isinstance(source, Path):
+            continue
+        if source.base in local:
+            found[source] = bases.resolve(local[source.base])
+        elif folder := baselines.at_hand(source.base):
+            found[source] = folder
+        elif fetch:
+            try:
+                found[source] = bases.resolve(source.base)
+            except ValueError as problem:  # the network's edge: the row says what it needs
+                print(f"{row.name}: {problem}", file=sys.stderr)
+    return found
+
+
+def _bm25(evaluation: EvaluationSet) -> dict:
+    return {
+        "models": [], "parameters": 0, "scores": evaluation.bm25_scores(),
+        "ceiling": {"reranking": evaluation.ceiling()},
+    }  # fmt: skip
+
+
+def measure(row: Row, at: dict[Source, Path], evaluation: EvaluationSet, device: str) -> dict:
+    """A row's scores by query, and what its models are; they are in memory one after the other.
+
+    Args:
+        at: the folders of published models.
+    """
+    scores, models, held, model = {}, [], None, None
+    for task, source in (("embedding", row.embedder), ("reranking", row.reranker)):
+        if source is None:
+            continue
+        if model is None or source != held:
+            model = None  # free it before the next is loaded
+            placed = source if isinstance(source, Path) else replace(source, base=str(at[source]))
+            model, held = baselines.load(placed, device), source
+            part = evaluation.read_by(model.tokenizer)
+            head = source == row.reranker and row.pseudo_query is None
+            models.append({
+                "base": model.identity, "prompts": vars(part.tokenizer.prompts),
+                "parameters": baselines.parameters(model, head),
+            })  # fmt: skip
+        if task == "embedding":
+            vectors = part.vectors(model, progress=True)
+            scores[task] = part.ranked(vectors)
+        elif row.pseudo_query:
+            assert row.embedder == source, "a pseudo-query is held against retrieval's vectors"
+            found = e2rank.pair_scores(model, part, vectors, row.pseudo_query, progress=True)
+            scores[task] = evaluate(part.reranking_qrels, to_run(found, part.pairs))
+        else:
+            scores[task] = part.reranking(model, progress=True)
+    return {
+        "models": models, "parameters": sum(m["parameters"] for m in models), "scores": scores,
+    }  # fmt: skip
+
+
+# Tables ----------------------------------------------------------------------------------------
+
+
+def _line(row: Row, cells: Sequence[str]) -> str:
+    return f"| {row.name} | {row.what} | {' | '.join(cells)} |"
+
+
+def _head(title: str) -> list[str]:
+    return [
+        f"| {title}: nDCG@10 | what | {' | '.join(TITLES.values())} | parameters |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+
+
+def _value(result: dict, task: str) -> float | None:
+    scores = result["scores"].get(task)
+    return None if scores is None else metrics.mean(scores, "ndcg_cut_10")
+
+
+def _cells(values: Sequence[float | None], parameters: int) -> list[str]:
+    shown = ["-" if value is None else f"{value:.4f}" for value in values]
+    return [*shown, f"{parameters:,}" if parameters else "-"]
+
+
+def _needs(models: Sequence[str]) -> list[str]:
+    return [f"needs {' and '.join(models)}", "", ""]
+
+
+def table(title: str, rows: Sequence[Row], found: Found) -> str:
+    """One collection: a line for each row, and the ceiling of the candidates."""
+    lines = _head(title)
+    for row in rows:
+        result = found[row.name]
+        if isinstance(result, list):
+            lines.append(_line(row, _needs(result)))
+        else:
+            values = [_value(result, task) for task in TITLES]
+            lines.append(_line(row, _cells(values, result["parameters"])))
+    bm25 = found[BM25]
+    assert isinstance(bm25, dict)
+    ceiling = metrics.mean(bm25["ceiling"]["reranking"], "ndcg_cut_10")
+    lines.append(f"| ceiling | BM25's candidates in the best order | - | {ceiling:.4f} | - |")
+    return "\n".join(lines)
+
+
+def mean_table(rows: Sequence[Row], found: Sequence[Found]) -> str:
+    """Several collections: the mean of each row that all of them have."""
+    lines = _head(f"mean of {len(found)} collections")
+    for row in rows:
+        results = [of[row.name] for of in found]
+        have = [result for result in results if isinstance(result, dict)]
+        if len(have) < len(results):
+            models = dict.fromkeys(m for r in results if isinstance(r, list) for m in r)
+            lines.append(_line(row, _needs(list(models))))
+            continue
+        columns = [[_value(result, task) for result in have] for task in TITLES]
+        means = [None if None in c else sum(v for v in c if v is not None) / len(c)
+                 for c in columns]  # fmt: skip
+        lines.append(_line(row, _cells(means, have[0]["parameters"])))
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    card = torch.cuda.is_available()
+    made = argparse.ArgumentParser(prog="python -m eval baselines", description=__doc__)
+    made.add_argument("--data", nargs="+", required=True,
+                      help="stdlib, folders, names such as scifact, bright/biology")  # fmt: skip
+    made.add_argument("--rows", nargs="*", default=[],
+                      help="which published ones, fetched if need be; default: all, none fetched: "
+                      + ", ".join(row.name for row in baselines.published()))  # fmt: skip
+    made.add_argument("--models", nargs="*", default=[], metavar="FOLDER",
+                      help="written by save_pretrained")  # fmt: skip
+    made.add_argument("--pseudo-query", action="store_true", help="each of --models a second time, "
+                      "reranking with E2Rank's pseudo-query")  # fmt: skip
+    made.add_argument("--local", nargs="*", default=[], metavar="ID=FOLDER",
+                      help="where a published model lies")  # fmt: skip
+    made.add_argument("--instruction", default=baselines.TASK,
+                      help="of the Qwen3 prompts; default: %(default)r")  # fmt: skip
+    made.add_argument("--document-tokens", type=int, default=0, help="cut documents of published "
+                      "models at so many; 0: where their authors do")  # fmt: skip
+    made.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16" if card else "float32",
+                      help="of published models; default here: %(default)s")  # fmt: skip
+    made.add_argument("--split", default="", help="default: test, or what the benchmark measures")
+    made.add_argument("--depth", type=int, default=1000, help="documents retrieved for a query")
+    made.add_argument("--candidates", type=int, default=100, help="of BM25, that are reranked")
+    made.add_argument("--queries", type=int, default=0, help="that are reranked; 0: all")
+    made.add_argument("--out", default="runs/eval", help="folder of the results")
+    made.add_argument("--device", default="cuda" if card else "cpu")
+    return made
+
+
+def main(arguments: list[str]) -> int:
+    args = parser().parse_args(arguments)
+    try:
+        if odd := [text for text in args.local if not all(text.partition("="))]:
+            raise ValueError(f"--local {odd[0]}: expected ID=FOLDER")
+        command(args)
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0

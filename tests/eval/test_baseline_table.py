@@ -1,0 +1,258 @@
+"""`python -m eval baselines`, end to end: rows that are there, rows that say what they need."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eval import __main__ as program
+from eval import baseline_table, baselines, e2rank, jina, metrics
+from eval.bm25 import BM25
+from eval.collections import load
+from eval.metrics import evaluate
+from eval.retrieval import search
+from experiments import ON_BASE, PAIR
+from model import bases
+from model.unimoer import UniMoER
+from tests.eval import qwen
+from tests.train.tiny import tiny_config, write_collection
+from train.trial import model_config
+
+QWEN = ("Qwen/Qwen3-Embedding-0.6B", "Qwen/Qwen3-Reranker-0.6B")
+MARKS = ("<|embed_token|>", "<|rerank_token|>")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_collection(tmp_path_factory.mktemp("baselines") / "Tiny")
+
+
+@pytest.fixture(scope="module")
+def folders(make_base: Callable[..., Path], data: Path) -> dict[str, Path]:
+    """hub id -> a tiny model that plays it; no 4B, no 8B."""
+    texts = [json.loads(line)["text"] for line in (data / "corpus.jsonl").read_text().splitlines()]
+    fast = qwen.tokenizer([*texts, "yes", "no", "yes", "no"], (*qwen.CHAT, *MARKS))
+
+    def make(seed: int) -> Path:
+        place = make_base(seed, model_type="qwen3", vocab_size=fast.get_vocab_size())
+        fast.save(str(place / "tokenizer.json"))
+        return place
+
+    found = {name: make(i) for i, name in enumerate((*QWEN, "Alibaba-NLP/E2Rank-0.6B", jina.JINA))}
+    tensors = load_file(found[jina.JINA] / "model.safetensors")
+    for name, width in (("projector.0.weight", 32), ("projector.2.weight", 512)):
+        tensors[name] = torch.randn(512, width, generator=torch.Generator().manual_seed(7))
+    save_file(tensors, found[jina.JINA] / "model.safetensors", {"format": "pt"})
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One LoRA, and two that are switched by task, with experts that do something."""
+    found = []
+    for name, arm in (("joint-single", {}), ("task", {**PAIR, "ranks": (2, 2), "router": "task"})):
+        model = UniMoER(model_config(tiny_config(tiny_base, data, **arm)))
+        with torch.no_grad():
+            for key, parameter in model.trained().items():
+                if ".lora_B" in key:
+                    parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+        found.append(tmp_path_factory.mktemp("saved") / name / "seed0.model")
+        model.save_pretrained(found[-1])
+    return found
+
+
+@pytest.fixture
+def run(data: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch, capsys):
+    """run(words) -> (exit code, stdout, stderr); the hub has nothing, four models lie here."""
+    fast = qwen.Tokenizer.from_file(str(folders[jina.JINA] / "tokenizer.json"))
+    document, query = (fast.token_to_id(mark) for mark in MARKS)
+    assert document is not None and query is not None
+    marks = (document, query)
+    monkeypatch.setattr(jina, "load", partial(jina.load, marks=marks))
+    monkeypatch.setattr(baselines, "at_hand", lambda name: None)
+    monkeypatch.setenv("UNIMOER_CACHE", str(tmp_path / "cache"))
+
+    def absent(*args: object, **options: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(bases, "snapshot_download", absent)
+    given = [f"{name}={folder}" for name, folder in folders.items()]
+
+    def run(*words: str, local: list[str] = given) -> tuple[int, str, str]:
+        line = ["baselines", "--data", str(data), "--out", str(tmp_path / "out"),
+                "--device", "cpu", "--depth", "20", "--candidates", "6"]  # fmt: skip
+        code = program.main([*line, "--local", *local, *words])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def result(tmp_path: Path, row: str) -> dict:
+    return json.loads((tmp_path / "out" / "baselines" / row / "tiny-test.json").read_text())
+
+
+def lines(text: str) -> dict[str, list[str]]:
+    """The first cell of each line of a table -> the others, without what the row is."""
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0].strip(): [cell.strip() for cell in row[2:]] for row in rows}
+
+
+def test_all_rows(run, data: Path, folders, saved: list[Path], tmp_path: Path) -> None:
+    code, out, err = run("--models", *map(str, saved), "--pseudo-query")
+    assert code == 0, err
+    shown = lines(out)
+    assert list(shown)[1:] == [
+        "---", "bm25", "qwen3-0.6b", "qwen3-4b", "qwen3-8b", "e2rank-0.6b", "e2rank-4b",
+        "e2rank-8b", "jina-reranker-v3", "joint-single-seed0", "joint-single-seed0-pseudo-query",
+        "task-seed0", "task-seed0-pseudo-query", "ceiling",
+    ]  # fmt: skip
+    assert shown["qwen3-4b"][0] == "needs Qwen/Qwen3-Embedding-4B and Qwen/Qwen3-Reranker-4B"
+    assert shown["e2rank-8b"][0] == "needs Alibaba-NLP/E2Rank-8B"
+    assert shown["jina-reranker-v3"][0] == shown["ceiling"][0] == "-"
+    measured = [name for name in shown if name.startswith(("q", "e2", "jina", "joint", "task"))
+                and not shown[name][0].startswith("needs")]  # fmt: skip
+    assert len(measured) == 7
+    for name in ("bm25", *measured):
+        found = result(tmp_path, name)
+        for at, task in enumerate(("embedding", "reranking")):
+            if task in found["scores"]:
+                mean = metrics.mean(found["scores"][task], "ndcg_cut_10")
+                assert shown[name][at] == f"{mean:.4f}" and len(found["scores"][task]) == 10
+    tables = (tmp_path / "out" / "baselines" / "summary.md").read_text()
+    assert tables.strip() in out and "mean of" not in tables
+
+    # Two models hold twice as much as one.
+    def count(name: str) -> int:
+        tensors = load_file(folders[name] / "model.safetensors")
+        return sum(t.numel() for t in tensors.values())
+
+    sizes = {name: result(tmp_path, name)["parameters"] for name in ("bm25", *measured)}
+    assert sizes["bm25"] == 0 and sizes["e2rank-0.6b"] == count("Alibaba-NLP/E2Rank-0.6B")
+    assert sizes["qwen3-0.6b"] == sum(map(count, QWEN)) + 32  # yes minus no
+    assert sizes["jina-reranker-v3"] == count(jina.JINA)
+    # A pseudo-query needs no head: its model is the saved one without that.
+    assert sizes["task-seed0"] == sizes["task-seed0-pseudo-query"] + 33
+    assert sizes["task-seed0"] == sizes["joint-single-seed0"]
+
+
+def test_the_scores_are_those_of_the_models(run, data: Path, folders, tmp_path: Path) -> None:
+    """Retrieval by the embedder, and the reranking of BM25's candidates by the other model."""
+    assert run("--rows", "qwen3-0.6b", "e2rank-0.6b", "jina-reranker-v3")[0] == 0
+    collection, found = load(str(data)), result(tmp_path, "qwen3-0.6b")
+    qrels, documents = collection.qrels["test"], list(collection.pools["test"])
+    queries, texts = list(qrels), [collection.corpus[d] for d in documents]
+    asked_for = {q: collection.queries[q] for q in queries}
+    candidates = BM25(documents, texts).search(asked_for, 6)
+
+    model = UniMoER(baselines.embedder(str(folders[QWEN[0]])))
+    asked = model.encode_query([collection.queries[q] for q in queries])
+    near = search(asked, model.encode_document(texts), queries, documents, 20)
+    assert found["scores"]["embedding"] == evaluate(qrels, near)
+
+    def reranked(score: Callable[[str, list[str]], torch.Tensor]) -> dict:
+        run = {q: dict(zip(row, score(q, list(row)).tolist(), strict=True))
+               for q, row in candidates.items() if row}  # fmt: skip
+        return evaluate(qrels, run)
+
+    judge = UniMoER(baselines.reranker(str(folders[QWEN[1]])))
+    assert found["scores"]["reranking"] == reranked(
+        lambda q, row: judge.score_pairs(
+            [(collection.queries[q], collection.corpus[d]) for d in row]
+        )
+    )
+    listwise = UniMoER(
+        baselines.embedder(str(folders["Alibaba-NLP/E2Rank-0.6B"]), document_tokens=1024)
+    )
+    asked_as = e2rank.PseudoQuery(chat=True)
+    assert result(tmp_path, "e2rank-0.6b")["scores"]["reranking"] == reranked(
+        lambda q, row: e2rank.score_lists(
+            listwise, [(collection.queries[q], [collection.corpus[d] for d in row])], asked_as
+        )[0]
+    )
+    assert "embedding" not in result(tmp_path, "jina-reranker-v3")["scores"]
+    assert found["models"][0]["prompts"]["query"].endswith("\nQuery:{query}")
+    assert [m["base"]["fingerprint"] for m in found["models"]] == [
+        bases.identity(folders[name])["fingerprint"] for name in QWEN
+    ]
+
+
+def test_nothing_is_measured_twice(run, folders, saved, tmp_path: Path, monkeypatch) -> None:
+    words = ("--rows", "e2rank-0.6b", "--models", str(saved[0]))
+    code, out, _ = run(*words)
+    assert code == 0
+    monkeypatch.setattr(baseline_table, "measure", None)
+    assert run(*words)[:2] == (0, out)
+    # A result counts where its model is gone, which is not fetched again.
+    assert run(*words, local=["a/b=c"]) == (0, out, "")
+    # Not that of another setting, nor of another model in its place.
+    code, _, err = run(*words, "--document-tokens", "8")
+    assert code == 2 and "is of another model, data or setting: move it away" in err
+    other = [f"Alibaba-NLP/E2Rank-0.6B={folders[QWEN[0]]}"]
+    code, _, err = run(*words, local=other)
+    assert code == 2 and "e2rank-0.6b/tiny-test.json is of another model" in err
+
+
+def test_a_row_that_is_asked_for_says_why_it_is_missing(run) -> None:
+    code, out, err = run("--rows", "qwen3-8b", local=["a/b=c"])
+    assert code == 0 and "no network" in err
+    assert lines(out)["qwen3-8b"][0] == "needs Qwen/Qwen3-Embedding-8B and Qwen/Qwen3-Reranker-8B"
+    code, out, err = run(local=["a/b=c"])
+    assert code == 0 and err == ""  # nothing was fetched that nobody named
+
+
+def test_half_of_a_pair_is_not_enough(run, folders) -> None:
+    code, out, _ = run(local=[f"{QWEN[0]}={folders[QWEN[0]]}"])
+    assert code == 0 and lines(out)["qwen3-0.6b"][0] == "needs Qwen/Qwen3-Reranker-0.6B"
+
+
+def test_several_collections_end_in_their_mean(run, data: Path, tmp_path: Path) -> None:
+    second = write_collection(tmp_path / "Other")
+    qrels = (second / "qrels" / "test.tsv").read_text().splitlines()
+    (second / "qrels" / "test.tsv").write_text("\n".join(qrels[:4]) + "\n")
+    code, out, err = run("--data", str(data), str(second), "--rows", "e2rank-0.6b", "qwen3-4b")
+    assert code == 0, err
+    mean = lines(out.split("mean of 2 collections")[1])
+    both = [json.loads((tmp_path / "out" / "baselines" / "e2rank-0.6b" / f"{n}.json").read_text())
+            for n in ("tiny-test", "other-test")]  # fmt: skip
+    for at, task in enumerate(("embedding", "reranking")):
+        values = [metrics.mean(found["scores"][task], "ndcg_cut_10") for found in both]
+        assert mean["e2rank-0.6b"][at] == f"{sum(values) / 2:.4f}"
+    assert mean["qwen3-4b"][0].startswith("needs Qwen/Qwen3-Embedding-4B and")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rows", "qwen"], "--rows qwen: expected some of bm25, qwen3-0.6b"),
+        (["--local", "a"], "--local a: expected ID=FOLDER"),
+        (["--models", "nowhere"], "nowhere/config.json is missing"),
+        (["--instruction", "{query}"], "prompt 'query' needs"),
+    ],
+)
+def test_what_cannot_be_asked(words: list[str], message: str, run) -> None:
+    code, _, err = run(*words)
+    assert code == 2 and message in err
+
+
+def test_two_models_of_one_name(run, saved: list[Path]) -> None:
+    code, _, err = run("--models", str(saved[0]), str(saved[0]))
+    assert code == 2 and "two are called joint-single-seed0" in err
+
+
+def test_what_a_saved_model_is_called(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    rows = {}
+    for name, arm in (
+        ("a", {}), ("b", {**PAIR, "router": "similarity-max"}), ("c", ON_BASE),
+        ("d", {**PAIR, "router": "softmax"}),
+    ):  # fmt: skip
+        folder = tmp_path / name / "seed0.model"
+        UniMoER(model_config(tiny_config(tiny_base, data, **arm))).save_pretrained(folder)
+        rows[name] = baselines.ours(folder).what
+    assert rows == {
+        "a": "one LoRA", "b": "LoRAs switched by similarity (RouterRetriever)",
+        "c": "LoRAs switched by task (jina-embeddings-v3)", "d": "LoRAs weighed by softmax",
+    }  # fmt: skip
