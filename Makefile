@@ -4,6 +4,7 @@
 #   ARGS=          more arguments for pytest (test, test-gpu), bench, plan, eval, encode, search, rag, mine
 #                  and gpu-all
 #   RUNS=          where trials go; runs/ if not given
+#   WANDB=project  log trials to Weights & Biases too, offline unless WANDB_MODE says otherwise
 #   PROCESSES=n    n processes, each with a card of its own (or a share of the CPU); docs/cluster.md
 #   BENCH= MODEL= TASKS= BENCHMARK=  for eval, MODEL= for encode, search and rag, MODEL= OUT= for mine
 #   PRICE=         for plan: dollars an hour, "t4=0.2 h100=2"
@@ -31,7 +32,8 @@ PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check --no-input \
 
 SETTING = $(if $(SCALE),--scale $(SCALE)) $(if $(BASE),--base '$(BASE)') $(if $(DATA),--data '$(DATA)')
 TRIALS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ARMS),--arms $(ARMS)) \
-  $(if $(CONTROLS),--controls) $(if $(AA),--aa) $(if $(RUNS),--runs '$(RUNS)')
+  $(if $(CONTROLS),--controls) $(if $(AA),--aa) $(if $(RUNS),--runs '$(RUNS)') \
+  $(if $(WANDB),--wandb '$(WANDB)')
 TORCHRUN = torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m
 STUDY = $(PY) -m $(if $(PROCESSES),$(TORCHRUN) )run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS))
 
