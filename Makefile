@@ -102,7 +102,7 @@ encode: $(MAIN) base  ## A saved model's vectors of a corpus of any size, on dis
 search: $(MAIN) base  ## Search these vectors, exactly or through FAISS too, and score: MODEL=folder DATA=
 	$(PY) -m eval search --model '$(MODEL)' --data '$(DATA)' $(ARGS)
 
-rag: $(MAIN) base  ## Answer questions with one model in three roles, against two and three: MODEL=folder DATA=folder
+rag: $(MAIN) base  ## Answer questions with one model in three roles, against two and three: MODEL= DATA=nq or folder
 	$(PY) -m eval rag --model '$(MODEL)' --data $(DATA) $(ARGS)
 
 bench: $(DEV) base  ## Measure speed and memory on this machine against the known alternatives
