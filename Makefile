@@ -4,6 +4,7 @@
 #   ARGS=          more arguments for pytest (test, test-gpu), bench, plan, eval, baselines, encode, search,
 #                  rag, mine and gpu-all
 #   RUNS=          where trials go; runs/ if not given
+#   WANDB=project  log trials to Weights & Biases too, offline unless WANDB_MODE says otherwise
 #   PROCESSES=n    n processes, each with a card of its own (or a share of the CPU); docs/cluster.md
 #   BENCH= MODEL= TASKS= BENCHMARK=  for eval, MODEL= for encode, search and rag, MODEL= OUT= for mine
 #   MODELS= ROWS=  for baselines: saved folders; published models by name
@@ -32,7 +33,8 @@ PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check --no-input \
 
 SETTING = $(if $(SCALE),--scale $(SCALE)) $(if $(BASE),--base '$(BASE)') $(if $(DATA),--data '$(DATA)')
 TRIALS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ARMS),--arms $(ARMS)) \
-  $(if $(CONTROLS),--controls) $(if $(AA),--aa) $(if $(RUNS),--runs '$(RUNS)')
+  $(if $(CONTROLS),--controls) $(if $(AA),--aa) $(if $(RUNS),--runs '$(RUNS)') \
+  $(if $(WANDB),--wandb '$(WANDB)')
 TORCHRUN = torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m
 STUDY = $(PY) -m $(if $(PROCESSES),$(TORCHRUN) )run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS))
 
@@ -108,7 +110,7 @@ encode: $(MAIN) base  ## A saved model's vectors of a corpus of any size, on dis
 search: $(MAIN) base  ## Search these vectors, exactly or through FAISS too, and score: MODEL=folder DATA=
 	$(PY) -m eval search --model '$(MODEL)' --data '$(DATA)' $(ARGS)
 
-rag: $(MAIN) base  ## Answer questions with one model in three roles, against two and three: MODEL=folder DATA=folder
+rag: $(MAIN) base  ## Answer questions with one model in three roles, against two and three: MODEL= DATA=nq or folder
 	$(PY) -m eval rag --model '$(MODEL)' --data $(DATA) $(ARGS)
 
 bench: $(DEV) base  ## Measure speed and memory on this machine against the known alternatives

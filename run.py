@@ -34,6 +34,7 @@ from analysis import (
     routing,
     scale,
     sweep,
+    tracking,
 )
 from eval import metrics
 from eval.command import exit_status
@@ -46,6 +47,7 @@ from model.unimoer import UniMoER
 from train.batches import TrainingData
 from train.loop import NonFiniteLoss, forget
 from train.mixture import training_steps
+from train.start import check_starts
 from train.trial import (
     Workbench,
     model_config,
@@ -155,21 +157,6 @@ def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> N
     show_row("untrained base" + of, None, result["untrained"])
 
 
-def check_starts(trials: list[tuple[str, Config]], folder: Path) -> None:
-    """Raise ValueError if a trial starts from one that is neither there nor run before it."""
-    known = set()
-    for arm, config in trials:
-        for part, others in config.starts().items():
-            for source in others:
-                place = folder / source / f"seed{config.seed}.model"
-                if (source, config.seed) not in known and not place.exists():
-                    raise ValueError(
-                        f"{arm}: {part} starts from {source}, and there is no {place}: run "
-                        f"{source} too, or before"
-                    )
-        known.add((arm, config.seed))
-
-
 def command_run(args: argparse.Namespace) -> None:
     overrides = {
         key: value
@@ -177,6 +164,8 @@ def command_run(args: argparse.Namespace) -> None:
         if value
     }
     overrides |= dict(_override(text) for text in args.set)
+    if args.wandb:
+        tracking.wandb_init(args.wandb)  # what cannot work is said at once
     chosen = experiments.arms(args.experiment, args.controls, args.aa, args.scale)
     if args.arms:
         known = experiments.arms(args.experiment, True, True, args.scale)
@@ -219,10 +208,12 @@ def command_run(args: argparse.Namespace) -> None:
         place = folder / arm / f"seed{config.seed}"
         path = place.with_suffix(".json")
         if (result := stored(path, config)) is None:
-            result = reuse.taken_over(path, config, bench) or run_trial(
-                config, arm, place, bench, gradients.watch
-            )
-            finish(path, result)
+            with tracking.tracked(args.wandb, place, config) as track:
+                result = reuse.taken_over(path, config, bench) or run_trial(
+                    config, arm, place, bench, track.beside(gradients.watch)
+                )
+                finish(path, result)
+                track.end(result)
         show_row(arm, config.seed, result["scores"])
         if parallel.rank() == 0:
             with parallel.alone():
@@ -376,6 +367,8 @@ def parser() -> argparse.ArgumentParser:
                 "--kernels", choices=KERNELS, default="auto", help="auto: triton on cuda"
             )
             sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+            sub.add_argument("--wandb", default="", metavar="PROJECT", help="of Weights & Biases: "
+                             "log there too, offline without WANDB_MODE")  # fmt: skip
             sub.add_argument(
                 "--no-prefix-cache", action="store_true", help="keep no states on disk"
             )

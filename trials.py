@@ -88,6 +88,8 @@ class Config:
     similarity_weight: float = 0.85  # 0: lists are not read a second time
     temperature: float = 0.02
     false_negative_margin: float = 0.1
+    # Widths below the hidden size at which the vectors' first values are trained too (Matryoshka)
+    matryoshka: tuple[int, ...] = ()
     embedding_weight: float = 1.0
     reranking_weight: float = 1.0
     balance_weight: float = 0.01
@@ -130,6 +132,10 @@ class Config:
             raise ValueError("distill compares a positive with hard negatives: hard_negatives is 0")
         if self.distill_temperature <= 0:
             raise ValueError(f"distill_temperature must be > 0, got {self.distill_temperature}")
+        widths = list(self.matryoshka)
+        whole = all(isinstance(width, int) and width > 0 for width in widths)
+        if not whole or widths != sorted(set(widths)):
+            raise ValueError(f"matryoshka must be ascending widths of at least 1, got {widths}")
         if self.mixture_temperature <= 0:
             raise ValueError(f"mixture_temperature must be > 0, got {self.mixture_temperature}")
         least = {"steps": 0 if self.start else 1}

@@ -202,6 +202,9 @@ def markdown(verdict: dict[str, Any], drawn: list[str]) -> str:
     if len(trained := parts(c["data"])) > 1:
         more["trained on"] = f"{', '.join(trained)}, in proportion to queries^(1/"
         more["trained on"] += f"{c['mixture_temperature']:g})"
+    if widths := c.get("matryoshka"):
+        more["Matryoshka"] = "InfoNCE is the mean over the whole vectors and their first "
+        more["Matryoshka"] += ", ".join(map(str, widths))
     if how := c.get("distill"):
         more["distillation"] = f"{how}, weight {c['distill_weight']:g}, temperature "
         more["distillation"] += f"{c['distill_temperature']:g}"

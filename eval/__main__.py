@@ -4,8 +4,8 @@ beir: full-corpus retrieval, and reranking of BM25's own top candidates, by our 
 collections of BEIR (`--data all`), BRIGHT, MIRACL and mMARCO, and on one's own.
 mteb: tasks by name or a whole benchmark through `mteb`, or a collection as two tasks of mteb's;
 results in mteb's own layout, which its leaderboard tools read.
-rag: retrieve, rerank, generate, on folders with `answers.json`; one model in all roles against two
-and three, each in a process of its own, for the sake of its peak memory.
+rag: retrieve, rerank, generate, on nq, triviaqa, hotpotqa and folders with `answers.json`; one
+model in all roles against two and three, each in a process of its own, for its peak memory's sake.
 baselines: BM25, published models and saved ones beside each other; see its own --help.
 encode, search: a corpus that no memory holds; see `python -m eval search --help`.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from eval import baseline_table, large, rag
+from eval import baseline_table, hub, large, rag
 from eval.answers import NORMALISERS
 from eval.benchmarks import beir, evaluation_set, split_of
 from eval.collections import load, require_split
@@ -74,40 +74,45 @@ def through_mteb(args: argparse.Namespace) -> None:
 
 
 def answer(args: argparse.Namespace) -> None:
-    """Questions of each folder, once for each of the sides; a JSON each, and a table."""
-    settings = rag.Settings(args.depth, args.passages, rule=args.rule)
-    version = revision(args.model)
+    """Questions of each set or folder, once for each of the sides; a JSON each, and a table."""
+    version, cache = revision(args.model), bases.cache_folder() / "data"
     for data in args.data:
-        collection = load(data, bases.cache_folder() / "data")
-        judged = sorted(require_split(collection, args.split))
-        order = sorted(judged, key=lambda query: random.Random(query).random())
-        answers = rag.read_answers(Path(data), sorted(order[: args.queries or None]))
+        split, public = split_of(args, data), data in hub.ANSWERS
+        rule = args.rule or (data if public else "nq")
+        settings = rag.Settings(args.depth, args.passages, rule=rule)
+        collection = load(data, cache)
+        judged = {q: collection.queries[q] for q in sorted(require_split(collection, split))}
+        gold, of = rag.published_answers(data, split, judged, cache) if public else ({}, {})
+        order = sorted(gold or judged, key=lambda query: random.Random(query).random())
+        asked = sorted(order[: args.queries or None])
+        answers = {q: gold[q] for q in asked} if public else rag.read_answers(Path(data), asked)
         origin = {
             "revision": version,
             "asked": {**asdict(settings), "queries": args.queries},
             "data": {"name": collection.name, "fingerprint": collection.fingerprint},
             "device": device_name(args.device),
+            **({"answers": of} if public else {}),
         }
         found = []
         for side in args.sides:
-            name = f"{collection.name.lower()}-{args.split}-{side}.json"
+            name = f"{collection.name.lower()}-{split}-{side}.json"
             place = Path(args.out) / "rag" / args.name / name
             if not place.exists() and len(args.sides) > 1:
                 _alone(args, data, side)
             elif not place.exists():
                 made = rag.measure(
-                    args.model, side, collection, args.split, answers, settings, args.device
+                    args.model, side, collection, split, answers, settings, args.device
                 )
                 write_json(place, {"model": args.name, **origin, **made})
             result = json.loads(place.read_text())
-            if {k: result[k] for k in origin} != origin:
+            if {k: result.get(k) for k in origin} != origin:
                 raise ValueError(
                     f"{place} is of another model, data, setting or device: move it away, or give "
                     "another --name"
                 )
             found.append(result)
         if not args.alone:
-            print(rag.table(found, f"{collection.name}, {args.split}, {args.name}"))
+            print(rag.table(found, f"{collection.name}, {split}, {args.name}"))
 
 
 def _alone(args: argparse.Namespace, data: str, side: str) -> None:
@@ -115,7 +120,7 @@ def _alone(args: argparse.Namespace, data: str, side: str) -> None:
     words = ["rag", "--alone", "--data", data, "--sides", side]
     for option in ("model", "name", "split", "depth", "passages", "rule", "queries", "out",
                    "device"):  # fmt: skip
-        words += [f"--{option}", str(getattr(args, option))]
+        words += [f"--{option}={getattr(args, option)}"]
     if subprocess.run([sys.executable, "-m", "eval", *words], check=False).returncode:
         raise ValueError(f"the side {side!r} ended with an error, see above")
 
@@ -140,8 +145,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--sides", nargs="+", choices=list(rag.SIDES), default=list(rag.SIDES),
                       help="rag: how many models play the three roles")  # fmt: skip
     made.add_argument("--passages", type=int, default=3, help="rag: documents the generator reads")
-    made.add_argument("--rule", choices=list(NORMALISERS), default="nq",
-                      help="rag: whose normalisation of answers")  # fmt: skip
+    made.add_argument("--rule", choices=["", *NORMALISERS], default="", help="rag: whose "
+                      "normalisation of answers; default: the set's, nq for folders")  # fmt: skip
     made.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one of several
     made.add_argument("--out", default="runs/eval", help="folder of the results")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -156,8 +161,6 @@ def main(arguments: list[str] | None = None) -> int:
         return baseline_table.main(words[1:])
     args = parser().parse_args(words)
     args.depth = args.depth or (20 if args.bench == "rag" else 1000)
-    if args.bench == "rag":
-        args.split = args.split or "test"
     folder = Path(args.model).resolve()
     args.name = args.name or f"{folder.parent.name}-{folder.stem}"
 

@@ -1,11 +1,13 @@
 """The public benchmarks: their names, and where the Hugging Face hub keeps the files of each.
 
 BEIR (arXiv 2104.08663), BRIGHT (arXiv 2407.12883), MIRACL (arXiv 2210.09984) and mMARCO (arXiv
-2108.13897), the last two by language. Every file of a repository comes from one commit, which is
+2108.13897), the last two by language; TriviaQA (arXiv 1705.03551) over all of Wikipedia, and where
+the answers to three sets' questions are. Every file of a repository comes from one commit, which is
 recorded. Nothing is read here: eval/sources.py does that.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
@@ -79,6 +81,38 @@ MMARCO = {
     "hi": "hindi", "id": "indonesian", "it": "italian", "ja": "japanese", "nl": "dutch",
     "pt": "portuguese", "ru": "russian", "vi": "vietnamese", "zh": "chinese",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Where the answers to a set's questions are: a file, and the columns of a question's id and of
+    its answers. by_text: that column holds the question itself, the ids being others. commit: None
+    takes the newest. split: the one whose questions these are."""
+
+    repo: str
+    commit: str | None
+    file: str
+    key: str
+    answer: str
+    split: str
+    by_text: bool = False
+
+
+ANSWERS = {
+    # NQ-open (arXiv 1906.00300) has the questions with a short answer. BEIR has other ones too.
+    "nq": Answers(
+        "google-research-datasets/nq_open", "5dd9790a83002ad084ddeb7c420dc716852c6f28",
+        "nq_open/validation-00000-of-00001.parquet", "question", "answer", "test", by_text=True,
+    ),
+    "triviaqa": Answers(
+        "Tevatron/wikipedia-trivia", None, "trivia-dev.jsonl.gz", "query_id", "answers", "dev"
+    ),
+    # BEIR's test is HotpotQA's dev, under its ids.
+    "hotpotqa": Answers(
+        "hotpotqa/hotpot_qa", "1908d6afbbead072334abe2965f91bd2709910ab",
+        "distractor/validation-00000-of-00001.parquet", "id", "answer", "test",
+    ),
+}  # fmt: skip
 FAMILIES = {"cqadupstack": CQADUPSTACK, "bright": BRIGHT, "miracl": MIRACL, "mmarco": MMARCO}
 GROUPS = {"all": BEIR} | {
     name: tuple(f"{name}/{part}" for part in parts) for name, parts in FAMILIES.items()
@@ -88,12 +122,13 @@ GROUPS = {"all": BEIR} | {
 def known(data: str) -> bool:
     """Whether the hub has it as one collection: "scifact", "bright/biology", "miracl/sw"."""
     family, _, part = data.partition("/")
-    return data in HUB_SPLITS or part in FAMILIES.get(family, ())
+    return data in (*HUB_SPLITS, *ANSWERS) or part in FAMILIES.get(family, ())
 
 
 def own_split(data: str) -> str:
     """The split that the benchmark's authors measure; test for whatever is not one."""
-    dev = ("msmarco", "miracl", "mmarco")  # whose judgments of test are few, or not public
+    # Whose judgments of test are few, not public, or none.
+    dev = ("msmarco", "miracl", "mmarco", "triviaqa")
     return "dev" if data.partition("/")[0] in dev and known(data) else "test"
 
 
@@ -108,6 +143,8 @@ def find(data: str, cache: Path | None) -> Sources:
     """
     if data in HUB_SPLITS:
         return _beir(data, cache)
+    if data == "triviaqa":
+        return _triviaqa(cache)
     family, _, part = data.partition("/")
     make = {"cqadupstack": _forum, "bright": _bright, "miracl": _miracl, "mmarco": _mmarco}
     return make[family](part, cache)
@@ -158,7 +195,7 @@ def _bright(domain: str, cache: Path | None) -> Sources:
     files, at = _each(repo, names, None, cache)
     return Sources(
         f"bright-{domain}", files[1:], files[:1], {}, {repo: at},
-        key="id", document="content", query="query", beside=True, published=True,
+        key="id", document="content", query="query", beside="test", published=True,
         query_prompt=f"Instruct: {BRIGHT[domain]}\nQuery: {{query}}",
     )  # fmt: skip
 
@@ -190,6 +227,26 @@ def _mmarco(language: str, cache: Path | None) -> Sources:
         f"mmarco-{language}", [corpus], [queries], {"dev": qrels}, {repo: at},
         published=True, language=language,
     )  # fmt: skip
+
+
+def _triviaqa(cache: Path | None) -> Sources:
+    """Tevatron/wikipedia-trivia and its corpus: the 21 million passages of 100 words, and the dev
+    questions with the passages that hold an answer, of DPR (arXiv 2004.04906, section 4)."""
+    of = ANSWERS["triviaqa"]
+    queries, at = _each(of.repo, [of.file], of.commit, cache)
+    corpus, place = _each(f"{of.repo}-corpus", ["corpus.jsonl.gz"], None, cache)
+    return Sources(
+        "triviaqa", corpus, queries, {}, {of.repo: at, f"{of.repo}-corpus": place},
+        key="docid", query="query", query_key=of.key, beside=of.split, gold="positive_passages",
+        excluded="", published=True,
+    )  # fmt: skip
+
+
+def find_answers(data: str, cache: Path | None) -> tuple[Path, str]:
+    """The file of answers of one of `ANSWERS`, and the commit that it is from; raises as `find`."""
+    of = ANSWERS[data]
+    (file,), at = _each(of.repo, [of.file], of.commit, cache)
+    return file, at
 
 
 def _each(

@@ -6,7 +6,7 @@ two or three models share them, with the same weights, so that answers agree and
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.answers import NORMALISERS, exact_match, f1
+from eval import hub
+from eval.answers import NORMALISERS, exact_match, f1, squad
 from eval.collections import Collection
 from eval.machine import peak_bytes
-from eval.retrieval import search
+from eval.retrieval import Ids, to_keys, to_run
+from eval.sources import rows, strings_of, text_of
 from model.generate import generate, output_matrix
 from model.unimoer import UniMoER
 
@@ -28,6 +30,7 @@ PROMPT = (
     "Question: how many days are there in a leap year\nAnswer: 366\n\n"
     "{passages}\n\nQuestion: {question}\nAnswer:"
 )
+WINDOW = 100_000  # documents whose texts are in memory at once, while the index is made
 SIDES = {"one": (0, 0, 0), "two": (0, 0, 1), "three": (0, 1, 2)}  # which model plays which role
 STAGES = ("retrieve", "rerank", "generate")
 
@@ -76,16 +79,54 @@ def read_answers(folder: Path, queries: Sequence[str]) -> dict[str, list[str]]:
     return {query: found[query] for query in queries}
 
 
+def published_answers(
+    data: str, split: str, queries: Mapping[str, str], cache: Path | None
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """query id -> gold answers, of those questions of one of `hub.ANSWERS` that have any.
+
+    Args:
+        split: of the questions. queries: query id -> text.
+    Returns:
+        The answers; and where they come from, and how many questions have none.
+    Raises:
+        ValueError: the answers are another split's, a row is malformed, or no question has one.
+    """
+    of = hub.ANSWERS[data]
+    if split != of.split:
+        raise ValueError(
+            f"{data} has answers to its {of.split} questions alone ({of.repo}), got split {split!r}"
+        )
+    file, commit = hub.find_answers(data, cache)
+    known: dict[str, list[str]] = {}
+    for where, row in rows(file):
+        key, answer = text_of(where, row, of.key), row.get(of.answer)
+        answers = [answer] if isinstance(answer, str) else strings_of(where, row, of.answer)
+        known.setdefault(squad(key) if of.by_text else key, []).extend(answers)
+    found = {q: known.get(squad(text) if of.by_text else q) for q, text in queries.items()}
+    gold = {query: list(dict.fromkeys(answers)) for query, answers in found.items() if answers}
+    if not gold:
+        raise ValueError(
+            f"{file}: none of the {len(queries)} {split} questions of {data} has an answer there, "
+            f"such as {min(queries)!r}: the two do not belong together"
+        )
+    return gold, {of.repo: commit, "questions without an answer": str(len(queries) - len(gold))}
+
+
 class Pipeline:
     """An index over a collection's documents, and the models of the three roles."""
 
     def __init__(self, models: Sequence[UniMoER], collection: Collection, split: str, s: Settings):
         self.embedder, self.reranker, self.generator = models
         self.collection, self.settings = collection, s
-        self.documents = list(collection.pools[split])
+        self.documents = collection.pools[split]
         started = time.perf_counter()
-        texts = [collection.corpus[d] for d in self.documents]
-        self.vectors = self.embedder.encode_document(texts, progress=True)
+        width = self.embedder.decoder.config.hidden_size
+        self.vectors = torch.empty(len(self.documents), width)
+        for at in range(0, len(self.documents), WINDOW):
+            texts = [collection.corpus[d] for d in self.documents[at : at + WINDOW]]
+            self.vectors[at : at + WINDOW] = self.embedder.encode_document(texts, progress=True)
+        self.ids = Ids(np.array([document.encode() for document in self.documents]))
+        self.places = self.ids.places(slice(None))
         self.index_seconds = time.perf_counter() - started
         self.head = output_matrix(self.generator)
         fast = self.generator.tokenizer.fast
@@ -96,9 +137,10 @@ class Pipeline:
         """The answer to one question, the documents that were read, and seconds by stage."""
         s, text, clock = self.settings, self.collection.queries[query], [time.perf_counter()]
         vector = self.embedder.encode_query([text])
-        found = search(vector, self.vectors, [query], self.documents, s.depth)[query]
+        keys = to_keys(vector @ self.vectors.t(), self.places)
+        best = keys.topk(min(s.depth, len(self.documents)), dim=1).values
+        near = list(to_run(best, [query], self.ids)[query])
         clock.append(time.perf_counter())
-        near = list(found)
         order = self.reranker.rank(text, [self.collection.corpus[d] for d in near], s.passages)
         read = [near[i] for i, _ in order]
         clock.append(time.perf_counter())

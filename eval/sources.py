@@ -25,9 +25,11 @@ class Sources:
     Attributes:
         corpus, queries: files of rows: .jsonl (.gz), .parquet, or .tsv of two columns.
         qrels: split, as the file says it ("dev" may be "validation") -> its judgments.
-        beside: they stand in the rows of the queries instead ("gold_ids" and "excluded_ids", as
-            BRIGHT has them) and are the test split.
-        key, document, query: the columns of an id, of a document's and of a query's text.
+        beside: the split whose judgments stand in the rows of the queries instead; "" for none.
+        gold, excluded: there, the columns of what is right (ids as in BRIGHT, or whole documents)
+            and of what is taken out; "" for none.
+        key, document, query: the columns of an id, of a document's and of a query's text;
+            query_key: of a query's id, where it has another name.
         published: it is as its authors publish it, and cannot be mended: a judgment of a document
             that the corpus lacks (ArguAna has some) then counts as one that nobody finds, as in
             trec_eval, where in a folder of one's own it is an error.
@@ -44,7 +46,10 @@ class Sources:
     key: str = "_id"
     document: str = "text"
     query: str = "text"
-    beside: bool = False
+    query_key: str = ""
+    beside: str = ""
+    gold: str = "gold_ids"
+    excluded: str = "excluded_ids"
     published: bool = False
     own_document: bool = False
     language: str = "en"
@@ -136,11 +141,11 @@ def read_queries(sources: Sources, corpus: Container[str] | None = None) -> Quer
         ValueError: a row that is no query, an empty text, an id for the second time, or a document
             that is both right and excluded; by file and line.
     """
-    found = Queries()
+    found, column = Queries(), sources.query_key or sources.key
     for where, row in chain.from_iterable(
-        rows(file, sources.key, sources.query) for file in sources.queries
+        rows(file, column, sources.query) for file in sources.queries
     ):
-        text, key = (text_of(where, row, column) for column in (sources.query, sources.key))
+        text, key = text_of(where, row, sources.query), text_of(where, row, column)
         if not text.strip():
             raise ValueError(f"{where}: query {key!r} is empty; expected a text")
         if key in found.texts:
@@ -151,8 +156,9 @@ def read_queries(sources: Sources, corpus: Container[str] | None = None) -> Quer
         if label := text_of(where, source, "domain", optional=True):
             found.domain[key] = label
         if sources.beside:
-            found.qrels[key] = dict.fromkeys(ids_of(where, row, "gold_ids"), 1)
-            if out := ids_of(where, row, "excluded_ids"):
+            found.qrels[key] = dict.fromkeys(ids_of(where, row, sources.gold, sources.key), 1)
+            out = ids_of(where, row, sources.excluded, sources.key) if sources.excluded else []
+            if out:
                 found.excluded[key] = out
             if both := sorted(found.qrels[key].keys() & set(out)):
                 raise ValueError(f"{where}: document id {both[0]!r} is both gold and excluded")
@@ -180,7 +186,7 @@ def read_splits(
         for split, file in sources.qrels.items()
     }
     if sources.beside:
-        splits["test"] = queries.qrels
+        splits[sources.beside] = queries.qrels
     origin: dict[str, str] = {}
     if corpus is not None:
         judged = {d for qrels in splits.values() for row in qrels.values() for d in row}
@@ -301,13 +307,23 @@ def text_of(where: str, row: dict[str, Any], key: str, *, optional: bool = False
     return value
 
 
-def ids_of(where: str, row: dict[str, Any], key: str) -> list[str]:
-    """The ids in a column of lists; BRIGHT writes ["N/A"] where there are none."""
+def strings_of(where: str, row: dict[str, Any], key: str) -> list[str]:
+    """The strings in a column of lists."""
     value = row.get(key)
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         found = f"{key!r}: {value!r}" if key in row else f"keys {sorted(row)}"
         raise ValueError(f"{where}: found {found}, expected {key!r} with a list of strings")
-    return [one for one in value if one != "N/A"]
+    return value
+
+
+def ids_of(where: str, row: dict[str, Any], key: str, inside: str) -> list[str]:
+    """The ids in a column of lists, of ids or of whole documents that hold them under `inside`;
+    BRIGHT writes ["N/A"] where there are none."""
+    value = row.get(key)
+    if isinstance(value, list):
+        ids = [one.get(inside) if isinstance(one, dict) else one for one in value]
+        row = row | {key: ids}
+    return [one for one in strings_of(where, row, key) if one != "N/A"]
 
 
 def judgments(file: Path) -> Iterator[tuple[str, str, str, int]]:

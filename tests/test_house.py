@@ -20,7 +20,8 @@ LEAVES = ("trials", "experiments")  # a trial's settings, the study's table: std
 LEAF_USERS = ("experiments", "eval", "train", "analysis", "run")
 OUTSIDE = ("bench", "tests")  # may import anything, and nothing imports them
 OURS = {*ORDER, *LEAVES, *OUTSIDE}
-ONLY_IN = {"mteb": "eval", "datasets": "eval"}  # pulls transformers in, and what it takes
+# mteb pulls transformers in, datasets is what it takes; wandb is the user's own, if there at all
+ONLY_IN = {"mteb": "eval", "datasets": "eval", "wandb": "analysis"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 MODULES = {  # distribution -> module
     "pytrec_eval_terrier": "pytrec_eval",
@@ -130,6 +131,7 @@ def test_product_file(name: str) -> None:
         ("eval/a.py", "import sentence_transformers"),
         ("model/a.py", "import mteb"),
         ("model/a.py", "import entmax"),
+        ("train/a.py", "from wandb import init"),
         ("experiments.py", "import numpy"),
         ("trials.py", "import experiments"),
         ("kernels/a.py", "from trials import Config"),
@@ -240,10 +242,11 @@ def test_variables_reach_run_only_when_given() -> None:
 
     assert shown()[-1] == "python -m run run kill_gate"
     given = shown(
-        "SCALE=smoke", "BASE=x/y", "DATA=a b", "SEEDS=1", "ARMS=rank", "CONTROLS=1", "AA=1"
-    )
+        "SCALE=smoke", "BASE=x/y", "DATA=a b", "SEEDS=1", "ARMS=rank", "CONTROLS=1", "AA=1",
+        "WANDB=gate",
+    )  # fmt: skip
     assert given == [
         "python -m model.bases 'x/y'",
         "python -m run run kill_gate --scale smoke --base 'x/y' --data 'a b'"
-        " --seeds 1 --arms rank --controls --aa",
+        " --seeds 1 --arms rank --controls --aa --wandb 'gate'",
     ]

@@ -495,6 +495,7 @@ def test_publish_copies_what_is_quoted(copy, words, setting, tmp_path, monkeypat
         (["--split", "final"], "Tiny has no final split"),
         (["--set", "layers=5"], "layers=5, but this base has 4"),
         (["--set", "router=magic"], "magic"),
+        (["--set", "matryoshka=[8,32]"], "matryoshka (8, 32): expected widths below 32"),
         (["--set", "embedding_batch=99"], "24 training queries with a relevant document"),
     ],
 )

@@ -15,6 +15,21 @@ from trials import Config
 Piece = tuple[Tensor, Tensor, float]  # A (R, D), B (O, R), s = alpha / r; its change is s B A
 
 
+def check_starts(trials: list[tuple[str, Config]], folder: Path) -> None:
+    """Raise ValueError if a trial starts from one that is neither there nor run before it."""
+    known = set()
+    for arm, config in trials:
+        for part, others in config.starts().items():
+            for source in others:
+                place = folder / source / f"seed{config.seed}.model"
+                if (source, config.seed) not in known and not place.exists():
+                    raise ValueError(
+                        f"{arm}: {part} starts from {source}, and there is no {place}: run "
+                        f"{source} too, or before"
+                    )
+        known.add((arm, config.seed))
+
+
 @torch.no_grad()
 def begin(model: UniMoER, config: Config, place: Path) -> dict[str, float]:
     """Put into the parts that `config.start` names what other arms have made of theirs.

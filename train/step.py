@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.info_nce import info_nce
 from model import parallel
+from model.heads import truncate
 from model.packed import Packed, Part
 from model.prefix import TextSet
 from model.unimoer import UniMoER
@@ -51,8 +52,13 @@ class Work:
 def embedding(data: TrainingData, step: int, seed: int | None = None) -> Work:
     """InfoNCE of the step's queries and documents. seed: of the order, if not the config's.
 
+    With `matryoshka` it is the mean of InfoNCE of the whole vectors and of their first values, cut
+    at each of these widths and brought to length 1 again (arXiv 2205.13147, equation 1, with equal
+    weights); false negatives are told by the scores of the same width.
+
     With a teacher, `distill_weight` times the distillation over each query's positive and hard
-    negatives is added; the student's logits are its cosines over the temperature, as in InfoNCE.
+    negatives is added; the student's logits are the whole vectors' cosines over the temperature, as
+    in InfoNCE.
     """
     rows, c = data.embedding(step, seed), data.config
     queries = len(rows.queries)
@@ -60,7 +66,12 @@ def embedding(data: TrainingData, step: int, seed: int | None = None) -> Work:
     def loss(vectors: Tensor) -> Tensor:
         asked, found = vectors[:queries], vectors[queries:]
         positive, relevant = rows.positive.to(vectors.device), rows.relevant.to(vectors.device)
-        total = info_nce(asked, found, positive, relevant, c.temperature, c.false_negative_margin)
+        options = positive, relevant, c.temperature, c.false_negative_margin
+        terms = [
+            info_nce(truncate(asked, width), truncate(found, width), *options)
+            for width in (None, *c.matryoshka)
+        ]
+        total = torch.stack(terms).mean()
         if rows.teacher is not None:
             student = (asked @ found.t()).gather(1, rows.group.to(vectors.device)) / c.temperature
             total = total + c.distill_weight * _distilled(student, rows.teacher, c)

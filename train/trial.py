@@ -128,8 +128,20 @@ class Workbench:
         self._evaluation: dict[str, EvaluationSet] = {}
 
     def model(self, config: Config) -> UniMoER:
+        """A new model.
+
+        Raises:
+            ValueError: see `UniMoER`; or its vectors have no more values than a width of
+                `matryoshka`.
+        """
         seed = config.seed + config.seed_offset
         made = UniMoER(model_config(config), self.device, seed, self.kernels)
+        hidden = made.decoder.config.hidden_size
+        if config.matryoshka and config.matryoshka[-1] >= hidden:
+            raise ValueError(
+                f"matryoshka {config.matryoshka}: expected widths below {hidden}, the hidden size "
+                f"of {config.base}; the whole vectors are trained in any case"
+            )
         if config.shard:
             sharding.shard(made.decoder)
         return made

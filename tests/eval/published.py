@@ -1,4 +1,4 @@
-"""The benchmarks as the hub lays them out, each with a few real texts.
+"""The benchmarks and their answers as the hub lays them out, each with a few real texts.
 
 English: functions of Python's own `email` package, asked for by their docstrings. Other languages:
 sentences of the Universal Declaration of Human Rights, asked for by some of their words.
@@ -166,3 +166,41 @@ def mmarco(files: Files, language: str) -> None:
             "data/qrels.dev.small.tsv": "\n".join(qrels).encode(),
         }
     )
+
+
+def triviaqa(files: Files) -> None:
+    """Tevatron/wikipedia-trivia and its corpus: two questions, one with two right passages."""
+    titles = {"7": "email.utils", "8": "email.message", "9": "email.charset"}
+    passages = [
+        {"docid": key, "title": titles[key], "text": pair.document}
+        for key, pair in zip(titles, functions(), strict=False)
+    ]
+    questions = [
+        {
+            "query_id": str(i),
+            "query": functions()[i].query,
+            "answers": [f"Answer {i}", f"answer {i}, the other"],
+            "positive_passages": [passages[n] for n in right],
+            "negative_passages": [passages[2]],
+        }
+        for i, right in enumerate(([0, 1], [1]))
+    ]
+    files["Tevatron/wikipedia-trivia"] = {"trivia-dev.jsonl.gz": gzip.compress(jsonl(questions))}
+    files["Tevatron/wikipedia-trivia-corpus"] = {"corpus.jsonl.gz": gzip.compress(jsonl(passages))}
+
+
+def nq_answers(files: Files, answers: dict[str, list[str]]) -> None:
+    """google-research-datasets/nq_open: questions without ids, and their answers."""
+    rows = [{"question": question, "answer": gold} for question, gold in answers.items()]
+    name = "nq_open/validation-00000-of-00001.parquet"
+    files["google-research-datasets/nq_open"] = {name: as_parquet(rows)}
+
+
+def hotpotqa_answers(files: Files, answers: dict[str, str]) -> None:
+    """hotpotqa/hotpot_qa: one answer for each id."""
+    rows = [
+        {"id": key, "question": "which?", "answer": gold, "level": "hard"}
+        for key, gold in answers.items()
+    ]
+    name = "distractor/validation-00000-of-00001.parquet"
+    files["hotpotqa/hotpot_qa"] = {name: as_parquet(rows)}

@@ -21,12 +21,13 @@ def test_the_benchmarks_have_their_known_sizes() -> None:
 
 
 def test_known_names_and_their_splits() -> None:
-    for name in ("scifact", "cqadupstack/tex", "bright/pony", "miracl/sw", "mmarco/es"):
+    names = ("scifact", "cqadupstack/tex", "bright/pony", "miracl/sw", "mmarco/es", "triviaqa")
+    for name in names:
         assert H.known(name)
     for name in ("bright", "bright/", "bright/law", "miracl/xx", "folder/sw", "all", "bioasq"):
         assert not H.known(name)
-    dev = ("msmarco", "miracl/sw", "mmarco/es")
-    assert [H.own_split(name) for name in dev] == ["dev"] * 3
+    dev = ("msmarco", "miracl/sw", "mmarco/es", "triviaqa")
+    assert [H.own_split(name) for name in dev] == ["dev"] * 4
     assert {H.own_split(n) for n in ("scifact", "bright/pony", "miracl", "x/y")} == {"test"}
 
 
@@ -87,6 +88,46 @@ def test_a_language_of_mmarco(hub) -> None:
     assert (data.name, data.language) == ("mmarco-es", "es")
     assert data.corpus == {str(i): text for i, (text, _) in enumerate(P.ARTICLES["es"])}
     assert data.qrels == {"dev": {str(100 + i): {str(i): 1} for i in range(4)}}
+
+
+def test_triviaqa(hub) -> None:
+    P.triviaqa(hub[0])
+    data = C.load("triviaqa")
+    texts = [pair.document for pair in P.functions()[:3]]
+    assert data.corpus == {
+        "7": f"email.utils\n{texts[0]}",
+        "8": f"email.message\n{texts[1]}",
+        "9": f"email.charset\n{texts[2]}",
+    }
+    assert data.queries == {str(i): P.functions()[i].query for i in range(2)}
+    assert data.qrels == {"dev": {"0": {"7": 1, "8": 1}, "1": {"8": 1}}}
+    assert data.excluded == {} and data.query_prompt == ""
+    assert data.provenance == {
+        "Tevatron/wikipedia-trivia": "commit-of-wikipedia-trivia",
+        "Tevatron/wikipedia-trivia-corpus": "commit-of-wikipedia-trivia-corpus",
+    }
+
+
+@pytest.mark.parametrize(
+    ("passages", "found"),
+    [(None, "None"), ("7", "'7'"), ([{"title": "no id"}], r"\[None\]")],
+)
+def test_a_bad_row_of_triviaqa_is_named(hub, passages: object, found: str) -> None:
+    P.triviaqa(hub[0])
+    row = {"query_id": "0", "query": "what?", "answers": ["a"], "positive_passages": passages}
+    packed = gzip.compress(P.jsonl([row]))
+    hub[0]["Tevatron/wikipedia-trivia"]["trivia-dev.jsonl.gz"] = packed
+    with pytest.raises(ValueError, match=rf"gz:1: found 'positive_passages': ({found}), expected"):
+        C.load("triviaqa")
+
+
+def test_answers_come_from_pinned_files() -> None:
+    pinned = {name: of for name, of in H.ANSWERS.items() if of.commit is not None}
+    assert pinned.keys() == {"nq", "hotpotqa"}
+    assert all(re.fullmatch("[0-9a-f]{40}", str(of.commit)) for of in pinned.values())
+    assert {name: of.split for name, of in H.ANSWERS.items()} == {
+        name: H.own_split(name) for name in H.ANSWERS
+    }
 
 
 def test_a_query_that_is_a_document_is_excluded_under_its_id(hub) -> None:
@@ -168,7 +209,9 @@ def test_a_grade_between_two_is_named(hub) -> None:
         C.load("cqadupstack/tex")
 
 
-@pytest.mark.parametrize("name", ["cqadupstack/tex", "bright/pony", "miracl/sw", "mmarco/es"])
+@pytest.mark.parametrize(
+    "name", ["cqadupstack/tex", "bright/pony", "miracl/sw", "mmarco/es", "triviaqa"]
+)
 def test_without_the_hub_the_error_says_what_to_do(hub, name: str) -> None:
     with pytest.raises(ValueError, match=r"/.*: neither in the cache.*no network.*DATA=path"):
         C.load(name)

@@ -7,13 +7,20 @@ import pytest
 import torch
 
 from eval import __main__ as program
-from eval import rag
+from eval import hub, rag
 from eval.collections import load
 from experiments import SPARSEGEN
 from model.generate import generate
 from model.unimoer import UniMoER
+from tests.eval import published
 from tests.train.tiny import TEST, tiny_config, write_collection
 from train.trial import model_config
+
+
+@pytest.fixture
+def hub_files(request: pytest.FixtureRequest):
+    """The hub that is not there (conftest.py); `hub` is the module here."""
+    return request.getfixturevalue("hub")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,7 @@ def test_each_stage_hands_on_what_it_found(folder: Path, data: Path) -> None:
     answer, read, seconds = made.ask(query)
     text = collection.queries[query]
     vectors = model.encode_document([collection.corpus[d] for d in made.documents])
-    near = (model.encode_query([text]) @ vectors.t())[0].topk(6).indices.tolist()
+    near: list[int] = (model.encode_query([text]) @ vectors.t())[0].topk(6).indices.tolist()
     ranked = model.rank(text, [collection.corpus[made.documents[i]] for i in near], 2)
     assert read == [made.documents[near[i]] for i, _ in ranked]
     fast = model.tokenizer.fast
@@ -109,6 +116,90 @@ def test_answers_that_cannot_be_read(content: str | None, message: str, tmp_path
         (tmp_path / "answers.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         rag.read_answers(tmp_path, ["q0"])
+
+
+# Published sets ---------------------------------------------------------------------------------
+
+
+def asked(name: str) -> dict[str, str]:
+    """The questions of a set as it is loaded."""
+    data = load(name)
+    return {q: data.queries[q] for q in data.qrels[hub.own_split(name)]}
+
+
+def test_answers_of_nq_are_found_by_the_question(hub_files) -> None:
+    """Three questions, of which NQ-open has two, one of them twice, spelt a little otherwise."""
+    files, calls = hub_files
+    published.beir(files, "nq", 0)
+    queries = asked("nq")
+    first = queries["q0"]
+    published.nq_answers(files, {
+        f"The {first.rstrip('.').upper()}?": ["one", "One"], first: ["two", "one"],
+        queries["q2"]: ["three"], "what is asked by nobody": ["four"],
+    })  # fmt: skip
+    gold, of = rag.published_answers("nq", "test", queries, None)
+    assert gold == {"q0": ["one", "One", "two"], "q2": ["three"]}
+    commit = hub.ANSWERS["nq"].commit
+    assert of == {
+        "google-research-datasets/nq_open": commit,
+        "questions without an answer": "1",
+    }
+    assert calls[-1][2] == commit
+
+
+def test_answers_of_hotpotqa_are_found_by_id(hub_files) -> None:
+    published.beir(hub_files[0], "hotpotqa", 1)
+    published.hotpotqa_answers(hub_files[0], {"q2": "yes", "q1": "Animorphs", "other": "no"})
+    gold, of = rag.published_answers("hotpotqa", "test", asked("hotpotqa"), None)
+    assert gold == {"q1": ["Animorphs"], "q2": ["yes"]}
+    assert of["hotpotqa/hotpot_qa"] == hub.ANSWERS["hotpotqa"].commit
+
+
+def test_answers_of_triviaqa_stand_beside_its_questions(hub_files) -> None:
+    published.triviaqa(hub_files[0])
+    gold, of = rag.published_answers("triviaqa", "dev", asked("triviaqa"), None)
+    assert gold == {str(i): [f"Answer {i}", f"answer {i}, the other"] for i in range(2)}
+    assert of["Tevatron/wikipedia-trivia"] == "commit-of-wikipedia-trivia"
+
+
+@pytest.mark.parametrize(
+    ("answers", "split", "message"),
+    [
+        ({"q0": "yes"}, "dev", "hotpotqa has answers to its test questions alone .*split 'dev'"),
+        ({"q9": "yes"}, "test", "none of the 3 test questions of hotpotqa .* such as 'q0'"),
+        ({"q0": 3}, "test", "parquet: row 1: found 'answer': 3, expected 'answer' with a list"),
+        (None, "test", "hotpotqa/hotpot_qa: neither in the cache nor to be had"),
+    ],
+)
+def test_published_answers_that_cannot_be_had(hub_files, answers, split, message) -> None:
+    published.beir(hub_files[0], "hotpotqa", 1)
+    if answers is not None:
+        published.hotpotqa_answers(hub_files[0], answers)
+    with pytest.raises(ValueError, match=message):
+        rag.published_answers("hotpotqa", split, asked("hotpotqa"), None)
+
+
+def test_a_set_by_name(hub_files, folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Only questions that have an answer are asked, by the set's own rule and split."""
+    monkeypatch.setenv("UNIMOER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(rag, "WINDOW", 2)  # of three passages, so the index takes two windows
+    published.triviaqa(hub_files[0])
+    published.beir(hub_files[0], "nq", 0)
+    published.nq_answers(hub_files[0], {asked("nq")["q1"]: ["an answer"]})
+    line = ["rag", "--model", str(folder), "--data", "triviaqa", "nq", "--out", str(tmp_path),
+            "--device", "cpu", "--depth", "3", "--passages", "1", "--sides", "one"]  # fmt: skip
+    assert program.main(line) == 0
+    assert "triviaqa, dev, arm-seed0" in (out := capsys.readouterr().out)
+    assert "nq, test, arm-seed0" in out
+    place = tmp_path / "rag" / "arm-seed0"
+    trivia = json.loads((place / "triviaqa-dev-one.json").read_text())
+    assert (trivia["asked"]["rule"], list(trivia["questions"])) == ("triviaqa", ["0", "1"])
+    assert trivia["documents"] == 3 and trivia["answers"]["questions without an answer"] == "0"
+    nq = json.loads((place / "nq-test-one.json").read_text())
+    assert (nq["asked"]["rule"], list(nq["questions"])) == ("nq", ["q1"])
+    assert nq["answers"]["questions without an answer"] == "2"
+    assert program.main([*line, "--split", "test"]) == 2
+    assert "triviaqa has no test split (it has dev)" in capsys.readouterr().err
 
 
 def test_settings_that_cannot_work() -> None:

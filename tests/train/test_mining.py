@@ -487,9 +487,11 @@ def test_groups_and_scores_line_up(
 def test_the_weighted_term_is_added(
     config: Config, collection: Collection, planted: Path, task: str, kind: str
 ) -> None:
-    """Against the formula of each group, in float64, texts one at a time."""
+    """Against the formula of each group, in float64, texts one at a time; of whole vectors, even
+    where narrower ones are trained too."""
     fields = {"negatives": str(planted), "distill": kind, "distill_weight": 0.5,
-              "distill_temperature": 2.0, "hard_negatives": 2, "dtype": "float64"}  # fmt: skip
+              "distill_temperature": 2.0, "hard_negatives": 2, "matryoshka": (4, 8),
+              "dtype": "float64"}  # fmt: skip
     c = resolved(replace(config, **fields))
     model, data = build(c, collection)
     plain = TrainingData(collection, model.tokenizer, replace(c, distill=""), tokens_only)

@@ -23,6 +23,7 @@ ROUTED = {
     "sparsegen by token": {**NOISY_MOE, "lora_dropout": 0.0, "per_token": True},
     "tsallis": {**NOISY_MOE, "lora_dropout": 0.0, "router": "tsallis"},
     "task": {**MOE, "ranks": (4, 4, 4), "router": "task"},
+    "matryoshka": {"matryoshka": (4, 16)},
     "lists as one text": {**NOISY_MOE, "lora_dropout": 0.0, "rerank_head": "interaction"},
 }
 
