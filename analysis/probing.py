@@ -13,7 +13,7 @@ import random
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,87 +90,105 @@ def binary(y: np.ndarray) -> bool:
     return set(np.unique(y).tolist()) <= {0.0, 1.0}
 
 
-def probe_for(y: np.ndarray, weigh: bool = False) -> Any:
-    """Standardised features, then ridge or logistic regression; weigh: both classes alike."""
-    if binary(y):
-        weight = "balanced" if weigh else None
-        made = LogisticRegression(C=INVERSE_PENALTY, max_iter=500, class_weight=weight)
-        return make_pipeline(StandardScaler(), made)
-    return make_pipeline(StandardScaler(), Ridge(PENALTY))
+def score(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> list[float | None]:
+    """R^2 of ridge for each column of y (n, T), or balanced accuracy of a logistic probe where all
+    of them are yes or no; over folds of unseen queries.
 
-
-def score(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> float | None:
-    """R^2 of ridge, or balanced accuracy of a logistic probe, over folds of unseen queries.
-
-    R^2 is pooled over folds, against the mean of all values. None where y does not vary.
+    R^2 is pooled over folds, against the mean of all values. None where a column does not vary.
     """
-    if len(np.unique(y)) < 2:
-        return None
-    guessed = np.zeros(len(y))
+    guessed, yes = np.zeros(y.shape), binary(y)
     for train, test in GroupKFold(FOLDS).split(x, y, list(queries)):
-        if len(np.unique(y[train])) < 2:
-            guessed[test] = y[train].mean()
+        guessed[test] = _fitted(x[train], y[train], yes, weigh=True)(x[test])
+    found: list[float | None] = []
+    for values, guess in zip(y.T, guessed.T, strict=True):
+        if len(np.unique(values)) < 2:
+            found.append(None)
+        elif yes:
+            right = [np.mean((guess[values == label] >= 0.5) == label) for label in (0.0, 1.0)]
+            found.append(float(np.mean(right)))
         else:
-            guessed[test] = probe_for(y, True).fit(x[train], y[train]).predict(x[test])
-    if binary(y):
-        return float(np.mean([np.mean(guessed[y == label] == label) for label in (0.0, 1.0)]))
-    return float(1 - ((y - guessed) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+            left = ((values - guess) ** 2).sum() / ((values - values.mean()) ** 2).sum()
+            found.append(float(1 - left))
+    return found
 
 
 def control(y: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The same values, dealt out at random."""
+    """The same values (n, T), dealt out at random, rows together."""
     return np.random.default_rng(seed).permutation(y)
 
 
-def compression(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> float | None:
-    """Code length of y by its own distribution over its online code length by the probe.
+def compression(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> list[float | None]:
+    """Code length of each column of y (n, T) by its own distribution over its online code length by
+    the probe.
 
     Above 1 the features save bits, at 1 they say nothing; None where y does not vary. Portions are
     of whole queries in a fixed random order. A yes or no costs -log2 p; a value, to a fixed
     precision that cancels in the difference to the prior, -log2 of a Gaussian around the guess
     with the variance of the probe's residuals on what it was fitted to (in five folds).
     """
-    if len(np.unique(y)) < 2:
-        return None
     names = np.unique(np.asarray(queries))
     order = {name: i for i, name in enumerate(np.random.default_rng(0).permutation(names))}
     rank = np.array([order[query] for query in np.asarray(queries).tolist()])
     ends = [round(share * len(names)) for share in PORTIONS]
-    yes = binary(y)
-    z = y if yes else (y - y.mean()) / y.std()
+    yes, varies = binary(y), y.std(0) > 0
+    z = y if yes else (y - y.mean(0)) / np.where(varies, y.std(0), 1)
+    share = z.mean(0)
 
-    def prior(values: np.ndarray) -> float:
-        if not yes:
-            return float((0.5 * math.log2(2 * math.pi) + values**2 / (2 * math.log(2))).sum())
-        p = np.clip(z.mean(), 1e-3, 1 - 1e-3)
-        return float(-(values * np.log2(p) + (1 - values) * np.log2(1 - p)).sum())
+    def coded(values: np.ndarray, guess: np.ndarray, variance: np.ndarray) -> np.ndarray:
+        """Bits (T,) of values (m, T): of a Gaussian to a hundredth of a standard deviation."""
+        if yes:
+            p = np.clip(guess, 1e-3, 1 - 1e-3)
+            return -(values * np.log2(p) + (1 - values) * np.log2(1 - p)).sum(0)
+        bits = 0.5 * np.log2(2 * math.pi * variance) + math.log2(100)
+        return (bits + (values - guess) ** 2 / (2 * variance * math.log(2))).sum(0)
 
-    # Bits of a quantisation step of a hundredth of a standard deviation.
-    step = 0.0 if yes else math.log2(100)
-    total = prior(z) + step * len(z)
-    sent = prior(z[rank < ends[0]]) + step * int((rank < ends[0]).sum())
+    def prior(values: np.ndarray) -> np.ndarray:
+        return coded(values, share if yes else np.zeros_like(share), np.ones_like(share))
+
+    sent = prior(z[rank < ends[0]])
     for begin, end in zip(ends, ends[1:], strict=False):
         known, new = rank < begin, (rank >= begin) & (rank < end)
         groups = np.asarray(queries)[known]
         folds = min(FOLDS, len(np.unique(groups)))
-        if len(np.unique(z[known])) < 2 or known.sum() < 2 * FOLDS or folds < 2:
-            sent += prior(z[new]) + step * int(new.sum())
+        learnt = z[known].std(0) > 0 if known.any() else np.zeros(len(varies), bool)
+        if not learnt.any() or known.sum() < 2 * FOLDS or folds < 2:
+            sent += prior(z[new])
             continue
-        made = probe_for(z).fit(x[known], z[known])
-        if yes:
-            p = np.clip(made.predict_proba(x[new])[:, 1], 1e-3, 1 - 1e-3)
-            sent += float(-(z[new] * np.log2(p) + (1 - z[new]) * np.log2(1 - p)).sum())
-            continue
-        left = np.concatenate([
-            z[known][test] - probe_for(z).fit(x[known][train], z[known][train]).predict(
-                x[known][test])
-            for train, test in GroupKFold(folds).split(x[known], z[known], groups)
-        ])  # fmt: skip
-        variance = float((left**2).mean())
-        error = (z[new] - made.predict(x[new])) ** 2
-        bits = 0.5 * np.log2(2 * math.pi * variance) + error / (2 * variance * math.log(2))
-        sent += float(bits.sum()) + step * int(new.sum())
-    return total / sent
+        guess, variance = _fitted(x[known], z[known], yes)(x[new]), np.ones(len(varies))
+        if not yes:
+            left = np.concatenate([
+                z[known][test] - _fitted(x[known][train], z[known][train], yes)(x[known][test])
+                for train, test in GroupKFold(folds).split(x[known], z[known], groups)
+            ])  # fmt: skip
+            variance = np.where(learnt, (left**2).mean(0), 1)
+        sent += np.where(learnt, coded(z[new], guess, variance), prior(z[new]))
+    pairs = zip(prior(z), sent, varies, strict=True)
+    return [float(whole / online) if varied else None for whole, online, varied in pairs]
+
+
+def _fitted(
+    x: np.ndarray, y: np.ndarray, yes: bool, weigh: bool = False
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A probe of all columns of y (n, T): standardised features (m, D) -> guesses (m, T).
+
+    One ridge has all columns, since they share nearly all of the work. yes: logistic instead, and
+    guesses are probabilities; weigh: with both classes weighed alike.
+    """
+    if not yes:
+        made = make_pipeline(StandardScaler(), Ridge(PENALTY)).fit(x, y)
+        return lambda new: made.predict(new).reshape(len(new), -1)
+    probes = []
+    for column in y.T:
+        probe = None  # what does not vary needs none
+        if column.std() > 0:
+            weight = "balanced" if weigh else None
+            model = LogisticRegression(C=INVERSE_PENALTY, max_iter=500, class_weight=weight)
+            probe = make_pipeline(StandardScaler(), model).fit(x, column)
+        probes.append((probe, column.mean()))
+    return lambda new: np.stack(
+        [np.full(len(new), mean) if probe is None else probe.predict_proba(new)[:, 1]
+         for probe, mean in probes], 1,
+    )  # fmt: skip
 
 
 def probe(
@@ -180,14 +198,22 @@ def probe(
 
     layers: (layers, n, D).
     """
-    found: dict[str, list[dict[str, float | None]]] = {}
-    for name, y in values.items():
-        rows = found[name] = []
+    found: dict[str, list[dict[str, float | None]]] = {name: [] for name in values}
+    for yes in (False, True):
+        names = [name for name, y in values.items() if binary(y) == yes]
+        if not names:
+            continue
+        y = np.stack([values[name] for name in names], 1)
         for x in layers:
-            real, fake = score(x, y, queries), score(x, control(y), queries)
-            gap = None if real is None or fake is None else real - fake
-            rows.append({"score": real, "control": fake, "selectivity": gap,
-                         "compression": compression(x, y, queries)})  # fmt: skip
+            columns = (
+                score(x, y, queries),
+                score(x, control(y), queries),
+                compression(x, y, queries),
+            )
+            for name, real, fake, saved in zip(names, *columns, strict=True):
+                gap = None if real is None or fake is None else real - fake
+                found[name].append({"score": real, "control": fake, "selectivity": gap,
+                                    "compression": saved})  # fmt: skip
     return found
 
 

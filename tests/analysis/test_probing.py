@@ -4,6 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from analysis import probing
 
@@ -15,10 +19,22 @@ def features(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(N, D))
 
 
+def score(x: np.ndarray, y: np.ndarray, queries: list[int]) -> float | None:
+    return probing.score(x, y[:, None], queries)[0]
+
+
+def control(y: np.ndarray) -> np.ndarray:
+    return probing.control(y[:, None])[:, 0]
+
+
+def compression(x: np.ndarray, y: np.ndarray, queries: list[int]) -> float | None:
+    return probing.compression(x, y[:, None], queries)[0]
+
+
 def test_a_planted_property_is_read_off() -> None:
     x = features()
     y = 3 * x[:, 0] - x[:, 1] + 7
-    assert probing.score(x, y, QUERIES) == pytest.approx(1, abs=0.05)
+    assert score(x, y, QUERIES) == pytest.approx(1, abs=0.05)
     found = probing.probe(x[None], {"planted": y}, QUERIES)["planted"][0]
     assert found["selectivity"] > 0.9 and abs(found["control"]) < 0.15  # type: ignore
     assert found["compression"] > 1.2  # type: ignore[operator]
@@ -28,7 +44,7 @@ def test_with_noise_it_is_the_share_that_is_there() -> None:
     """Half of the variance is noise, so R^2 is about one half."""
     x = features()
     y = x[:, 0] + np.random.default_rng(1).normal(size=N)
-    assert probing.score(x, y, QUERIES) == pytest.approx(0.5, abs=0.08)
+    assert score(x, y, QUERIES) == pytest.approx(0.5, abs=0.08)
 
 
 def test_a_random_property_is_not() -> None:
@@ -41,11 +57,11 @@ def test_a_random_property_is_not() -> None:
 def test_a_yes_or_no() -> None:
     x = features()
     y = (x[:, 0] > 0.5).astype(float)
-    assert probing.score(x, y, QUERIES) > 0.8  # type: ignore[operator]
-    assert probing.score(x, probing.control(y), QUERIES) < 0.6  # type: ignore[operator]
-    assert probing.compression(x, y, QUERIES) > 1.3  # type: ignore[operator]
+    assert score(x, y, QUERIES) > 0.8  # type: ignore[operator]
+    assert score(x, control(y), QUERIES) < 0.6  # type: ignore[operator]
+    assert compression(x, y, QUERIES) > 1.3  # type: ignore[operator]
     random = (np.random.default_rng(2).random(N) > 0.5).astype(float)
-    assert probing.compression(x, random, QUERIES) < 1.02  # type: ignore[operator]
+    assert compression(x, random, QUERIES) < 1.02  # type: ignore[operator]
 
 
 def test_what_only_tells_queries_apart_does_not_count() -> None:
@@ -54,9 +70,42 @@ def test_what_only_tells_queries_apart_does_not_count() -> None:
     names = rng.normal(size=(N // 6, D))
     x = names[np.array(QUERIES)] + 0.01 * features()
     y = rng.normal(size=N // 6)[np.array(QUERIES)]
-    assert probing.score(x, y, QUERIES) < 0.2  # type: ignore[operator]
-    leaking = probing.score(x, y, list(range(N)))  # folds that split queries
-    assert leaking > probing.score(x, y, QUERIES) + 0.05  # type: ignore[operator]
+    assert score(x, y, QUERIES) < 0.2  # type: ignore[operator]
+    leaking = score(x, y, list(range(N)))  # folds that split queries
+    assert leaking > score(x, y, QUERIES) + 0.05  # type: ignore[operator]
+
+
+def test_properties_together_are_each_by_itself() -> None:
+    """Against scikit-learn's own cross-validation of one ridge after the other."""
+    x, rng = features(), np.random.default_rng(4)
+    y = np.stack([x[:, 0] + rng.normal(size=N), rng.normal(size=N), np.full(N, 2.0), x[:, 1]], 1)
+    together = probing.score(x, y, QUERIES)
+    coded = probing.compression(x, y, QUERIES)
+    for i in range(y.shape[1]):
+        column = y[:, i]
+        if i == 2:
+            assert together[i] is coded[i] is None
+            continue
+        one = make_pipeline(StandardScaler(), Ridge(probing.PENALTY))
+        folds = GroupKFold(probing.FOLDS)
+        guess = cross_val_predict(one, x, column, groups=QUERIES, cv=folds)
+        expected = 1 - ((column - guess) ** 2).sum() / ((column - column.mean()) ** 2).sum()
+        assert together[i] == pytest.approx(expected, abs=1e-9)
+        assert coded[i] == pytest.approx(compression(x, column, QUERIES), abs=1e-9)
+    yes = (y[:, [0, 1]] > 0).astype(float)
+    assert probing.score(x, yes, QUERIES)[0] == score(x, yes[:, 0], QUERIES)
+    assert probing.compression(x, yes, QUERIES)[1] == compression(x, yes[:, 1], QUERIES)
+
+
+def test_values_of_two_kinds_get_the_probe_of_each() -> None:
+    x = features()
+    y = x[:, 0] + 0.1
+    values = {"a": y, "yes": (y > 0).astype(float), "b": x[:, 1] - y}
+    found = probing.probe(np.stack([x, -x]), values, QUERIES)
+    assert list(found) == ["a", "yes", "b"]
+    for name, rows in found.items():
+        assert len(rows) == 2
+        assert rows[0]["score"] == pytest.approx(score(x, values[name], QUERIES), abs=1e-9)
 
 
 def test_what_does_not_vary_has_no_score() -> None:
@@ -82,7 +131,7 @@ def test_a_few_queries_are_coded_by_the_prior() -> None:
     """Too few for folds: no error, and no more bits than the values' own distribution takes."""
     x, y = features()[:96], np.random.default_rng(3).normal(size=96)
     queries = [i // 12 for i in range(96)]
-    assert probing.compression(x, y, queries) == pytest.approx(1, abs=0.2)
+    assert compression(x, y, queries) == pytest.approx(1, abs=0.2)
 
 
 def test_parts_of_speech() -> None:
