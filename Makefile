@@ -4,6 +4,7 @@
 #   ARGS=          more arguments for pytest (test, test-gpu), bench, plan, eval, baselines, encode, search,
 #                  rag, mine and gpu-all
 #   RUNS=          where trials go; runs/ if not given
+#   EVALUATE=      for kill-gate: collections that the trained models are measured on as well
 #   WANDB=project  log trials to Weights & Biases too, offline unless WANDB_MODE says otherwise
 #   PROCESSES=n    n processes, each with a card of its own (or a share of the CPU); docs/cluster.md
 #   BENCH= MODEL= TASKS= BENCHMARK=  for eval, MODEL= for encode, search and rag, MODEL= OUT= for mine
@@ -34,7 +35,7 @@ PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check --no-input \
 SETTING = $(if $(SCALE),--scale $(SCALE)) $(if $(BASE),--base '$(BASE)') $(if $(DATA),--data '$(DATA)')
 TRIALS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ARMS),--arms $(ARMS)) \
   $(if $(CONTROLS),--controls) $(if $(AA),--aa) $(if $(RUNS),--runs '$(RUNS)') \
-  $(if $(WANDB),--wandb '$(WANDB)')
+  $(if $(WANDB),--wandb '$(WANDB)') $(if $(EVALUATE),--evaluate $(EVALUATE))
 TORCHRUN = torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m
 STUDY = $(PY) -m $(if $(PROCESSES),$(TORCHRUN) )run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS))
 

@@ -7,16 +7,16 @@ import argparse
 import json
 import shutil
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import get_origin
 
 import torch
 
 import experiments
 from analysis import (
     ablation,
+    across,
     compare,
     conflict,
     gradients,
@@ -36,10 +36,12 @@ from analysis import (
     sweep,
     tracking,
 )
-from eval import metrics
+from eval import hub
+from eval.collections import require_split
 from eval.command import exit_status
 from eval.files import write_json, write_text
 from eval.machine import device_name
+from eval.protocol import show_row
 from kernels.choice import KERNELS, use_triton
 from model import bases, parallel
 from model.config import DTYPES
@@ -50,6 +52,7 @@ from train.mixture import training_steps
 from train.start import check_starts
 from train.trial import (
     Workbench,
+    measure_trial,
     model_config,
     repeatable,
     resolved,
@@ -57,7 +60,7 @@ from train.trial import (
     run_trial,
     sources,
 )
-from trials import Config
+from trials import Config, override
 
 ROOT = Path(__file__).parent
 REPORTS = {  # each has write(folder) and summary(what it wrote)
@@ -114,18 +117,6 @@ def finish(path: Path, result: dict) -> None:
     parallel.wait()
 
 
-def show_row(arm: str, seed: int | None, scores: dict) -> None:
-    """One row of the running table: nDCG@10 of each task."""
-    if parallel.rank() > 0:
-        return
-    cells = [
-        f"{metrics.mean(scores[task], 'ndcg_cut_10'):.4f}" if task in scores else "-"
-        for task in ("embedding", "reranking")
-    ]
-    name = arm if seed is None else f"{arm} seed {seed}"
-    print(f"{name:<24} retrieval {cells[0]:>7}   reranking {cells[1]:>7}", flush=True)
-
-
 def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
     """Measure a trained model, unless that was done; nothing where there is nothing to measure."""
     path = place.with_name(f"{name}-{place.name}.json")
@@ -163,7 +154,9 @@ def command_run(args: argparse.Namespace) -> None:
         for key, value in (("base", args.base), ("data", args.data), ("split", args.split))
         if value
     }
-    overrides |= dict(_override(text) for text in args.set)
+    overrides |= dict(override(text) for text in args.set)
+    if args.evaluate and experiments.EXPERIMENTS[args.experiment].report != "verdict":
+        raise ValueError(f"--evaluate: {args.experiment} has no verdict to be given elsewhere")
     if args.wandb:
         tracking.wandb_init(args.wandb)  # what cannot work is said at once
     chosen = experiments.arms(args.experiment, args.controls, args.aa, args.scale)
@@ -185,14 +178,19 @@ def command_run(args: argparse.Namespace) -> None:
             trials.append((arm, resolved(config)))
     check_starts(trials, folder)
     first = trials[0][1]
-    cache = bases.cache_folder()
     use_triton(args.kernels, device, DTYPES[first.dtype])  # what cannot work is said at once
     if device.startswith("cuda"):
         repeatable()
-    bench = Workbench(first.data, device, cache, not args.no_prefix_cache, args.kernels)
+    options = device, bases.cache_folder(), not args.no_prefix_cache, args.kernels
+    bench = Workbench(first.data, *options)
     for _, config in trials:  # what cannot work is said before anything is computed
         model_config(config)
     training_steps(bench.collections, first)
+    for data in args.evaluate:
+        replace(first, measured_on=data)
+    elsewhere = {data: Workbench(data, *options) for data in args.evaluate}
+    for data, there in elsewhere.items():
+        require_split(there.collection, args.split or hub.own_split(data))
     if parallel.rank() == 0:
         of = f"{parallel.world()} x " if parallel.world() > 1 else ""
         title = f"{args.experiment} {folder.name}: {len(trials)} trials"
@@ -223,28 +221,38 @@ def command_run(args: argparse.Namespace) -> None:
     if parallel.rank() == 0:
         print(write_report(args.experiment, folder))
         print(f"report: {folder / 'report.md'}")
+    plain = resolved(experiments.plain(args.experiment, args.scale, **overrides))
+    folders = [evaluate(d, there, args, plain, trials) for d, there in elsewhere.items()]
+    if folders and parallel.rank() == 0:
+        print(across.write(folder, folders))
     parallel.wait()
 
 
-def _override(text: str) -> tuple[str, object]:
-    """`name=value` for a field of Config, the value as JSON or a plain word."""
-    name, equals, value = text.partition("=")
-    kinds = {f.name: f.type for f in fields(Config) if f.name != "seed"}
-    if not equals or name not in kinds:
-        raise ValueError(f"--set {text!r}: expected FIELD=VALUE with a field of experiments.Config")
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        parsed = value
-    kind = kinds[name] if get_origin(kinds[name]) is not tuple else list
-    if not isinstance(parsed, (kind, int) if kind is float else kind):  # type: ignore[arg-type]
-        raise ValueError(f"--set {text!r}: expected {kinds[name]}, as {getattr(Config(), name)!r}")
-    return name, tuple(parsed) if isinstance(parsed, list) else parsed
+def evaluate(
+    data: str, bench: Workbench, args: argparse.Namespace, plain: Config,
+    trials: list[tuple[str, Config]],
+) -> Path:  # fmt: skip
+    """Measure trained trials on another collection, as a setting with a verdict of its own."""
+    there = {"measured_on": data, "split": args.split or hub.own_split(data)}
+    folder = setting_folder(args, data)
+    show_baselines(folder / "baselines.json", replace(plain, **there), bench, {})
+    for arm, trained in trials:
+        config, place = replace(trained, **there), folder / arm / f"seed{trained.seed}"
+        path = place.with_suffix(".json")
+        if (result := stored(path, config)) is None:
+            result = measure_trial(config, arm, place, bench)
+            finish(path, result)
+        show_row(arm, config.seed, result["scores"])
+    if parallel.rank() == 0:
+        print(write_report(args.experiment, folder))
+        print(f"report: {folder / 'report.md'}")
+    return folder
 
 
-def setting_folder(args: argparse.Namespace) -> Path:
+def setting_folder(args: argparse.Namespace, measured_on: str = "") -> Path:
     base, data = args.base or Config().base, args.data or Config().data
-    return Path(args.runs) / args.experiment / experiments.setting_name(args.scale, base, data)
+    name = experiments.setting_name(args.scale, base, data, measured_on)
+    return Path(args.runs) / args.experiment / name
 
 
 def command_list(args: argparse.Namespace) -> None:
@@ -361,6 +369,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--aa", action="store_true", help="an A/A pair as arms of its own")
         if name == "run":
             sub.add_argument("--arms", nargs="*", default=[], help="only these")
+            sub.add_argument("--evaluate", nargs="+", default=[], metavar="DATA",
+                             help="measure what was trained on these as well")  # fmt: skip
             sub.add_argument("--split", default="", help="what is measured: test (default) or dev")
             sub.add_argument("--device", default="", help="cpu or cuda; default: what there is")
             sub.add_argument(

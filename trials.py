@@ -1,9 +1,9 @@
 """What a trial and an experiment are, as data. Standard library only."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 
 def parts(text: str) -> list[str]:
@@ -63,6 +63,7 @@ class Config:
     document_tokens: int = 512
     list_tokens: int = 8192  # of a query with its candidates; more of them make several texts
     data: str = "stdlib"  # fiqa+msmarco: trained on both, measured on the first
+    measured_on: str = ""  # another collection, on which a trained model is measured
     mixture_temperature: float = 1.0  # T: steps of a collection in proportion to size^(1/T)
     split: str = "test"
 
@@ -144,6 +145,8 @@ class Config:
                 raise ValueError(
                     f"{name} must be at least {least.get(name, 1)}, got {getattr(self, name)}"
                 )
+        if "+" in self.measured_on and not Path(self.measured_on).is_dir():
+            raise ValueError(f"measured_on is one collection, got {self.measured_on!r}: list them")
         if set(self.scored) - {"embedding", "reranking"}:
             raise ValueError(f"scored must be some of embedding, reranking; got {self.scored}")
         if self.merge not in ("linear", "ties"):
@@ -204,13 +207,17 @@ class Experiment:
     contrasts: tuple[tuple[str, str, str, str], ...] = ()
 
 
-def setting_name(scale: str, base: str, data: str) -> str:
-    """`small`, `small-scifact`, `full-qwen3-0.6b-base-msmarco`: what is not the default."""
+def setting_name(scale: str, base: str, data: str, measured_on: str = "") -> str:
+    """`small`, `small-scifact`, `full-qwen3-0.6b-base-msmarco`: what is not the default; then
+    `-on-fiqa` for what was trained there and is measured elsewhere."""
     named = [scale]
     if base != Config().base:
         named.append(Path(base).name.lower())
     if data != Config().data:
         named.append("+".join(Path(part).name.lower() for part in parts(data)))
+    if measured_on:
+        name = Path(measured_on).name if Path(measured_on).is_dir() else measured_on
+        named += ["on", name.lower().replace("/", "-")]
     return "-".join(named)
 
 
@@ -229,3 +236,19 @@ def width(base: str) -> int:
     if not path.exists():
         raise ValueError(f"the width of {base} is not known: add it to trials.WIDTHS")
     return json.loads(path.read_text())["hidden_size"]
+
+
+def override(text: str) -> tuple[str, object]:
+    """`name=value` for a field of Config, the value as JSON or a plain word."""
+    name, equals, value = text.partition("=")
+    kinds = {f.name: f.type for f in fields(Config) if f.name not in ("seed", "measured_on")}
+    if not equals or name not in kinds:
+        raise ValueError(f"--set {text!r}: expected FIELD=VALUE with a field of experiments.Config")
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value
+    kind = kinds[name] if get_origin(kinds[name]) is not tuple else list
+    if not isinstance(parsed, (kind, int) if kind is float else kind):  # type: ignore[arg-type]
+        raise ValueError(f"--set {text!r}: expected {kinds[name]}, as {getattr(Config(), name)!r}")
+    return name, tuple(parsed) if isinstance(parsed, list) else parsed

@@ -172,7 +172,7 @@ def limits(verdict: dict[str, Any]) -> list[str]:
     if arms.get(MOE, {}).get("seeds") and not all(arms.get(a, {}).get("seeds") for a in SAME_SIZE):
         size = "Joint-3r and Uniform-MoE were not both run (`CONTROLS=1`)"
         said.append(f"Whether Joint-MoE gains by routing or by its threefold size: {size}.")
-    if verdict["setting"] not in experiments.TUNED:
+    if verdict["setting"].partition("-on-")[0] not in experiments.TUNED:
         said.append(
             "Whether each arm has the learning rate that suits it: none was swept for this setting "
             "(`make sweep`)."
@@ -202,6 +202,8 @@ def markdown(verdict: dict[str, Any], drawn: list[str]) -> str:
     if len(trained := parts(c["data"])) > 1:
         more["trained on"] = f"{', '.join(trained)}, in proportion to queries^(1/"
         more["trained on"] += f"{c['mixture_temperature']:g})"
+    elif c.get("measured_on"):
+        more["trained on"] = f"{c['data']}; what is measured is another collection"
     if widths := c.get("matryoshka"):
         more["Matryoshka"] = "InfoNCE is the mean over the whole vectors and their first "
         more["Matryoshka"] += ", ".join(map(str, widths))

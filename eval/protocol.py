@@ -9,9 +9,10 @@ from torch import Tensor
 
 from eval.bm25 import BM25
 from eval.collections import Collection, require_split
-from eval.metrics import evaluate, ideal
+from eval.metrics import evaluate, ideal, mean
 from eval.rerank import random_heads, to_run
 from eval.retrieval import cut, search
+from model import parallel
 from model.heads import pool
 from model.prefix import TextSet
 from model.tokens import Tokenizer
@@ -20,6 +21,18 @@ from trials import Config
 
 Scores = dict[str, dict[str, float]]  # query id -> metric -> value
 WithStates = Callable[[list[list[int]], str], TextSet]
+
+
+def show_row(arm: str, seed: int | None, scores: dict[str, Scores]) -> None:
+    """One row of the running table: nDCG@10 of each task."""
+    if parallel.rank() > 0:
+        return
+    cells = [
+        f"{mean(scores[task], 'ndcg_cut_10'):.4f}" if task in scores else "-"
+        for task in ("embedding", "reranking")
+    ]
+    name = arm if seed is None else f"{arm} seed {seed}"
+    print(f"{name:<24} retrieval {cells[0]:>7}   reranking {cells[1]:>7}", flush=True)
 
 
 class EvaluationSet:

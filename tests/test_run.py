@@ -527,7 +527,7 @@ def test_data_without_a_train_split(words, data, tmp_path, cache, monkeypatch, c
     ],
 )
 def test_what_set_takes(text, expected):
-    assert run._override(text) == expected
+    assert run.override(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from eval.collections import Collection, load
 from eval.machine import device_name, peak_bytes, trim_heap
-from eval.protocol import EvaluationSet
+from eval.protocol import EvaluationSet, Scores
 from model import parallel, sharding
 from model.lora import LinearGroup, LoRAConfig
 from model.prefix import TextSet, prefix_states
@@ -35,6 +35,7 @@ from trials import Config, parts
 ROOT = Path(__file__).parent.parent
 SCHEMA = 1
 TRIM_EVERY = 4  # steps
+MEASURED = ("measured_on", "split")  # what may differ between how it is trained and measured
 
 
 def resolve_dtype(name: str) -> str:
@@ -236,14 +237,7 @@ def run_trial(
         title = f"{arm} seed {config.seed}"
         log = train(model, data, config, place, callback=after_step, title=title)
     trained = time.perf_counter()
-    evaluation = bench.evaluation(model, config)
-    trim_heap()
-    scores = {}
-    tasks = config.scored or config.tasks
-    if "embedding" in tasks:
-        scores["embedding"] = evaluation.retrieval(model, progress=True)
-    if "reranking" in tasks:
-        scores["reranking"] = evaluation.reranking(model, progress=True)
+    scores = _scores(model, config, bench)
     ended = time.perf_counter()
     if parallel.rank() == 0:
         model.save_pretrained(place.with_name(place.name + ".model"))
@@ -259,6 +253,50 @@ def run_trial(
         "seconds": seconds,
         "peak_bytes": peak_bytes(bench.device),
     }
+
+
+def measure_trial(config: Config, arm: str, place: Path, bench: Workbench) -> dict:
+    """A trained trial, measured on `config.measured_on`: its result with the scores there.
+
+    Args:
+        place: <runs>/<experiment>/<setting>-on-<name>/<arm>/seed<k>; it was trained in <setting>.
+        bench: of the collection that is measured.
+    Raises:
+        ValueError: it is not finished there, or was trained with another config.
+    """
+    home = place.parents[1]
+    source = home.with_name(home.name.rpartition("-on-")[0]) / arm / f"{place.name}.json"
+    model_folder = source.with_suffix(".model")
+    if not (source.exists() and model_folder.exists()):
+        raise ValueError(f"there is no {source} with its model: train it before it is measured")
+    trained = json.loads(source.read_text())
+    wanted = json.loads(json.dumps(config.to_json()))
+    if other := [k for k in wanted if k not in MEASURED and trained["config"].get(k) != wanted[k]]:
+        shown = ", ".join(f"{k}: {trained['config'].get(k)!r}, not {wanted[k]!r}" for k in other)
+        raise ValueError(f"{source} was trained with another config ({shown}): move it away first")
+    started = time.perf_counter()
+    model = UniMoER.from_pretrained(model_folder, bench.device, kernels=bench.kernels)
+    scores = _scores(model, config, bench)
+    return {
+        **trained,
+        **_record(config, arm, bench, model),
+        "trained": {k: trained[k] for k in ("data", "git", "sources", "versions", "device")},
+        "scores": scores,
+        "seconds": {**trained["seconds"], "test": time.perf_counter() - started},
+        "peak_bytes": peak_bytes(bench.device),
+    }
+
+
+def _scores(model: UniMoER, config: Config, bench: Workbench) -> dict[str, Scores]:
+    """Task -> per-query metrics, of the tasks that are measured."""
+    evaluation = bench.evaluation(model, config)
+    trim_heap()
+    scores, tasks = {}, config.scored or config.tasks
+    if "embedding" in tasks:
+        scores["embedding"] = evaluation.retrieval(model, progress=True)
+    if "reranking" in tasks:
+        scores["reranking"] = evaluation.reranking(model, progress=True)
+    return scores
 
 
 def run_baselines(config: Config, bench: Workbench, show: Callable[[str, dict], None]) -> dict:

@@ -1,0 +1,132 @@
+"""Interference over several collections: that of each, and their mean, by the rule of the study.
+
+For one task, collection k has I_k = 100 (P_k - J_k) / P_k, and I = mean_k I_k: each weighs the
+same, however many queries it has. The queries of different collections are different ones, the
+trained models are the same; so I is one smooth function of all queries' scores, whose interval
+`eval.stats.estimate` finds from its gradient. With n_k of Q queries in collection k of K,
+
+    u_q = Q / (K n_k) * 100 * (J_k / P_k * Y_P[q] - Y_J[q]) / P_k      of a query q of k
+
+whose mean within each collection is 0, so that how hard a collection is adds nothing to the
+variance: it is that of the collections at hand, not of others that might have been taken.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.figures import TASKS, span
+from analysis.judge import JOINT, METRIC, NEEDED, SPECIALIST, arrays, load
+from eval import stats
+from eval.files import write_json, write_text
+
+Part = tuple[stats.Arms, Sequence[str]]  # of a collection: arm -> (S, Q) scores, Q cluster labels
+
+
+def mean_interference(parts: Sequence[Part], specialist: str, joint: str) -> stats.Estimate:
+    """I, in %, with its interval; for one collection it is `stats.interference`.
+
+    Args:
+        parts: the same seeds, in the same order, in each. Means of the specialist must be > 0.
+    """
+    total, values, labels = sum(len(of) for _, of in parts), [], []
+    columns: dict[str, list[np.ndarray]] = {specialist: [], joint: []}
+    for at, (y, of) in enumerate(parts):
+        p, j = float(y[specialist].mean()), float(y[joint].mean())
+        weight = 100 * total / (len(parts) * len(of))
+        values.append(100 * (p - j) / p)
+        columns[specialist].append(weight * j / p**2 * y[specialist])
+        columns[joint].append(-weight / p * y[joint])
+        labels += [f"{at} {label}" for label in of]
+    scaled = {arm: np.concatenate(of, axis=1) for arm, of in columns.items()}
+    return stats.estimate(float(np.mean(values)), dict.fromkeys(columns, 1.0), scaled, labels)
+
+
+def judge(folders: Sequence[Path]) -> dict[str, Any]:
+    """What across.json holds: `collections`, and by `stats.decide` the decision on their mean.
+
+    A task is measurable if its specialists' gain over the untrained base is, in the mean.
+
+    Args:
+        folders: the settings, each of one collection and of the same trained models.
+    Raises:
+        ValueError: see `analysis.judge.load`; no seed has all needed arms everywhere, or a
+            specialist scores 0.
+    """
+    loaded = {folder.name: load(folder) for folder in folders}
+    every = [set(arms.get(arm, {})) for _, arms in loaded.values() for arm in NEEDED]
+    seeds = sorted(set.intersection(*every))
+    if not seeds:
+        raise ValueError(f"{', '.join(loaded)}: no seed of {', '.join(NEEDED)} is in all of them")
+    rows: dict[str, dict[str, Any]] = {name: {} for name in loaded}
+    parts: dict[str, list[Part]] = {task: [] for task in TASKS}
+    gains: dict[str, list[float]] = {task: [] for task in TASKS}
+    for name, (baselines, arms) in loaded.items():
+        used = {arm: {s: arms[arm][s] for s in seeds} for arm in NEEDED}
+        y, labels = arrays(baselines, used)
+        for task in TASKS:
+            base = np.mean([row[METRIC] for row in baselines["untrained"][task].values()])
+            found = stats.interference(y[task], labels[task], SPECIALIST[task], JOINT)
+            mine = float(y[task][SPECIALIST[task]].mean())
+            rows[name][task] = {
+                **{"specialist": mine, "joint": float(y[task][JOINT].mean()), "base": float(base)},
+                **{"interference": found.value, "interval": found.interval},
+            }
+            parts[task].append((y[task], labels[task]))
+            gains[task].append(mine - float(base))
+    means = {task: mean_interference(parts[task], SPECIALIST[task], JOINT) for task in TASKS}
+    known = {task: None if mean.interval is None else mean.p for task, mean in means.items()}
+    adjusted = stats.holm([1.0 if p is None else p for p in known.values()])
+    tasks = {}
+    for (task, mean), p in zip(means.items(), adjusted, strict=True):
+        sure = mean.interval is not None
+        tasks[task] = {
+            "measurable": round(float(np.mean(gains[task])), 9) >= stats.MEASURABLE_GAIN,
+            **{"interference": mean.value, "interval": mean.interval},
+            "p_holm": p if sure else None,
+            "p_equivalence": stats.tost(mean.value, mean.se, mean.df, stats.PROCEED_FROM)
+            if sure
+            else None,
+        }
+    names = {name: baselines["data"]["name"] for name, (baselines, _) in loaded.items()}
+    return {
+        **stats.decide(tasks, len(seeds)),
+        **{"seeds": seeds, "tasks": tasks, "collections": rows, "names": names},
+    }
+
+
+def write(folder: Path, folders: Sequence[Path]) -> str:
+    """Put across.json and across.md beside the setting where the models were trained.
+
+    Returns:
+        What it says, for a terminal.
+    """
+    found = judge(folders)
+    write_json(folder / "across.json", found)
+    text = markdown(folder.name, found)
+    write_text(folder / "across.md", text)
+    return f"{text}\nwritten to {folder / 'across.md'}"
+
+
+def markdown(setting: str, found: dict[str, Any]) -> str:
+    """The table of collections with their mean, and the decision."""
+    lines = [
+        f"# {setting}: measured elsewhere",
+        "",
+        f"Trained in `{setting}`, measured on {len(found['names'])} other collections, seeds "
+        f"{', '.join(map(str, found['seeds']))}. I = 100 (specialist - joint) / specialist, in % "
+        "of nDCG@10, with its 95 % interval over seeds and queries; in the mean every collection "
+        "weighs the same, and its interval is for these collections, not for others.",
+        "",
+        "| collection | " + " | ".join(f"{name} I" for name in TASKS.values()) + " |",
+        "| --- |" + " ---: |" * len(TASKS),
+    ]
+    rows = {found["names"][name]: row for name, row in found["collections"].items()}
+    for name, row in (rows | {f"**mean of {len(rows)}**": found["tasks"]}).items():
+        cells = [f"{row[t]['interference']:+.2f} {span(row[t]['interval'])}".strip() for t in TASKS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    supported = "yes" if found["supported"] else "no"
+    lines += ["", f"**{found['decision']}**, supported by the statistics: **{supported}**.", ""]
+    return "\n".join([*lines, found["reason"], ""])

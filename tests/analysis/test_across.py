@@ -1,0 +1,125 @@
+"""The mean interference over collections: against the formula and each collection's own."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis import across
+from eval import stats
+from tests.analysis.made import Maker
+
+PAIR = ("emb-only", "joint-single")
+
+
+def part(queries: int, seed: int, loss: float, level: float = 0.5) -> across.Part:
+    """Three seeds of both arms; Joint-Single scores 1 - loss of the specialist."""
+    rng = np.random.default_rng(seed)
+    hard = level * (0.5 + rng.random(queries))
+    y = {
+        arm: hard * share + level * 0.05 * rng.standard_normal((3, queries))
+        for arm, share in zip(PAIR, (1.0, 1 - loss), strict=True)
+    }
+    return y, [f"c{i // 2}" for i in range(queries)]
+
+
+def test_of_one_collection_it_is_its_own_interference() -> None:
+    y, labels = part(40, 0, 0.1)
+    own, mean = stats.interference(y, labels, *PAIR), across.mean_interference([(y, labels)], *PAIR)
+    for name in ("value", "se", "df", "low", "high", "p"):
+        assert getattr(mean, name) == pytest.approx(getattr(own, name), rel=1e-9)
+
+
+def test_every_collection_weighs_the_same() -> None:
+    """Against the module's formula, query by query; the queries' labels are of their collection."""
+    parts = [part(20, 1, 0.1), part(400, 2, -0.05)]
+    found = across.mean_interference(parts, *PAIR)
+    each = [stats.interference(y, labels, *PAIR) for y, labels in parts]
+    assert found.value == pytest.approx((each[0].value + each[1].value) / 2, rel=1e-12)
+    # Without seeds that differ what is left is the variance over queries, by delete-one-cluster.
+    still = [({a: np.repeat(s.mean(0)[None], 3, 0) for a, s in y.items()}, of) for y, of in parts]
+    u, clusters = [], []
+    for at, (y, labels) in enumerate(still):
+        p, j = (float(y[arm].mean()) for arm in PAIR)
+        scale = 420 / (2 * len(labels)) * 100 / p
+        u += [scale * (j / p * a - b) for a, b in zip(y[PAIR[0]][0], y[PAIR[1]][0], strict=True)]
+        clusters += [(at, label) for label in labels]
+    variance = 0.0
+    for name in set(clusters):
+        inside = [v for v, label in zip(u, clusters, strict=True) if label == name]
+        variance += (sum(inside) / (420 - len(inside))) ** 2
+    variance *= 1 - 1 / len(set(clusters))
+    assert across.mean_interference(still, *PAIR).se == pytest.approx(math.sqrt(variance), rel=1e-9)
+    alone = [stats.interference(y, labels, *PAIR).se for y, labels in still]
+    assert math.sqrt(variance) == pytest.approx(math.hypot(*alone) / 2, rel=0.06)
+
+
+def test_how_hard_a_collection_is_adds_nothing() -> None:
+    one, (y, labels) = part(60, 3, 0.1), part(60, 4, 0.1)
+    easy = across.mean_interference([one, (y, labels)], *PAIR)
+    hard = across.mean_interference([one, ({a: s / 8 for a, s in y.items()}, labels)], *PAIR)
+    assert (hard.value, hard.se) == pytest.approx((easy.value, easy.se), rel=1e-9)
+
+
+def folders(tmp_path: Path, losses: list[tuple[float, float]], seeds: int = 3) -> list[Path]:
+    """A setting for each collection, of which Joint-Single loses such shares on both tasks."""
+    made = []
+    for at, (embedding, reranking) in enumerate(losses):
+        folder = tmp_path / "kill_gate" / f"smoke-on-set{at}"
+        maker, data = Maker(folder, seed=at), {"name": f"set{at}", "fingerprint": str(at)}
+        maker.baselines(data=data)
+        maker.arm("emb-only", {"embedding": 0.6}, seeds, data=data)
+        maker.arm("rank-only", {"reranking": 0.6}, seeds, data=data)
+        both = {"embedding": 0.6 * (1 - embedding), "reranking": 0.6 * (1 - reranking)}
+        maker.arm("joint-single", both, seeds, data=data)
+        made.append(folder)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("losses", "decision"),
+    [
+        ([(0.0, 0.1), (0.0, 0.02)], "proceed"),  # 6 % in the mean
+        ([(0.0, 0.1), (0.0, -0.1)], "pivot"),
+        ([(0.0, 0.05), (0.0, -0.02)], "more_seeds"),  # 1.5 %
+    ],
+)
+def test_the_rule_is_applied_to_the_mean(tmp_path: Path, losses, decision: str) -> None:
+    places = folders(tmp_path, losses)
+    found = across.judge(places)
+    assert found["decision"] == decision and found["seeds"] == [0, 1, 2]
+    for task in across.TASKS:
+        each = [row[task]["interference"] for row in found["collections"].values()]
+        assert found["tasks"][task]["interference"] == pytest.approx(sum(each) / 2)
+    wanted = [100 * sum(pair[t] for pair in losses) / 2 for t in (0, 1)]
+    values = [found["tasks"][task]["interference"] for task in across.TASKS]
+    assert values == pytest.approx(wanted, abs=0.4)
+    said = across.write(tmp_path, places)
+    assert "| set0 | " in said and "| **mean of 2** | " in said and f"**{decision}**" in said
+    assert (tmp_path / "across.md").read_text() in said
+
+
+def test_what_training_gains_too_little_is_not_measurable(tmp_path: Path) -> None:
+    places = folders(tmp_path, [(0.0, 0.0), (0.0, 0.0)])
+    for at, folder in enumerate(places):
+        data = {"name": f"set{at}", "fingerprint": str(at)}
+        Maker(folder, seed=at).baselines(score=0.57, data=data)
+    found = across.judge(places)
+    assert found["decision"] == "inconclusive"
+    assert not any(task["measurable"] for task in found["tasks"].values())
+
+
+def test_one_seed_supports_nothing(tmp_path: Path) -> None:
+    found = across.judge(folders(tmp_path, [(0.1, 0.1), (0.1, 0.1)], seeds=1))
+    assert (found["decision"], found["supported"]) == ("proceed", False)
+    assert found["tasks"]["embedding"]["interval"] is None
+    assert "(no interval)" in across.markdown("smoke", found)
+
+
+def test_an_arm_that_one_collection_lacks(tmp_path: Path) -> None:
+    places = folders(tmp_path, [(0.0, 0.0), (0.0, 0.0)])
+    for path in (places[1] / "rank-only").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="smoke-on-set0, smoke-on-set1: no seed of emb-only, ran"):
+        across.judge(places)
