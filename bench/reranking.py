@@ -61,7 +61,7 @@ def mixed_pairs(collection: Collection, model: UniMoER, count: int, tokens: int)
     pairs = [(collection.queries[q], collection.corpus[d]) for q in asked for d in found[q]]
     kept = []
     for pair, ids in zip(pairs, model.tokenizer.pairs(pairs), strict=True):
-        apart = [model.tokenizer.fast.encode(text).ids for text in halves(pair, model)]
+        apart = [model.tokenizer.template(text) for text in halves(pair, model)]
         if len(ids) <= tokens and ids == apart[0] + apart[1]:
             kept.append(pair)
     if len(kept) < 2:
