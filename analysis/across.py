@@ -71,8 +71,11 @@ def judge(folders: Sequence[Path]) -> dict[str, Any]:
             found = stats.interference(y[task], labels[task], SPECIALIST[task], JOINT)
             mine = float(y[task][SPECIALIST[task]].mean())
             rows[name][task] = {
-                **{"specialist": mine, "joint": float(y[task][JOINT].mean()), "base": float(base)},
-                **{"interference": found.value, "interval": found.interval},
+                "specialist": mine,
+                "joint": float(y[task][JOINT].mean()),
+                "base": float(base),
+                "interference": found.value,
+                "interval": found.interval,
             }
             parts[task].append((y[task], labels[task]))
             gains[task].append(mine - float(base))
@@ -84,17 +87,16 @@ def judge(folders: Sequence[Path]) -> dict[str, Any]:
         sure = mean.interval is not None
         tasks[task] = {
             "measurable": round(float(np.mean(gains[task])), 9) >= stats.MEASURABLE_GAIN,
-            **{"interference": mean.value, "interval": mean.interval},
+            "interference": mean.value,
+            "interval": mean.interval,
             "p_holm": p if sure else None,
             "p_equivalence": stats.tost(mean.value, mean.se, mean.df, stats.PROCEED_FROM)
             if sure
             else None,
         }
     names = {name: baselines["data"]["name"] for name, (baselines, _) in loaded.items()}
-    return {
-        **stats.decide(tasks, len(seeds)),
-        **{"seeds": seeds, "tasks": tasks, "collections": rows, "names": names},
-    }
+    decided = stats.decide(tasks, len(seeds))
+    return decided | {"seeds": seeds, "tasks": tasks, "collections": rows, "names": names}
 
 
 def write(folder: Path, folders: Sequence[Path]) -> str:

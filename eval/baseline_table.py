@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from eval import baselines, e2rank, metrics
 from eval.baselines import BM25, Row, Source
 from eval.benchmarks import TITLES, split_of
 from eval.collections import Collection, load
+from eval.command import exit_status
 from eval.files import write_json, write_text
 from eval.metrics import evaluate
 from eval.protocol import EvaluationSet
@@ -35,6 +36,8 @@ Found = dict[str, dict | list[str]]  # row -> its result, or the models that it 
 
 def command(args: argparse.Namespace) -> None:
     """A table of each collection, and of several their mean; all of them in summary.md."""
+    if odd := [text for text in args.local if not all(text.partition("="))]:
+        raise ValueError(f"--local {odd[0]}: expected ID=FOLDER")
     rows = asked_rows(args)
     found: dict[str, Found] = {}
     for data in args.data:
@@ -291,11 +294,4 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     args = parser().parse_args(arguments)
-    try:
-        if odd := [text for text in args.local if not all(text.partition("="))]:
-            raise ValueError(f"--local {odd[0]}: expected ID=FOLDER")
-        command(args)
-    except ValueError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(partial(command, args))
