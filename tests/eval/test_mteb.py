@@ -28,7 +28,7 @@ from eval.protocol import EvaluationSet
 from experiments import Config
 from model.unimoer import UniMoER
 from model.weights import revision
-from tests.train.tiny import NOISY_MOE, tiny_config, tokens_only, write_collection
+from tests.train.tiny import NOISY_MOE, moved, tiny_config, tokens_only, write_collection
 from train.trial import model_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mteb's own
@@ -54,13 +54,7 @@ def config(tiny_base: Path, data: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def model(config: Config) -> UniMoER:
-    model = UniMoER(model_config(config))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.trained().items():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2, generator=generator)
-    return model
+    return moved(config)
 
 
 @pytest.fixture(scope="module")

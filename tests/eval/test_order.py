@@ -16,8 +16,7 @@ from eval.protocol import EvaluationSet
 from eval.rerank import to_run
 from experiments import Config
 from model.unimoer import UniMoER
-from tests.train.tiny import NOISY_MOE, tiny_config, tokens_only, write_collection
-from train.trial import model_config
+from tests.train.tiny import NOISY_MOE, moved, tiny_config, tokens_only, write_collection
 
 LOST = "q37"  # its words are in no document, so it has no candidates
 Make = Callable[..., EvaluationSet]
@@ -32,17 +31,6 @@ def config(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture(scope="module")
 def collection(config: Config) -> Collection:
     return load(config.data)
-
-
-def moved(config: Config) -> UniMoER:
-    """As after training: the experts do something."""
-    model = UniMoER(model_config(config))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.trained().items():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2, generator=generator)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from experiments import Config
 from model.heads import pool
 from model.packed import pack
 from model.unimoer import UniMoER
-from tests.train.tiny import NOISY_MOE, TEST, tiny_config, tokens_only, write_collection
+from tests.train.tiny import NOISY_MOE, TEST, moved, tiny_config, tokens_only, write_collection
 from train.trial import model_config
 
 LOST = "q37"  # the last test query, whose words are in no document
@@ -35,14 +35,7 @@ def collection(config: Config) -> Collection:
 
 @pytest.fixture(scope="module")
 def model(config: Config) -> UniMoER:
-    """As after training: the experts do something."""
-    model = UniMoER(model_config(replace(config, **NOISY_MOE)))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.trained().items():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2, generator=generator)
-    return model
+    return moved(replace(config, **NOISY_MOE))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Lists as one text: the template, what is cut, how blocks are put together, the trained marks."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,25 +18,14 @@ from model.router import RouterConfig
 from model.tokens import Prompts
 from model.tokens import Tokenizer as OurTokenizer
 from model.unimoer import ModelConfig, UniMoER
+from tests.model import test_unimoer
 
 LORA = LoRAConfig(("embedding", "reranking", "shared"), (4, 3, 2), (8.0, 6.0, 4.0), first_layer=1)
 QUERY = "what is the capital of France?"
 DOCUMENTS = ["Paris", "the capital of France is Paris", "", "yes", "def read(path): return None"]
 
 
-def make(base: Path, **changes: object) -> UniMoER:
-    """With experts, routers and head moved away from their start."""
-    config = ModelConfig(
-        base=str(base), rerank_head="interaction", lora=LORA, router=RouterConfig(),
-        document_tokens=32,
-    )  # fmt: skip
-    model = UniMoER(replace(config, **changes))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.trained().values():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(0.2 * noise.to(parameter))
-    return model
+make = partial(test_unimoer.make, rerank_head="interaction")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 import experiments
 from eval.collections import Collection, load
 from experiments import Config
@@ -102,3 +104,14 @@ def build(
     model = UniMoER(model_config(config), device, seed, kernels)
     collection = collection or load(config.data)
     return model, TrainingData(collection, model.tokenizer, config, tokens_only)
+
+
+def moved(config: Config) -> UniMoER:
+    """A model as after training: its experts do something."""
+    model = UniMoER(model_config(config))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.trained().items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=generator)
+    return model
