@@ -17,7 +17,7 @@ from model.lora import LoRAConfig
 from model.packed import pack
 from model.router import RouterConfig
 from model.transformer import Decoder
-from model.unimoer import CARD_BUDGET
+from model.texts import CARD_BUDGET
 
 CARD = 24e9
 RANKS = experiments.MOE["ranks"]

@@ -15,7 +15,7 @@ from bench.shapes import lora_parameters
 from kernels.moe_lora import make_layout
 from model.config import DecoderConfig
 from model.router import NOT_LEARNED
-from model.unimoer import CARD_BUDGET
+from model.texts import CARD_BUDGET
 from trials import Config
 
 Parts = list[tuple[float, list[Op]]]  # how many times, and the ops of one layer or of one step

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from model.unimoer import DTYPES, ModelConfig, UniMoER
 from train.trial import Workbench
 
 BATCHES = (8, 16, 32, 64)
+POOLINGS = {"mean": "mean", "last": "lasttoken"}  # ours: what the rival calls it
 
 
 def cut_base(folder: Path, layers: int, place: Path) -> Path:
@@ -33,13 +35,15 @@ def cut_base(folder: Path, layers: int, place: Path) -> Path:
     return place
 
 
-def config(base: str, layers: int, dtype: str, tokens: int) -> ModelConfig:
-    """The bare base with mean pooling; texts of at most `tokens` tokens are not cut."""
+def config(
+    base: str, layers: int, dtype: str, tokens: int, pooling: str = "mean"
+) -> ModelConfig:
+    """The bare base; texts of at most `tokens` tokens are not cut."""
     return ModelConfig(
         base=base,
         layers=layers,
         dtype=dtype,
-        embedding_pooling="mean",
+        embedding_pooling=pooling,
         document_tokens=tokens,
     )
 
@@ -66,15 +70,17 @@ def run(
     tokens: int = 256,
     rounds: int = 5,
     dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+    poolings: tuple[str, ...] = tuple(POOLINGS),
 ) -> list[dict]:
-    """One row for each dtype: tokens/s of both, the rival at its best batch size, and the ratio.
+    """One row for each dtype and pooling: tokens/s of both, the rival at its best batch size, and
+    the ratio.
 
     Raises:
         ValueError: the vectors of the two differ, so they would not do the same work.
     """
     folder, rows = bases.resolve(base), []
-    for dtype in dtypes:
-        model = UniMoER(config(base, layers, dtype, tokens), bench.device)
+    for pooling, dtype in product(poolings, dtypes):
+        model = UniMoER(config(base, layers, dtype, tokens, pooling), bench.device)
         texts = mixed_texts(bench.collection, model, count, tokens)
         # The rival gets the end token as text, so that both run the same ids.
         ended = [text + model.tokenizer.end_token for text in texts]
@@ -86,8 +92,8 @@ def run(
                 model_kwargs=options,
                 max_seq_length=8 * tokens,
             )
-        pooling = Pooling(model.decoder.config.hidden_size, "mean")
-        rival = SentenceTransformer(modules=[layer, pooling, Normalize()], device=bench.device)
+        pooled = Pooling(model.decoder.config.hidden_size, POOLINGS[pooling])
+        rival = SentenceTransformer(modules=[layer, pooled, Normalize()], device=bench.device)
 
         def mine(turn: int, model=model, texts=texts) -> torch.Tensor:
             return model.encode_document(texts)
@@ -102,7 +108,7 @@ def run(
         times = timing.seconds({"ours": mine, "theirs": partial(theirs, batch=best)}, rounds)
         rows.append(
             {
-                "what": f"encode {len(texts)} mixed texts, {layers} layers",
+                "what": f"encode {len(texts)} mixed texts, {layers} layers, {pooling} pooling",
                 "dtype": dtype,
                 "against": f"sentence-transformers, batch {best}",
                 "unit": "tokens/s",

@@ -11,8 +11,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench import costs, timing
@@ -23,11 +25,11 @@ from eval.machine import device_name
 from kernels.choice import use_triton
 from kernels.info_nce import info_nce
 from model.config import DTYPES, DecoderConfig
-from model.heads import LinearScore, embed, pool
+from model.heads import LinearScore, run_pooled
 from model.packed import Packed, pack
 from model.router import TASKS
 from model.transformer import Decoder
-from model.unimoer import CARD_BUDGET
+from model.texts import CARD_BUDGET
 from train import losses
 from train.optim import adamw
 from train.trial import model_config, resolve_dtype
@@ -109,25 +111,29 @@ class Step:
         back[order] = torch.arange(len(order))
         return Texts(batch, back.to(self.device))
 
-    def hidden(self, batch: Packed, task: str) -> tuple[Tensor, list[Tensor]]:
+    def pooled(self, texts: Texts, task: str) -> tuple[Tensor, list[Tensor]]:
+        """Of each text, in the order before sorting; and the routing weights by layer."""
+        batch, c = texts.batch, self.config
         tasks = torch.full((len(batch.lengths),), TASKS.index(task), device=self.device)
-        return self.decoder(batch, tasks)
+        pooling = c.embedding_pooling if task == "embedding" else c.reranking_pooling
+        run = partial(self.decoder, batch, tasks)
+        rows, weights = run_pooled(lambda only: run(only=only), batch, pooling)
+        return rows[texts.back], weights
 
     def loss(self) -> Tensor:
         """Both tasks' losses and the routers' balance, as `train.loop.train` adds them."""
         c, terms, routing = self.config, [], []
         for task in c.tasks:
-            texts = self.texts[task]
-            hidden, weights = self.hidden(texts.batch, task)
+            rows, weights = self.pooled(self.texts[task], task)
             routing.append(weights)
             if task == "embedding":
-                vectors = embed(hidden, texts.batch, c.embedding_pooling)[texts.back]
+                vectors = F.normalize(rows, dim=-1)
                 at = torch.arange(c.embedding_batch, device=self.device)
                 queries, documents = vectors[: len(at)], vectors[len(at) :]
                 pairs, margins = torch.stack([at, at], 1), (c.temperature, c.false_negative_margin)
                 terms.append(info_nce(queries, documents, at, pairs, *margins))
             else:
-                scores = self.head(pool(hidden, texts.batch, c.reranking_pooling))[texts.back]
+                scores = self.head(rows)
                 terms.append(losses.RERANKING[c.reranking_loss](scores.view(-1, c.group_size)))
         if routing[0]:
             mixed = [torch.cat(layer) for layer in zip(*routing, strict=True)]
@@ -143,10 +149,7 @@ class Step:
     @torch.no_grad()
     def encode(self, texts: Texts) -> Tensor:
         self.decoder.eval()
-        found = embed(
-            self.hidden(texts.batch, "embedding")[0], texts.batch, self.config.embedding_pooling
-        )
-        return found.cpu()
+        return F.normalize(self.pooled(texts, "embedding")[0], dim=-1).cpu()
 
 
 def measure(run: Callable[[], object], device: str, seconds: float) -> float:

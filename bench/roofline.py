@@ -11,7 +11,7 @@ from bench.serving import RANKS
 from bench.shapes import SHAPES, lora_parameters, parameters
 from kernels.segments import CHUNK
 from model.config import DecoderConfig
-from model.unimoer import CARD_BUDGET
+from model.texts import CARD_BUDGET
 
 BYTES = 2  # of a value, fp16 or bf16
 GEMM, BANDWIDTH = 0.7, 0.85  # what is attained of the data sheet's peak, assumed

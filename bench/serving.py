@@ -9,13 +9,14 @@ candidates.
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import timing
 from bench.designs import Ours, lengths, randomise, resident
 from bench.shapes import SHAPES
 from model.config import DecoderConfig
-from model.heads import embed, pool
+from model.heads import run_pooled
 from model.packed import Packed, pack
 from model.transformer import Decoder
 
@@ -37,12 +38,15 @@ class Side:
         self.models = nn.ModuleList(dict.fromkeys((embedder, reranker)))
 
     def encode(self, batch: Packed) -> Tensor:
-        tasks = torch.zeros(len(batch.lengths), dtype=torch.int64, device=batch.last.device)
-        return embed(self.embedder(batch, tasks)[0], batch, "last")
+        return F.normalize(self._pooled(self.embedder, batch, 0), dim=-1)
 
     def score(self, batch: Packed) -> Tensor:
-        tasks = torch.ones(len(batch.lengths), dtype=torch.int64, device=batch.last.device)
-        return self.head(pool(self.reranker(batch, tasks)[0], batch, "last"))
+        return self.head(self._pooled(self.reranker, batch, 1))
+
+    @staticmethod
+    def _pooled(decoder: Decoder, batch: Packed, task: int) -> Tensor:
+        tasks = torch.full((len(batch.lengths),), task, device=batch.last.device)
+        return run_pooled(lambda only: decoder(batch, tasks, only=only), batch, "last")[0]
 
 
 def sides(

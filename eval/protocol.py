@@ -13,8 +13,8 @@ from eval.metrics import evaluate, ideal, mean
 from eval.rerank import random_heads, to_run
 from eval.retrieval import cut, search
 from model import parallel
-from model.heads import pool
 from model.prefix import TextSet
+from model.texts import over
 from model.tokens import Tokenizer
 from model.unimoer import UniMoER
 from trials import Config
@@ -185,10 +185,10 @@ class EvaluationSet:
         pooled = torch.zeros(len(texts.ids), model.decoder.config.hidden_size)
 
         def keep(batch, states, base) -> tuple[Tensor, list[Tensor]]:
-            hidden, routing = model.hidden(batch, "reranking", states, base)
-            return pool(hidden, batch, self.config.reranking_pooling).float(), routing
+            read, routing = model.pooled(batch, "reranking", states, base)
+            return read.float(), routing
 
-        for indices, rows in model.over(texts, keep, base=True, progress=progress):
+        for indices, rows in over(model.decoder, texts, keep, base=True, progress=progress):
             pooled[indices] = rows
         return {
             "embedding": self.retrieval(model, base=True, progress=progress),

@@ -15,7 +15,8 @@ from kernels.reference import rope
 from model import bases, weights
 from model.config import DecoderConfig
 from model.packed import Packed, pack
-from model.transformer import Attention, Decoder, DecoderLayer
+from model.layers import Attention, DecoderLayer
+from model.transformer import Decoder
 from model.unimoer import UniMoER
 
 
@@ -77,9 +78,11 @@ def prefill(decoder: Decoder, batch: Packed, cache: KeyValueCache) -> Tensor:
         q, k, v = _heads(layer.self_attn, layer.input_layernorm(x), cos, sin)
         cache.fill(i, k, v, batch)
         y = attention(q, k, v, batch.groups, causal=True, window=c.sliding_window)
+        if i + 1 == len(decoder.layers):  # no other token is read
+            x, y = x[batch.last], y[batch.last]
         x = _rest(layer, x, y)
     cache.lengths += torch.tensor(batch.lengths, device=x.device)
-    return decoder.norm(x[batch.last])
+    return decoder.norm(x)
 
 
 def decode(decoder: Decoder, tokens: Tensor, cache: KeyValueCache) -> Tensor:

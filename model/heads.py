@@ -1,5 +1,7 @@
 """Hidden states -> a vector or a score."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,20 +27,34 @@ def check_pooling(pooling: str, causal: bool) -> None:
         )
 
 
+def pooled_tokens(batch: Packed, pooling: str) -> Tensor | None:
+    """(B,) int64, the one token of each text that pooling reads; None where it reads them all."""
+    if pooling == "mean":
+        return None
+    if pooling == "last":
+        return batch.last
+    return batch.last - torch.tensor(batch.lengths, device=batch.last.device) + 1
+
+
 def pool(hidden: Tensor, batch: Packed, pooling: str) -> Tensor:
     """(N, D) -> (B, D) in fp32 or wider: the last, the first, or the mean over a text's tokens."""
-    if pooling == "mean":
+    at = pooled_tokens(batch, pooling)
+    if at is None:
         return segment_mean(hidden, batch)
-    at = batch.last
-    if pooling == "first":
-        at = at - torch.tensor(batch.lengths, device=at.device) + 1
     rows = hidden[at]
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
-def embed(hidden: Tensor, batch: Packed, pooling: str) -> Tensor:
-    """(N, D) -> (B, D) of length 1."""
-    return F.normalize(pool(hidden, batch, pooling), dim=-1)
+def run_pooled(
+    run: Callable[[Tensor | None], tuple[Tensor, list[Tensor]]], batch: Packed, pooling: str
+) -> tuple[Tensor, list[Tensor]]:
+    """`pool` of a decoder's states (B, D), and the routing weights by layer that it returned.
+
+    run: the decoder, given as `only` the tokens that are read, or None where all of them are.
+    """
+    only = pooled_tokens(batch, pooling)
+    hidden, routing = run(only)
+    return pool(hidden, batch if only is None else batch.tokens(only), pooling), routing
 
 
 def truncate(vectors: Tensor, dimensions: int | None) -> Tensor:

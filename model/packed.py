@@ -1,9 +1,10 @@
 """A batch as one row of tokens: no pad token exists, so none enters a linear layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Packed:
     lengths: tokens of each text. last: (B,) where each text's last token is.
     groups: (count, length) of each run of equally long texts.
     part: of what larger batch, if it is a part of one.
+    trie: of what whole texts, if their common beginnings are here but once; see `pack_trie`.
     """
 
     input_ids: Tensor
@@ -45,11 +47,53 @@ class Packed:
     lengths: tuple[int, ...]
     groups: list[tuple[int, int]]
     part: Part | None = None
+    trie: "Trie | None" = None
 
     @cached_property
     def segments(self) -> Segments:
         """Where the texts lie, for kernels."""
         return Segments.of(self.lengths, self.last.device)
+
+    @property
+    def whole(self) -> "Packed":
+        """The texts as they are, each one whole."""
+        return self.trie.texts if self.trie else self
+
+    def to(self, device: torch.device | str) -> "Packed":
+        """Its tensors on a device, and those of its trie; as `pack` makes it, with no `part`."""
+        tensors = ("input_ids", "positions", "sequence", "last")
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in tensors}
+        if self.trie:
+            s = self.trie
+            moved["trie"] = Trie(s.texts.to(device), s.rows.to(device), s.kept.to(device))
+        return replace(self, **moved)
+
+    def spread(self, of: Tensor) -> Tensor:
+        """(M, ...) of what is here -> (N, ...) of the whole texts."""
+        return of[self.trie.rows] if self.trie else of
+
+    def gather(self, of: Tensor) -> Tensor:
+        """(N, ...) of the whole texts -> (M, ...) of what is here."""
+        return of[self.trie.kept] if self.trie else of
+
+    def tokens(self, at: Tensor) -> "Packed":
+        """One token of each text, at (B,) int64, as a batch of B texts of one token."""
+        count, rows = len(self.lengths), torch.arange(len(self.lengths), device=at.device)
+        alone = (1,) * count, [(count, 1)]
+        return Packed(self.input_ids[at], self.positions[at], rows, rows, *alone)
+
+
+@dataclass(frozen=True)
+class Trie:
+    """What stands behind a Packed of M tokens whose texts are the runs of a trie.
+
+    texts: the whole texts, N tokens. rows: (N,) int64, which of the M stands at each of their
+    places. kept: (M,) int64, one of these places for each of the M.
+    """
+
+    texts: Packed
+    rows: Tensor
+    kept: Tensor
 
 
 def pack(texts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packed:
@@ -65,13 +109,62 @@ def pack(texts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> 
     ends = sizes.cumsum(0)
     starts = (ends - sizes).repeat_interleave(sizes)
     return Packed(
-        input_ids=torch.tensor([i for text in texts for i in text]).to(device),
-        positions=(torch.arange(int(ends[-1])) - starts).to(device),
-        sequence=torch.arange(len(lengths)).repeat_interleave(sizes).to(device),
-        last=(ends - 1).to(device),
+        input_ids=torch.tensor([i for text in texts for i in text]),
+        positions=torch.arange(int(ends[-1])) - starts,
+        sequence=torch.arange(len(lengths)).repeat_interleave(sizes),
+        last=ends - 1,
         lengths=lengths,
-        groups=[(len(list(run)), length) for length, run in groupby(lengths)],
-    )
+        groups=_runs(lengths),
+    ).to(device)
+
+
+def pack_trie(texts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packed:
+    """`pack`, but what texts have in common at their beginning is there once: the M nodes of the
+    trie of their tokens, each run of them as a text.
+
+    Under a causal mask a token's state depends on what precedes it alone, so one state stands for
+    all texts that begin so. It pays for the pairs of a query, and for a template's instruction.
+    """
+    whole = pack(texts)
+    starts = (whole.last + 1 - torch.tensor(whole.lengths)).tolist()
+    order = sorted(range(len(texts)), key=texts.__getitem__)
+    rows = torch.empty_like(whole.input_ids)
+    kept, lengths, before = [], [], 0
+    for i, common in zip(order, common_lengths(texts, order), strict=True):
+        start, fork, end = starts[i], starts[i] + common, starts[i] + len(texts[i])
+        rows[start:fork] = rows[before : before + common]
+        rows[fork:end] = torch.arange(len(kept), len(kept) + end - fork)
+        kept += range(fork, end)
+        lengths += [end - fork] if end > fork else []  # an equal text is there already
+        before = start
+    at, sizes = torch.tensor(kept), torch.tensor(lengths)
+    return Packed(
+        input_ids=whole.input_ids[at],
+        positions=whole.positions[at],
+        sequence=torch.arange(len(lengths)).repeat_interleave(sizes),
+        last=sizes.cumsum(0) - 1,
+        lengths=tuple(lengths),
+        groups=_runs(lengths),
+        trie=Trie(whole, rows, at),
+    ).to(device)
+
+
+def common_lengths(texts: Sequence[Sequence[int]], order: Sequence[int]) -> list[int]:
+    """With how many tokens each text of `order` begins that the one before it begins with too.
+
+    In sorted order no earlier text has more in common with it than the one before it.
+    """
+    found, before = [], ()
+    for i in order:
+        both = enumerate(zip(before, texts[i], strict=False))
+        shorter = min(len(before), len(texts[i]))
+        found.append(next((at for at, (a, b) in both if a != b), shorter))
+        before = texts[i]
+    return found
+
+
+def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    return [(len(list(run)), length) for length, run in groupby(lengths)]
 
 
 def segment_mean(x: Tensor, batch: Packed) -> Tensor:

@@ -20,15 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.packed import Packed, pack
+from model.packed import Packed, common_lengths, pack, pack_trie
 from model.transformer import Decoder
 
 TokenIds = Sequence[Sequence[int]]
+TRIE_SAVES = 0.02  # of the work: below that it is not worth the gathering
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices sorted by length, cut into batches of at most `budget` tokens (or one text)."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    return _cut(sorted(range(len(lengths)), key=lambda i: (lengths[i], i)), lengths, budget)
+
+
+def _cut(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
     batches, size = [[]], 0
     for i in order:
         if batches[-1] and size + lengths[i] > budget:
@@ -88,12 +92,15 @@ class PrefixStates:
         return torch.from_numpy(copied).view(self.dtype).to(dtype)
 
 
+MODULES = ("config", "layers", "lora", "packed", "transformer")  # of this folder, behind a state
+
+
 @cache
 def _code() -> str:
     """A hash of the modules that the states come from: after a change they are made again."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
-    own = [root / "model" / f"{name}.py" for name in ("config", "lora", "packed", "transformer")]
+    own = [root / "model" / f"{name}.py" for name in MODULES]
     for path in [*sorted((root / "kernels").glob("*.py")), *own]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -255,11 +262,27 @@ class TextSet:
         self.ids, self.states = ids, states
         self.lengths = [len(text) for text in ids]
 
+    def batches(self, budget: int, depth: float = 0.0) -> tuple[list[list[int]], bool]:
+        """Indices of batches, each sorted by length, of at most `budget` tokens (or one text); and
+        whether to make a trie of each (`pack_trie`).
+
+        depth: what part of the network runs on the trie. Texts that begin alike go together, where
+        that saves TRIE_SAVES of the work.
+        """
+        by_length = token_batches(self.lengths, budget)
+        if self.states is not None or not depth:
+            return by_length, False
+        batches = _cut(sorted(range(len(self.ids)), key=self.ids.__getitem__), self.lengths, budget)
+        saved = sum(sum(common_lengths(self.ids, batch)) for batch in batches)
+        if depth * saved <= TRIE_SAVES * sum(self.lengths):
+            return by_length, False
+        return [sorted(batch, key=self.lengths.__getitem__) for batch in batches], True
+
     def batch(
-        self, texts: Sequence[int], device: torch.device, dtype: torch.dtype
+        self, texts: Sequence[int], device: torch.device, dtype: torch.dtype, trie: bool = False
     ) -> tuple[Packed, Tensor | None]:
         """The packed batch of some texts and, with states, what enters the first adapted layer."""
-        packed = pack([self.ids[i] for i in texts], device)
+        packed = (pack_trie if trie else pack)([self.ids[i] for i in texts], device)
         if self.states is None:
             return packed, None
         return packed, self.states.rows(texts, dtype).to(device)

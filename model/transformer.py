@@ -1,7 +1,6 @@
 """The decoder: Qwen3, Mistral and Llama, on packed sequences, with experts and router inside.
 
-Shapes: B sequences, N packed tokens, D hidden, H query heads, G key/value heads, K head size,
-E experts, R total rank. Parameter names are Hugging Face's, so loading needs no map.
+Shapes as in `model.layers`. Parameter names are Hugging Face's, so loading needs no map.
 """
 
 from contextlib import nullcontext
@@ -11,195 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.add_rmsnorm_pool import add_rmsnorm_pool
-from kernels.attention import attention, packed_attention
-from kernels.qk_norm_rope import qk_norm_rope
-from kernels.reference import rms_norm, rope, swiglu
-from kernels.shrink import ALL, TEXT, TOKEN
-from kernels.swiglu import swiglu as fused_swiglu
 from model.config import DecoderConfig
+from model.layers import DecoderLayer, RMSNorm
 from model.lora import LinearGroup, LoRAConfig
-from model.packed import Packed, per_token, segment_mean
+from model.packed import Packed
 from model.router import SIMILARITY, Router, RouterConfig
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, features: int, eps: float, dtype: torch.dtype):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(features, dtype=dtype), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: DecoderConfig, lora: LoRAConfig | None, dtype: torch.dtype):
-        super().__init__()
-        self.config = config
-        k = config.head_dim
-        q_out, kv_out = config.num_attention_heads * k, config.num_key_value_heads * k
-        self.qkv = LinearGroup(
-            config.hidden_size, {"q_proj": q_out, "k_proj": kv_out, "v_proj": kv_out}, lora, dtype
-        )
-        self.o = LinearGroup(q_out, {"o_proj": config.hidden_size}, lora, dtype)
-        if config.model_type == "qwen3":
-            self.q_norm = RMSNorm(k, config.rms_norm_eps, dtype)
-            self.k_norm = RMSNorm(k, config.rms_norm_eps, dtype)
-
-    def forward(self, x: Tensor, batch: Packed, cos: Tensor, sin: Tensor, gates) -> Tensor:
-        q, k, v = (t.unflatten(1, (-1, self.config.head_dim)) for t in self.qkv(x, gates))
-        if self.config.model_type == "qwen3":
-            q, k = self.q_norm(q), self.k_norm(k)  # (N, H, K), (N, G, K)
-        y = attention(
-            rope(q, cos, sin),
-            rope(k, cos, sin),
-            v,
-            batch.groups,
-            causal=self.config.causal,
-            window=self.config.sliding_window,
-        )
-        return self.o(y.flatten(1), gates)[0]
-
-    def fused(
-        self,
-        normed: Tensor,
-        batch: Packed,
-        cos: Tensor,
-        sin: Tensor,
-        weights,
-        mode: int | None,
-        router,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same on wide buffers; and the weights, which a `router` of tokens finds in here."""
-        c, segments = self.config, batch.segments
-        if router is None:
-            y = self.qkv.fused(normed, segments, weights, mode)
-        else:
-            y, weights = self.qkv.routed(normed, segments, router)
-        norms = (None, None)
-        if c.model_type == "qwen3":
-            norms = (self.q_norm.weight, self.k_norm.weight)
-        shape = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-        q, k, v = qk_norm_rope(y, cos, sin, *norms, c.rms_norm_eps, *shape)
-        y = packed_attention(q, k, v, segments, causal=c.causal, window=c.sliding_window)
-        return self.o.fused(y.flatten(1), segments, weights, mode), weights
-
-
-class MLP(nn.Module):
-    def __init__(self, config: DecoderConfig, lora: LoRAConfig | None, dtype: torch.dtype):
-        super().__init__()
-        d, f = config.hidden_size, config.intermediate_size
-        self.gate_up = LinearGroup(d, {"gate_proj": f, "up_proj": f}, lora, dtype)
-        self.down = LinearGroup(f, {"down_proj": d}, lora, dtype)
-
-    def forward(self, x: Tensor, gates: Tensor | None) -> Tensor:
-        gate, up = self.gate_up(x, gates)
-        return self.down(swiglu(gate, up), gates)[0]
-
-    def fused(
-        self, normed: Tensor, batch: Packed, weights: Tensor | None, mode: int | None
-    ) -> Tensor:
-        """The same on wide buffers."""
-        y = self.gate_up.fused(normed, batch.segments, weights, mode)
-        down = self.down.layout
-        y = fused_swiglu(y, down.in_features, down.shape[1] - down.in_features)
-        return self.down.fused(y, batch.segments, weights, mode)
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig, lora: LoRAConfig | None, router, dtype: torch.dtype):
-        super().__init__()
-        self.self_attn = Attention(config, lora, dtype)
-        self.mlp = MLP(config, lora, dtype)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.router: Router | None = router
-        self.lora = lora
-        if lora is not None:
-            scale = [
-                alpha / rank
-                for alpha, rank in zip(lora.alphas, lora.ranks, strict=True)
-                for _ in range(rank)
-            ]
-            master = torch.float64 if dtype == torch.float64 else torch.float32
-            self.scale: Tensor  # (R,) alpha_i / r_i repeated over the ranks
-            self.register_buffer("scale", torch.tensor(scale, dtype=master), persistent=False)
-
-    def forward(
-        self,
-        x: Tensor,
-        delta: Tensor | None,
-        batch: Packed,
-        cos: Tensor,
-        sin: Tensor,
-        tasks: Tensor,
-        weights: Tensor | None,
-        base: bool,
-        fused: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One layer, its last addition left to the next one, which does it together with its norm.
-
-        Args:
-            x: (N, D), delta: (N, D) or None: the residual stream is their sum.
-        Returns:
-            x and delta (N, D) of the next layer (fused: delta may be wider), and the router's
-            weights (B, E), (N, E) where it weighs tokens, None where there is no router.
-        """
-        experts = self.lora is not None and not base
-        router = self.router if experts and weights is None else None
-        run = self._fused if fused else self._plain
-        return run(x, delta, batch, cos, sin, tasks, weights if experts else None, experts, router)
-
-    def _plain(self, x, delta, batch, cos, sin, tasks, weights, experts: bool, router):
-        x = x if delta is None else x + delta
-        normed = self.input_layernorm(x)
-        gates = None
-        if router is not None and router.config.per_token:
-            part = batch.part and batch.part.tokens
-            weights = router(normed.to(self.scale.dtype), tasks[batch.sequence], part=part)
-        elif router is not None:
-            part = batch.part and batch.part.texts
-            weights = router(segment_mean(normed, batch), tasks, part=part)
-        if experts and weights is None:  # no router: every expert counts in full
-            gates = self.scale[None]
-        elif weights is not None:
-            assert self.lora is not None
-            columns = zip(weights.split(1, 1), self.lora.ranks, strict=True)
-            gates = torch.cat([w.expand(-1, rank) for w, rank in columns], 1) * self.scale
-            if router is None or not router.config.per_token:
-                gates = per_token(gates, batch)  # (B, R) -> (N, R)
-        x = x + self.self_attn(normed, batch, cos, sin, gates)
-        return x, self.mlp(self.post_attention_layernorm(x), gates), weights
-
-    def _fused(self, x, delta, batch, cos, sin, tasks, weights, experts: bool, router):
-        attn, mlp, segments = self.self_attn, self.mlp, batch.segments
-        per_token = router is not None and router.config.per_token
-        x, normed, pooled = add_rmsnorm_pool(
-            x,
-            delta,
-            self.input_layernorm.weight,
-            self.input_layernorm.eps,
-            segments,
-            *attn.qkv.margins,
-            pooled=router is not None and not per_token,
-        )
-        routing, part = None, batch.part and batch.part.texts
-        if router is not None and per_token:
-            tasks, part = tasks[batch.sequence], batch.part and batch.part.tokens
-            # The kernel that shrinks for q, k and v finds the weights on its way.
-            routing = router.in_kernel(tasks, part) if attn.qkv.adapted_names else None
-            if routing is None:
-                left = attn.qkv.margins[0]
-                pooled = normed[:, left : left + x.shape[1]].float()
-        if router is not None and routing is None:
-            weights = router(pooled, tasks, fused=True, part=part)
-        mode = TOKEN if per_token else TEXT if weights is not None else ALL if experts else None
-        delta, weights = attn.fused(normed, batch, cos, sin, weights, mode, routing)
-        norm = self.post_attention_layernorm
-        x, normed, _ = add_rmsnorm_pool(
-            x, delta, norm.weight, norm.eps, segments, *mlp.gate_up.margins
-        )
-        return x, mlp.fused(normed, batch, weights, mode), weights
 
 
 class Decoder(nn.Module):
@@ -228,7 +43,7 @@ class Decoder(nn.Module):
                 f"experts from layer {lora.first_layer} up, but the model has layers "
                 f"0 to {config.num_hidden_layers - 1}"
             )
-        self.config, self.lora = config, lora
+        self.config, self.lora, self.router_config = config, lora, router
         self.checkpointing, self.fused = checkpointing, fused
         self.embed_tokens = nn.Embedding(
             config.vocab_size,
@@ -295,49 +110,88 @@ class Decoder(nn.Module):
         last_layer: int | None = None,
         weights: Tensor | None = None,
         base: bool = False,
+        only: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the layers first_layer <= i < last_layer on a packed batch.
 
         Args:
-            batch: B texts, N tokens.
+            batch: B texts, N tokens. In a trie of them they have one task, B and N are those of the
+                whole texts, and gradients, which add up in no fixed order, are not meant to be had.
             tasks: (B,) int64 index into `router.TASKS`; 0 for all where None.
             hidden: (N, D), what enters `first_layer`; None: the embedded tokens.
             last_layer: stop before this layer and skip the final norm; None: run to the end.
             weights: (B, E), used instead of every router's.
             base: leave experts and routers out.
+            only: (B,) int64, the token of each text that is wanted: in the last layer no other goes
+                on from the attention.
         Returns:
-            (N, D) hidden states, and the weights of each routed layer: (B, E), or (N, E) where
-            tokens are routed.
+            (N, D) hidden states, (B, D) with `only`, and the weights of each routed layer: (B, E),
+            or (N, E) where tokens are routed.
         """
         x = self.embed_tokens(batch.input_ids) if hidden is None else hidden
         if tasks is None:
-            tasks = torch.zeros(len(batch.lengths), dtype=torch.int64, device=x.device)
+            tasks = torch.zeros(len(batch.whole.lengths), dtype=torch.int64, device=x.device)
+        end = len(self.layers) if last_layer is None else last_layer
         with _current(x.device):
             return self._run(
-                x, batch, tasks, self.layers[first_layer:last_layer], weights, base,
+                x, batch, tasks, range(first_layer, end), weights, base, only,
                 norm=last_layer is None,
             )  # fmt: skip
 
-    def _run(self, x, batch, tasks, layers, weights, base: bool, norm: bool):
+    def trie_layers(self, weights: Tensor | None = None, base: bool = False) -> int:
+        """How many layers, from the first, run on a trie of texts: those in which a token's state
+        depends on what precedes it alone. A router that weighs whole texts ends them, and so do
+        `weights` of texts."""
+        if not self.config.causal:
+            return 0
+        if base or self.lora is None:
+            return len(self.layers)
+        c = self.router_config
+        alike = c is None or c.per_token or c.kind in ("task", "uniform")
+        return len(self.layers) if alike and weights is None else self.lora.first_layer
+
+    def _run(self, x, batch, tasks, layers: range, weights, base: bool, only, norm: bool):
         # Kernels rotate in fp32, whatever the dtype.
-        cos, sin = self.rope_table(batch, torch.float32 if self.fused else x.dtype)
+        angles = torch.float32 if self.fused else x.dtype
+        cos, sin = self.rope_table(batch, angles)
         delta, routing = None, []
-        for layer in layers:
-            inputs = (x, delta, batch, cos, sin, tasks, weights, base, self.fused)
+        common = self.trie_layers(weights, base) if batch.trie else 0
+        for i in layers:
+            if batch.trie and (i >= common or (only is not None and i == layers[-1])):
+                x, delta, batch = _whole(x, delta, batch)
+                cos, sin = self.rope_table(batch, angles)
+            layer, read = self.layers[i], only if i == layers[-1] else None
+            own = tasks[:1].expand(len(batch.lengths)) if batch.trie else tasks
+            inputs = (x, delta, batch, cos, sin, own, weights, base, self.fused, read)
             if self.checkpointing and torch.is_grad_enabled():
                 x, delta, used = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x, delta, used = layer(*inputs)
             if used is not None:
-                routing.append(used)
+                routing.append(self._routing(used, batch))
             if self.routes_once and weights is None:
                 weights = used
+        x, delta, batch = _whole(x, delta, batch)
         if self.fused and norm:
             weight, eps = self.norm.weight, self.norm.eps
-            return add_rmsnorm_pool(x, delta, weight, eps, batch.segments)[1], routing
+            segments = batch.segments if only is None else batch.tokens(only).segments
+            return add_rmsnorm_pool(x, delta, weight, eps, segments)[1], routing
         if delta is not None:
             x = x + delta[:, : x.shape[1]]
         return (self.norm(x) if norm else x), routing
+
+    def _routing(self, weights: Tensor, batch: Packed) -> Tensor:
+        """The weights of a layer for the whole texts, (B, E) or (N, E)."""
+        if batch.trie is None:
+            return weights
+        if self.router_config is not None and self.router_config.per_token:
+            return weights[batch.trie.rows]
+        return weights[:1].expand(len(batch.whole.lengths), -1)  # one task, and so one row
+
+
+def _whole(x: Tensor, delta: Tensor | None, batch: Packed):
+    """x, delta and batch of the whole texts."""
+    return batch.spread(x), None if delta is None else batch.spread(delta), batch.whole
 
 
 def _current(device: torch.device):

@@ -1,26 +1,26 @@
 """UniMoER: one frozen decoder that embeds and reranks, with its experts, routers and heads."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from kernels.choice import use_triton
 from model import bases, parallel, saved, weights
 from model.config import DTYPES, DecoderConfig, ModelConfig
-from model.heads import LinearScore, YesNoScore, embed, pool, truncate
+from model.heads import LinearScore, YesNoScore, run_pooled, truncate
 from model.listwise import Interaction, Lists, by_query, in_order, own_projector, score_blocks
 from model.lora import LinearGroup
 from model.packed import Packed
-from model.prefix import TextSet, token_batches
+from model.prefix import TextSet
 from model.router import TASKS, Router
+from model.texts import over, usual_budget
 from model.tokens import Tokenizer, listed
 from model.transformer import Decoder
-
-CARD_BUDGET = 32768  # tokens of a batch on a card, where small ones leave it waiting for the host
 
 
 class UniMoER(nn.Module):
@@ -94,9 +94,6 @@ class UniMoER(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.decoder.embed_tokens.weight.dtype
 
-    def _budget(self, on_cpu: int) -> int:
-        return CARD_BUDGET if self.device.type == "cuda" else on_cpu
-
     def routers(self) -> dict[int, Router]:
         """The router of each routed layer."""
         found = ((i, getattr(layer, "router", None)) for i, layer in enumerate(self.decoder.layers))
@@ -124,29 +121,43 @@ class UniMoER(nn.Module):
     # The two tasks on a packed batch ---------------------------------------------------------
 
     def hidden(
-        self, batch: Packed, task: str, states: Tensor | None = None, base: bool = False
+        self,
+        batch: Packed,
+        task: str,
+        states: Tensor | None = None,
+        base: bool = False,
+        only: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Final hidden states (N, D) for one task, and the routing weights by layer.
 
         Args:
             states: (N, D), what enters the first adapted layer, where it was computed before.
             base: leave experts and routers out.
+            only: (B,) tokens, one of each text, whose states (B, D) are wanted.
         """
-        tasks = torch.full((len(batch.lengths),), TASKS.index(task), device=self.device)
+        tasks = torch.full((len(batch.whole.lengths),), TASKS.index(task), device=self.device)
         first = 0
         if states is not None:
             assert self.config.lora is not None
             first = self.config.lora.first_layer
         elif isinstance(self.head, Interaction) and task == "reranking":
             states = self.head.inputs(self.decoder.embed_tokens, batch.input_ids)
-        return self.decoder(batch, tasks, hidden=states, first_layer=first, base=base)
+        options = {"first_layer": first, "base": base, "only": only}
+        return self.decoder(batch, tasks, hidden=states, **options)
+
+    def pooled(
+        self, batch: Packed, task: str, states: Tensor | None = None, base: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(B, D) in fp32 or wider, what a task's head reads, and the routing weights by layer."""
+        run = partial(self.hidden, batch, task, states, base)
+        return run_pooled(run, batch.whole, getattr(self.config, f"{task}_pooling"))
 
     def embed(
         self, batch: Packed, states: Tensor | None = None, base: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """Unit vectors (B, D) of a batch of texts, and the routing weights by layer."""
-        hidden, routing = self.hidden(batch, "embedding", states, base)
-        return embed(hidden, batch, self.config.embedding_pooling), routing
+        vectors, routing = self.pooled(batch, "embedding", states, base)
+        return F.normalize(vectors, dim=-1), routing
 
     def score(
         self, batch: Packed, states: Tensor | None = None, base: bool = False
@@ -158,8 +169,8 @@ class UniMoER(nn.Module):
         if isinstance(self.head, Interaction):
             vectors, routing = self.marked(batch, states, base)
             return self.head.cosines(vectors, batch), routing
-        hidden, routing = self.hidden(batch, "reranking", states, base)
-        return self.head(pool(hidden, batch, self.config.reranking_pooling)), routing
+        read, routing = self.pooled(batch, "reranking", states, base)
+        return self.head(read), routing
 
     def marked(
         self, batch: Packed, states: Tensor | None = None, base: bool = False
@@ -170,45 +181,6 @@ class UniMoER(nn.Module):
         return self.head(hidden[self.head.places(batch.input_ids)]), routing
 
     # Many texts ------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def over(
-        self,
-        texts: TextSet,
-        step: Callable[[Packed, Tensor | None, bool], tuple[Tensor, list[Tensor]]],
-        *,
-        budget: int | None = None,
-        base: bool = False,
-        progress: bool = False,
-        title: str = "",
-        shared: bool = False,
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Run `step` (such as `embed`) over tokenized texts, without gradients.
-
-        Yields the indices of each batch, sorted by length under a budget of tokens, and its result.
-        budget None: 4,096 on a CPU, `CARD_BUDGET` on a card. shared: only every n-th batch, where
-        this is one of n processes that were all asked the same.
-        """
-        training = self.training
-        self.eval()
-        batches = token_batches(texts.lengths, budget or self._budget(4096))
-        rank, world = (parallel.rank(), parallel.world()) if shared else (0, 1)
-        bar = tqdm(
-            total=sum(texts.lengths), unit="token", desc=title, disable=not progress or rank > 0,
-            leave=False,
-        )  # fmt: skip
-        try:
-            for turn in range(0, len(batches), world):
-                # Where no batch is left, the last one again: shards need as many passes everywhere.
-                indices = batches[min(turn + rank, len(batches) - 1)]
-                batch, states = texts.batch(indices, self.device, self.dtype)
-                rows = step(batch, states, base)[0].cpu()
-                if turn + rank < len(batches):
-                    yield indices, rows
-                bar.update(sum(texts.lengths[i] for of in batches[turn : turn + world] for i in of))
-        finally:
-            bar.close()
-            self.train(training)
 
     def embed_all(
         self,
@@ -225,8 +197,9 @@ class UniMoER(nn.Module):
         """
         width = self.decoder.config.hidden_size
         out = torch.zeros(len(texts.ids), width, dtype=torch.promote_types(self.dtype, torch.float))
-        options = {"budget": budget, "base": base, "progress": progress, "shared": shared}
-        for indices, vectors in self.over(texts, self.embed, title="encode", **options):
+        options = {"budget": budget, "base": base, "progress": progress}
+        options |= {"shared": shared, "trie": True}
+        for indices, vectors in over(self.decoder, texts, self.embed, title="encode", **options):
             out[indices] = vectors
         return parallel.together(out, self.device) if shared else out
 
@@ -240,8 +213,8 @@ class UniMoER(nn.Module):
     ) -> Tensor:
         """(n,) logits of n tokenized pairs, in their order. shared: as above."""
         out = torch.zeros(len(texts.ids), dtype=torch.promote_types(self.dtype, torch.float))
-        options = {"budget": budget, "progress": progress, "shared": shared}
-        for indices, scores in self.over(texts, self.score, title="rerank", **options):
+        options = {"budget": budget, "progress": progress, "shared": shared, "trie": True}
+        for indices, scores in over(self.decoder, texts, self.score, title="rerank", **options):
             out[indices] = scores
         return parallel.together(out, self.device) if shared else out
 
@@ -260,7 +233,8 @@ class UniMoER(nn.Module):
         texts = TextSet([block.ids for blocks in made for block in blocks])
         options = {"budget": budget, "progress": progress, "shared": shared}
         dtype = torch.promote_types(self.dtype, torch.float)
-        vectors = in_order(made, self.over(texts, self.marked, title="rerank", **options), dtype)
+        rows = over(self.decoder, texts, self.marked, title="rerank", **options)
+        vectors = in_order(made, rows, dtype)
         return score_blocks(made, parallel.together(vectors, self.device) if shared else vectors)
 
     def score_pairs(
@@ -307,7 +281,7 @@ class UniMoER(nn.Module):
         texts = listed(texts, "texts")
         tokenize = self.tokenizer.queries if task == "query" else self.tokenizer.documents
         bar = len(texts) >= 1000 if progress is None else progress
-        budget = budget or self._budget(2048)
+        budget = budget or usual_budget(self.device, 2048)
         vectors = self.embed_all(TextSet(tokenize(texts)), budget=budget, progress=bar)
         return truncate(vectors, dimensions)
 
@@ -334,7 +308,7 @@ class UniMoER(nn.Module):
         """Relevance in [0, 1] of (query, document) pairs, (n,); see `score_pairs`."""
         pairs = listed(pairs, "pairs")
         bar = len(pairs) >= 1000 if progress is None else progress
-        budget = budget or self._budget(2048)
+        budget = budget or usual_budget(self.device, 2048)
         return self.relevance(self.score_pairs(pairs, budget=budget, progress=bar))
 
     def rank(

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from sklearn.cluster import k_means
 
+from model.layers import DecoderLayer
 from model.packed import segment_mean
 from model.router import TASKS
-from model.transformer import DecoderLayer
+from model.texts import over
 from model.unimoer import UniMoER
 from train.batches import TrainingData
 
@@ -43,7 +44,8 @@ def fit_pilots(model: UniMoER, data: TrainingData) -> None:
                 f"(pilots); {task} has {0 if texts is None else len(texts.ids)}"
             )
         seen = torch.zeros(len(texts.ids), router.pilots.shape[-1])
-        for indices, rows in model.over(texts, pooled, progress=True, title=f"pilots, {task}"):
+        done = over(model.decoder, texts, pooled, progress=True, title=f"pilots, {task}")
+        for indices, rows in done:
             seen[indices] = rows.float()
         unit = torch.nn.functional.normalize(seen, dim=-1)
         # scikit-learn's types know n_init as "auto" alone.

@@ -22,7 +22,7 @@ from model.lora import LinearGroup, LoRAConfig
 from model.prefix import TextSet, prefix_states
 from model.router import SIMILARITY, RouterConfig
 from model.tokens import Prompts
-from model.transformer import RMSNorm
+from model.layers import RMSNorm
 from model.unimoer import ModelConfig, UniMoER
 from train.batches import TrainingData
 from train.loop import Callback, train

@@ -31,6 +31,7 @@ def bench(tmp_path_factory) -> Workbench:
 
 
 SMALL = {"rounds": 2, "dtypes": ("float32",)}
+MEAN = {**SMALL, "poolings": ("mean",)}
 SETTINGS = {
     "all": {"layers": 4, "adapter_layers": 0, "prefix": False, "train_queries": 24},
     "upper": {"layers": 4, "adapter_layers": 2, "train_queries": 24},
@@ -57,10 +58,11 @@ def test_throughput_and_ratio_by_hand():
 
 
 def test_encoding(base, bench):
-    [row] = encoding.run(bench, str(base), layers=2, count=12, tokens=64, **SMALL)
+    row, other = encoding.run(bench, str(base), layers=2, count=12, tokens=64, **SMALL)
     model = UniMoER(encoding.config(str(base), 2, "float32", 64))
     texts = encoding.mixed_texts(bench.collection, model, 12, 64)
-    assert len(texts) == 18 and row["what"] == "encode 18 mixed texts, 2 layers"
+    assert len(texts) == 18 and row["what"] == "encode 18 mixed texts, 2 layers, mean pooling"
+    assert other["what"].endswith("last pooling") and other["tokens"] == row["tokens"]
     assert row["tokens"] == sum(map(len, model.tokenizer.documents(texts)))
     assert row["by_batch"].keys() == {str(batch) for batch in encoding.BATCHES}
     best = max(row["by_batch"], key=lambda batch: row["by_batch"][batch]["median"])
@@ -71,7 +73,7 @@ def test_an_encoder_that_does_something_else_is_refused(base, bench, monkeypatch
     right = UniMoER.encode_document
     monkeypatch.setattr(UniMoER, "encode_document", lambda self, texts: right(self, texts).flip(1))
     with pytest.raises(ValueError, match="the two encoders disagree: smallest cosine"):
-        encoding.run(bench, str(base), layers=2, count=12, tokens=64, **SMALL)
+        encoding.run(bench, str(base), layers=2, count=12, tokens=64, **MEAN)
 
 
 def test_reranking(base, bench):
@@ -79,8 +81,13 @@ def test_reranking(base, bench):
     [row] = reranking.run(bench, str(base), layers=2, count=12, tokens=128, **SMALL)
     model = UniMoER(reranking.config(str(base), 2, "float32", 128))
     pairs = reranking.mixed_pairs(bench.collection, model, 12, 128)
-    lengths = [len(ids) for ids in model.tokenizer.pairs(pairs)]
-    assert len(pairs) == row["pairs"] == 12 and row["what"] == "rerank 12 mixed pairs, 2 layers"
+    ids = model.tokenizer.pairs(pairs)
+    lengths = [len(text) for text in ids]
+    count = len({query for query, _ in pairs})
+    assert len(pairs) == row["pairs"] == 12 and 1 < count < 12
+    assert row["what"] == f"rerank 12 mixed pairs of {count} queries, 2 layers"
+    # All of them fit into one batch.
+    assert row["entering"] == len({tuple(t[: n + 1]) for t in ids for n in range(len(t))})
     assert row["tokens"] == sum(lengths) and len(set(lengths)) > 3 and max(lengths) <= 128
     assert row["by_batch"].keys() == {str(batch) for batch in reranking.BATCHES["cpu"]}
     best = max(row["by_batch"], key=lambda batch: row["by_batch"][batch]["median"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model.heads import LinearScore, YesNoScore, check_pooling, embed, pool, truncate
+from model.heads import LinearScore, YesNoScore, check_pooling, pool, run_pooled, truncate
 from model.packed import pack
 from model.unimoer import ModelConfig, UniMoER
 
@@ -33,9 +33,16 @@ def test_pooling_by_hand(pooling: str, expected: list[list[float]]) -> None:
     assert pool(HIDDEN.double(), BATCH, pooling).dtype == torch.float64
 
 
-def test_embeddings_have_length_one() -> None:
-    expected = torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.8, 0.6]])
-    torch.testing.assert_close(embed(HIDDEN, BATCH, "last"), expected)
+@pytest.mark.parametrize("pooling", ["last", "first", "mean"])
+def test_a_decoder_is_asked_for_what_is_read(pooling: str) -> None:
+    """The same as pooling all states, from those of one token of each text but for the mean."""
+
+    def decoder(only: torch.Tensor | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        assert (only is None) == (pooling == "mean")
+        return HIDDEN if only is None else HIDDEN[only], [HIDDEN]
+
+    found, routing = run_pooled(decoder, BATCH, pooling)
+    assert torch.equal(found, pool(HIDDEN, BATCH, pooling)) and routing[0] is HIDDEN
 
 
 def test_fewer_dimensions_have_length_one_again() -> None:

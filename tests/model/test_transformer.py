@@ -23,7 +23,8 @@ from model.lora import LinearGroup, LoRAConfig
 from model.packed import pack, segment_mean
 from model.router import RouterConfig
 from model.tokens import Prompts, Tokenizer
-from model.transformer import Decoder, DecoderLayer
+from model.layers import DecoderLayer
+from model.transformer import Decoder
 
 transformers.utils.logging.disable_progress_bar()
 
