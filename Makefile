@@ -80,7 +80,7 @@ rank-sweep: base  ## Quality against the rank of each expert, and the smallest t
 remedies: base  ## What else could win the loss back: PCGrad, loss weights, merged specialists
 	$(STUDY)
 
-pointwise-vs-listwise: base  ## One document at a time or the whole list: quality, speed, order, routing
+pointwise-vs-listwise: base  ## One document at a time, the list, or the list in the query: quality, speed, order
 	$(STUDY)
 
 trained-baselines: base  ## Other ways to serve both tasks: one LoRA, hard switches, a LoRA on a frozen embedder

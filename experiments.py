@@ -36,6 +36,7 @@ AS_QWEN3 = {  # as Qwen3-Embedding is asked
     "the query\nQuery:{query}", "embedding_pooling": "last",
 }  # fmt: skip
 LIST = {"rerank_head": "interaction"}
+MODES = {"pointwise": {}, "listwise": LIST, "e2rank": {"rerank_head": "pseudo_query"}}
 SPARSEGEN = {**MOE, "router": "sparsegen", "router_noise": 0.1, "expert_dropout": 0.1}
 
 ARMS = {
@@ -308,20 +309,20 @@ EXPERIMENTS = {
         report="pareto", reference="joint-moe",
     ),
     "pointwise_vs_listwise": Experiment(
-        question="Should a reranker see one document or the whole list, and which gains more from "
-        "routing?",
-        expected="A list shows a document its rivals, at the price of depending on their order, "
-        "which is said to matter little. A list is routed as one, so routing should add less.",
+        question="A document, the list, or the list in the query: which gains more by routing?",
+        expected="A list shows a document its rivals and makes their order matter. It is routed as "
+        "one, so routing should add less; by pseudo-query (E2Rank) reranking is embedding: least.",
         arms={
-            **_like("joint-single", {"pointwise-single": {}, "listwise-single": LIST}),
-            **_like("joint-moe", {"pointwise-moe": SPARSEGEN, "listwise-moe": SPARSEGEN | LIST}),
+            **_like("joint-single", {f"{mode}-single": head for mode, head in MODES.items()}),
+            **_like("joint-moe", {f"{mode}-moe": SPARSEGEN | head for mode, head in MODES.items()}),
         },
         report="order", measures=("order",),
         contrasts=(
             *((f"{mode}-moe", f"{mode}-single", task, f"what routing adds, {mode}")
-              for mode in ("pointwise", "listwise") for task in ("embedding", "reranking")),
-            ("listwise-single", "pointwise-single", "reranking", "what the list adds, one LoRA"),
-            ("listwise-moe", "pointwise-moe", "reranking", "what the list adds, MoE"),
+              for mode in MODES for task in ("embedding", "reranking")),
+            *((f"{mode}-{kind}", f"pointwise-{kind}", "reranking", f"what {what} adds, {adapter}")
+              for mode, what in (("listwise", "the list"), ("e2rank", "a pseudo-query"))
+              for kind, adapter in (("single", "one LoRA"), ("moe", "MoE"))),
         ),
     ),
     "sweep": Experiment(

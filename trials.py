@@ -55,7 +55,8 @@ class Config:
     checkpointing: bool = False
     embedding_pooling: str = "last"
     reranking_pooling: str = "last"
-    rerank_head: str = "linear"  # or "yes_no", or "interaction", which reads whole lists
+    # Or "yes_no"; or of whole lists "interaction", "pseudo_query"
+    rerank_head: str = "linear"
     query_prompt: str = "Query: {query}"
     document_prompt: str = "{document}"
     pair_prompt: str = "Query: {query}\nDocument: {document}"
@@ -82,11 +83,13 @@ class Config:
     distill: str = ""  # "kl" or "margin_mse": learn the teacher's scores of the mined file as well
     distill_weight: float = 1.0
     distill_temperature: float = 1.0  # of kl
-    reranking_loss: str = "listwise"  # or "bce"; an interaction head has its own four
+    reranking_loss: str = "listwise"  # or "bce"; heads that read lists have their own
     list_temperature: float = 0.05
     dispersive_weight: float = 0.45
     dual_weight: float = 0.85
     similarity_weight: float = 0.85  # 0: lists are not read a second time
+    ranknet_scale: float = 10.0  # of a pseudo-query's cosines
+    ranknet_weight: float = 2.0  # beside InfoNCE of the same lists
     temperature: float = 0.02
     false_negative_margin: float = 0.1
     # Widths below the hidden size at which the vectors' first values are trained too (Matryoshka)

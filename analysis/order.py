@@ -1,5 +1,5 @@
 """Pointwise against listwise: the report of `compare` with what each mode costs, how much the order
-of the documents matters, and which of the two gains more from routing."""
+of the documents matters, and which of them gains more from routing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,20 +13,23 @@ from analysis.figures import label, p_value, span, table
 from eval import stats
 from eval.order import sensitivity, speed
 from eval.protocol import EvaluationSet
+from experiments import MODES
 from model.unimoer import UniMoER
 from train.batches import TrainingData
 from trials import Config
 
 __all__ = ["measure", "summary", "write"]
 ORDERS, QUERIES = 4, 50  # a list is read once for each order, without prefix states
-MODES = ("pointwise", "listwise")
+POINTWISE = "pointwise"
+NAMES = {mode: "by pseudo-query" if mode == "e2rank" else mode for mode in MODES}
 TEXT = """## Order and speed
 
 {queries} queries, their BM25 candidates in {orders} random orders: nDCG@10 × 100 as the mean over
 orders and seeds, its standard deviation over the orders of a seed (mean over seeds), and Kendall's
 tau between the rankings that two orders lead to. A model that scores pairs never sees an order.
 Speed: pairs per second of `rank`, one query after the other, with tokenization and without prefix
-states, on this machine and whatever else ran on it: mean over seeds (lowest to highest).
+states, on this machine and whatever else ran on it: mean over seeds (lowest to highest); and where
+reranking compares a pseudo-query with the documents' vectors, with these at hand from retrieval.
 
 {table}## Which mode gains more from routing?
 
@@ -72,6 +75,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One arm, over its seeds."""
     taus = [row["order"]["tau"] for row in rows if row["order"]["tau"] is not None]
     rates = [row["speed"]["pairs_per_second"] for row in rows]
+    stored = [row["speed"].get("stored_pairs_per_second") for row in rows]
     return {
         "seeds": len(rows),
         "queries": rows[0]["order"]["queries"],
@@ -80,6 +84,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "spread": float(np.mean([row["order"]["spread"] for row in rows])),
         "tau": float(np.mean(taus)) if taus else None,
         "pairs_per_second": float(np.mean(rates)),
+        "stored": float(np.mean(stored)) if all(stored) else None,
         "slowest": min(rates),
         "fastest": max(rates),
     }
@@ -88,28 +93,38 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def routing_gain(
     y: dict[str, dict[str, np.ndarray]], labels: dict[str, list[str]], arms: Trials
 ) -> dict[str, Any] | None:
-    """What MoE adds to a single LoRA on reranking, listwise minus pointwise, in points.
+    """What MoE adds to a single LoRA on reranking, in points, and by how much more than pointwise.
 
-    Of the seeds that both arms of a mode have; None where a mode has none, or all queries are of
-    one cluster.
+    Of the seeds that both arms of a mode have. None where pointwise or all others have none, or
+    all queries are of one cluster.
+
+    Returns:
+        by_mode: mode -> points; against: mode -> difference to pointwise with interval, p and
+        p_holm over these differences.
     """
     gains = {}
     for mode in MODES:
         pair = [f"{mode}-{kind}" for kind in ("moe", "single")]
         if not all(arm in y["reranking"] for arm in pair):
-            return None
+            continue
         both = [seed for seed in arms[pair[0]] if seed in arms[pair[1]]]
         at = [[list(arms[arm]).index(seed) for seed in both] for arm in pair]
-        gains[mode] = y["reranking"][pair[0]][at[0]] - y["reranking"][pair[1]][at[1]]
-    if not all(map(len, gains.values())) or len(set(labels["reranking"])) < 2:
+        gain = y["reranking"][pair[0]][at[0]] - y["reranking"][pair[1]][at[1]]
+        if len(gain):
+            gains[mode] = gain
+    others = [mode for mode in gains if mode != POINTWISE]
+    if POINTWISE not in gains or not others or len(set(labels["reranking"])) < 2:
         return None
-    e = stats.arm_difference(gains, labels["reranking"], "listwise", "pointwise")
+    found = {m: stats.arm_difference(gains, labels["reranking"], m, POINTWISE) for m in others}
+    adjusted = stats.holm([1.0 if not e.interval else e.p for e in found.values()])
     return {
-        **{mode: 100 * float(gain.mean()) for mode, gain in gains.items()},
-        "difference": e.value,
-        "interval": e.interval,
-        "p": e.p if e.interval else None,
-    }
+        "by_mode": {mode: 100 * float(gain.mean()) for mode, gain in gains.items()},
+        "against": {
+            mode: {"difference": e.value, "interval": e.interval, "p": e.p if e.interval else None,
+                   "p_holm": p if e.interval else None}
+            for (mode, e), p in zip(found.items(), adjusted, strict=True)
+        },
+    }  # fmt: skip
 
 
 def section(found: dict[str, dict[str, Any]], gain: dict[str, Any] | None) -> Section:
@@ -120,10 +135,12 @@ def section(found: dict[str, dict[str, Any]], gain: dict[str, Any] | None) -> Se
             f"{100 * row['spread']:.2f}",
             "-" if row["tau"] is None else f"{row['tau']:.3f}",
             f"{row['pairs_per_second']:,.1f} ({row['slowest']:,.1f} to {row['fastest']:,.1f})",
+            f"{row['stored']:,.1f}" if row["stored"] else "-",
         ]
         for arm, row in found.items()
     ]
-    head = ["arm", "nDCG@10 over orders", "spread", "Kendall's tau", "pairs per second"]
+    head = ["arm", "nDCG@10 over orders", "spread", "Kendall's tau", "pairs per second",
+            "vectors at hand"]  # fmt: skip
     first = next(iter(found.values()), {"queries": 0, "orders": ORDERS})
     text = TEXT.format(
         queries=first["queries"],
@@ -136,32 +153,43 @@ def section(found: dict[str, dict[str, Any]], gain: dict[str, Any] | None) -> Se
 
 def gained(gain: dict[str, Any] | None) -> str:
     if gain is None:
-        return "Not all four arms have a seed in common."
-    told = f" {span(gain['interval'])}, p {p_value(gain['p'])}" if gain["interval"] else ""
+        return "No two ways to rerank have both of their arms yet, pointwise being one of them."
+    by_mode = ", ".join(f"{points:+.2f} ({NAMES[m]})" for m, points in gain["by_mode"].items())
+    told = []
+    for mode, row in gain["against"].items():
+        interval = span(row["interval"]) if row["interval"] else ""
+        holm = f", Holm p {p_value(row['p_holm'])}" if row["interval"] else ""
+        told.append(f"{NAMES[mode]} {row['difference']:+.2f} {interval}{holm}")
     return (
-        f"On reranking MoE adds {gain['listwise']:+.2f} points to a single LoRA listwise and "
-        f"{gain['pointwise']:+.2f} pointwise: {gain['difference']:+.2f}{told} (this one difference "
-        "of differences, outside of the table's family)."
+        f"On reranking MoE adds to a single LoRA, in points: {by_mode}. Against pointwise: "
+        f"{'; '.join(told)} (these differences of differences are a family of their own)."
     )
 
 
 def reading(found: dict[str, dict[str, Any]], gain: dict[str, Any] | None) -> str:
-    """What order, speed and the difference of differences say, in a few sentences."""
+    """What order, speed and the differences of differences say, in a few sentences."""
     said = []
-    for arm in (arm for arm in found if arm.startswith("listwise")):
-        row = found[arm]
+    for arm, row in found.items():
+        mode, _, kind = arm.rpartition("-")
+        if mode == POINTWISE:
+            continue
         tau = "" if row["tau"] is None else f" (Kendall's tau {row['tau']:.2f})"
         text = f"Another order moves {label(arm)} by {100 * row['spread']:.2f} points{tau}"
-        twin = found.get(arm.replace("listwise", "pointwise"))
+        twin = found.get(f"{POINTWISE}-{kind}")
         if twin and twin["pairs_per_second"]:
             ratio = row["pairs_per_second"] / twin["pairs_per_second"]
             text += f"; it scores {ratio:.2f} times as many pairs a second as pointwise"
+            if row["stored"]:
+                more = row["stored"] / twin["pairs_per_second"]
+                text += f", {more:.2f} times with the documents' vectors at hand"
         said.append(f"{text}.")
-    if gain and gain["p"] is not None:
-        more = "listwise" if gain["difference"] > 0 else "pointwise"
+    for mode, row in (gain or {"against": {}})["against"].items():
+        if row["p_holm"] is None:
+            continue
+        more = mode if row["difference"] > 0 else POINTWISE
         said.append(
-            f"Routing adds more {more}."
-            if gain["p"] <= stats.ALPHA
-            else "Which mode gains more from routing cannot be told from chance."
+            f"Routing adds more {NAMES[more]} than {NAMES[POINTWISE if more == mode else mode]}."
+            if row["p_holm"] <= stats.ALPHA
+            else f"Whether routing adds more pointwise or {NAMES[mode]} cannot be told from chance."
         )
     return " ".join(said)

@@ -155,10 +155,10 @@ class EvaluationSet:
         """Scores (n,) of `pairs`.
 
         Args:
-            shuffle: the number of a random order of each query's candidates, in which an
-                interaction head reads them; None: BM25's. Other heads never see the order.
+            shuffle: the number of a random order of each query's candidates, in which a
+                listwise head reads them; None: BM25's. Other heads never see the order.
         """
-        if model.config.rerank_head != "interaction":
+        if not model.config.listwise:
             return model.score_all(self._set("reranking"), progress=progress, shared=True)
         c, lists, places = self.collection, [], []
         for query, found in self.candidates.items():

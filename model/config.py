@@ -115,7 +115,8 @@ DTYPES = {
 }
 
 
-HEADS = ("linear", "yes_no", "interaction")
+LISTWISE = ("interaction", "pseudo_query")  # what scores a query's candidates together
+HEADS = ("linear", "yes_no", *LISTWISE)
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,20 @@ class ModelConfig:
                 "routing by similarity compares a text with training texts, and there are none for "
                 "lists: use another router with rerank_head='interaction'"
             )
+        if self.rerank_head == "pseudo_query" and (
+            similar or (self.router is not None and self.router.kind == "task")
+        ):
+            raise ValueError(
+                "with rerank_head='pseudo_query' all texts are embedded, so a router by task or by "
+                "similarity would leave the reranking expert idle: use another router"
+            )
         check_pooling(self.embedding_pooling, self.causal)
         check_pooling(self.reranking_pooling, self.causal)
+
+    @property
+    def listwise(self) -> bool:
+        """Whether a query's candidates are scored together, by cosines, not pair by pair."""
+        return self.rerank_head in LISTWISE
 
     @classmethod
     def from_json(cls, raw: dict) -> "ModelConfig":

@@ -17,6 +17,7 @@ from model.listwise import Interaction, Lists, by_query, in_order, own_projector
 from model.lora import LinearGroup
 from model.packed import Packed
 from model.prefix import TextSet
+from model.pseudo import ByPseudoQuery
 from model.router import TASKS, Router
 from model.texts import over, usual_budget
 from model.tokens import Tokenizer, listed
@@ -61,7 +62,7 @@ class UniMoER(nn.Module):
         if head is not None:
             targets["lm_head.weight"] = head
         weights.load_into(folder, targets, ignore=shape.unused)
-        self.head: LinearScore | YesNoScore | Interaction
+        self.head: LinearScore | YesNoScore | Interaction | ByPseudoQuery
         rows = self.decoder.embed_tokens.weight
         if config.rerank_head == "linear":
             self.head = LinearScore(shape.hidden_size)
@@ -70,6 +71,8 @@ class UniMoER(nn.Module):
             own = own_projector(folder, shape.hidden_size)
             start = rows[self.tokenizer.end_id].cpu()
             self.head = Interaction(shape.hidden_size, self.lists.marks, start, own)
+        elif config.rerank_head == "pseudo_query":
+            self.head = ByPseudoQuery(self.tokenizer)
         else:
             rows = rows if head is None else head
             self.head = YesNoScore(*(rows[self.tokenizer.word_id(word)] for word in ("yes", "no")))
@@ -165,7 +168,9 @@ class UniMoER(nn.Module):
         """Relevance logits (B,) of a batch of pairs, and the routing weights by layer.
 
         With an interaction head the texts are lists, and the scores those of all their documents.
+        A pseudo-query is no score of a text: see `score_lists`.
         """
+        assert not isinstance(self.head, ByPseudoQuery), "a pseudo-query scores lists"
         if isinstance(self.head, Interaction):
             vectors, routing = self.marked(batch, states, base)
             return self.head.cosines(vectors, batch), routing
@@ -222,16 +227,19 @@ class UniMoER(nn.Module):
         self,
         lists: Sequence[tuple[str, Sequence[str]]],
         *,
+        vectors: Sequence[Tensor] | None = None,
         budget: int | None = None,
         progress: bool = False,
         shared: bool = False,
     ) -> list[Tensor]:
-        """Scores (n,) of the n documents of each (query, documents), which an interaction head
-        reads in the order given; see `model.listwise`. shared: as above."""
+        """Cosines (n,) of the n documents of each (query, documents), which are read in the order
+        given; see `model.listwise` and `model.pseudo`. vectors: as `rank`; shared: as above."""
+        options = {"budget": budget, "progress": progress, "shared": shared}
+        if isinstance(self.head, ByPseudoQuery):
+            return self.head.scores(partial(self.embed_all, **options), lists, vectors)
         assert isinstance(self.head, Interaction), f"{self.config.rerank_head} scores pairs"
         made = [self.lists.blocks(query, documents) for query, documents in lists]
         texts = TextSet([block.ids for blocks in made for block in blocks])
-        options = {"budget": budget, "progress": progress, "shared": shared}
         dtype = torch.promote_types(self.dtype, torch.float)
         rows = over(self.decoder, texts, self.marked, title="rerank", **options)
         vectors = in_order(made, rows, dtype)
@@ -244,9 +252,9 @@ class UniMoER(nn.Module):
         budget: int | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Raw scores (n,) of (query, document) pairs: logits. An interaction head takes the pairs
-        of one query as a list, in the order given, and its scores are cosines."""
-        if not isinstance(self.head, Interaction):
+        """Raw scores (n,) of (query, document) pairs: logits. A listwise head takes the pairs of
+        one query as a list, in the order given, and its scores are cosines."""
+        if not self.config.listwise:
             texts = TextSet(self.tokenizer.pairs(pairs))
             return self.score_all(texts, budget=budget, progress=progress)
         lists, places = by_query(pairs)
@@ -255,7 +263,7 @@ class UniMoER(nn.Module):
 
     def relevance(self, scores: Tensor) -> Tensor:
         """Raw scores -> [0, 1]: the sigmoid of logits, (1 + s) / 2 of cosines."""
-        return (1 + scores) / 2 if isinstance(self.head, Interaction) else scores.sigmoid()
+        return (1 + scores) / 2 if self.config.listwise else scores.sigmoid()
 
     def encode(
         self,
@@ -312,11 +320,26 @@ class UniMoER(nn.Module):
         return self.relevance(self.score_pairs(pairs, budget=budget, progress=bar))
 
     def rank(
-        self, query: str, documents: Sequence[str], top_k: int | None = None
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        vectors: Tensor | None = None,
     ) -> list[tuple[int, float]]:
-        """(index of the document, relevance), best first, ties in the order given."""
-        pairs = [(query, text) for text in listed(documents, "documents")]
-        scores = self.score_pairs(pairs)
+        """(index of the document, relevance), best first, ties in the order given.
+
+        Args:
+            vectors: (n, D) of `encode_document`, which spares a pseudo-query to encode them again.
+        Raises:
+            ValueError: vectors for another head, which reads the documents themselves.
+        """
+        documents = listed(documents, "documents")
+        if vectors is None:
+            scores = self.score_pairs([(query, text) for text in documents])
+        elif isinstance(self.head, ByPseudoQuery):
+            [scores] = self.score_lists([(query, documents)], vectors=[vectors])
+        else:
+            raise ValueError(f"rerank_head={self.config.rerank_head!r} has no use for vectors")
         # By raw score: in fp32 the sigmoid of everything above 17 is 1.
         order = scores.argsort(descending=True, stable=True)[:top_k]
         return [(int(i), float(self.relevance(scores[i]))) for i in order]

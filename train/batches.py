@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from eval.collections import Collection, require_split
+from model.config import LISTWISE
 from model.listwise import Lists
 from model.prefix import TextSet
+from model.pseudo import PseudoQuery
 from model.tokens import Tokenizer
 from train.negatives import Mined, best_positive, bm25_negatives, read_mined
 from trials import Config
@@ -72,6 +74,17 @@ class ListBatch:
     ids: list[str]
 
 
+@dataclass(frozen=True)
+class PseudoBatch:
+    """texts: token ids of the queries (B), their pseudo-queries (B) and the documents of each (B *
+    K), the right one first. grades (B, K) float32: the teacher's logits, or 1 for the right
+    document and 0 for the others without a teacher."""
+
+    texts: list[list[int]]
+    grades: Tensor
+    ids: list[str]
+
+
 def check_training(collection: Collection, config: Config) -> list[str]:
     """The training queries, in their fixed order.
 
@@ -121,10 +134,10 @@ class TrainingData:
         self.negatives, self.teacher = mined.negatives, mined.teacher
         if "embedding" in config.tasks:
             self._embedding_texts(collection, tokenizer, states)
+        self.query_text, self.tokenizer = collection.queries, tokenizer
         if config.rerank_head == "interaction":
-            self.query_text = collection.queries
             self.template = Lists(tokenizer, config.list_tokens)
-        elif "reranking" in config.tasks:
+        elif "reranking" in config.tasks and config.rerank_head not in LISTWISE:
             self._reranking_texts(collection, tokenizer, states)
 
     def _mined(self, collection: Collection) -> Mined:
@@ -249,6 +262,29 @@ class TrainingData:
         return ListBatch(
             texts + altered, torch.tensor(place), other, self._teacher(groups), queries
         )
+
+    def pseudo(self, step: int, seed: int | None = None) -> PseudoBatch:
+        """The same micro-batch for an embedder that reranks by pseudo-queries.
+
+        A pseudo-query holds the documents of its group in an order that seed and step decide, and
+        has no prefix states, since it is another text in every epoch.
+        """
+        c = self.config
+        queries = self._batch_queries("reranking", step, c.reranking_batch, seed)
+        rng = random.Random(f"{self._seed(seed)} lists {step}")
+        groups = [(q, [self.positive[q], *self.negatives[q][: c.group_size - 1]]) for q in queries]
+        asked, documents = [], []
+        for query, members in groups:
+            texts = [self.corpus[d] for d in members]
+            asked.append((self.query_text[query], rng.sample(texts, len(texts))))
+            documents += texts
+        grades = torch.zeros(len(groups), c.group_size)
+        grades[:, 0] = 1
+        teacher = self._teacher(groups)
+        tokenizer = self.tokenizer
+        texts = tokenizer.queries([self.query_text[q] for q in queries])
+        texts += PseudoQuery().ids(tokenizer, asked) + tokenizer.documents(documents)
+        return PseudoBatch(texts, grades if teacher is None else teacher, queries)
 
     def _list(self, query: str, documents: list[str]) -> list[int]:
         blocks = self.template.blocks(self.query_text[query], documents, early=True)

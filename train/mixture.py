@@ -7,11 +7,13 @@ from functools import lru_cache
 from itertools import accumulate
 
 from eval.collections import Collection
+from model.config import LISTWISE
 from model.prefix import TextSet
 from model.tokens import Tokenizer
 from train.batches import (
     EmbeddingBatch,
     ListBatch,
+    PseudoBatch,
     RerankingBatch,
     TrainingData,
     WithStates,
@@ -102,7 +104,7 @@ class Mixture(TrainingData):
         if "embedding" in config.tasks:
             sets = [part.embedding_texts for part in self.parts]
             self.embedding_texts = self._joined("embedding", sets, "training texts", states)
-        if "reranking" in config.tasks and config.rerank_head != "interaction":
+        if "reranking" in config.tasks and config.rerank_head not in LISTWISE:
             sets = [part.reranking_texts for part in self.parts]
             self.reranking_texts = self._joined("reranking", sets, "training pairs", states)
 
@@ -157,6 +159,11 @@ class Mixture(TrainingData):
     def lists(self, step: int, seed: int | None = None) -> ListBatch:
         part, at = self.place(step, seed)
         batch = self.parts[part].lists(at, seed)
+        return replace(batch, ids=self._named(part, batch.ids))
+
+    def pseudo(self, step: int, seed: int | None = None) -> PseudoBatch:
+        part, at = self.place(step, seed)
+        batch = self.parts[part].pseudo(at, seed)
         return replace(batch, ids=self._named(part, batch.ids))
 
     def _named(self, part: int, queries: list[str]) -> list[str]:

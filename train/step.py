@@ -84,8 +84,9 @@ def embedding(data: TrainingData, step: int, seed: int | None = None) -> Work:
 def reranking(data: TrainingData, step: int, seed: int | None = None) -> Work:
     """Listwise or pointwise loss of the step's pairs; seed and teacher as above, the student's
     logits being the head's."""
-    if data.config.rerank_head == "interaction":
-        return lists(data, step, seed)
+    listwise = {"interaction": lists, "pseudo_query": pseudo}.get(data.config.rerank_head)
+    if listwise:
+        return listwise(data, step, seed)
     rows, c = data.reranking(step, seed), data.config
 
     def loss(scores: Tensor) -> Tensor:
@@ -123,6 +124,23 @@ def lists(data: TrainingData, step: int, seed: int | None = None) -> Work:
     return Work(
         "reranking", _marked, TextSet(rows.texts), list(range(len(rows.texts))), loss, rows.ids
     )
+
+
+def pseudo(data: TrainingData, step: int, seed: int | None = None) -> Work:
+    """E2Rank's loss of the step's lists (`losses.e2rank`), all of whose texts are embedded; seed as
+    above. A teacher's scores are the order that RankNet learns, not a term of their own."""
+    rows, c = data.pseudo(step, seed), data.config
+    count = len(rows.ids)
+
+    def loss(vectors: Tensor) -> Tensor:
+        queries, asked, documents = vectors.split([count, count, len(vectors) - 2 * count])
+        return losses.e2rank(
+            queries, asked, documents.unflatten(0, (count, -1)), rows.grades.to(vectors),
+            c.temperature, c.ranknet_scale, c.ranknet_weight,
+        )  # fmt: skip
+
+    indices = list(range(len(rows.texts)))
+    return Work("reranking", UniMoER.embed, TextSet(rows.texts), indices, loss, rows.ids)
 
 
 def _marked(

@@ -17,15 +17,26 @@ from tests.analysis.made import Maker, write_json
 from tests.train.tiny import NOISY_MOE, tiny_config, tokens_only, write_collection
 from train.trial import model_config
 
-SCORES = {  # reranking; MoE adds 1 point pointwise and 5 listwise
+SCORES = {  # reranking; MoE adds 1 point pointwise, 5 listwise and 1 by pseudo-query
     "pointwise-single": 0.50, "pointwise-moe": 0.51, "listwise-single": 0.50, "listwise-moe": 0.55,
+    "e2rank-single": 0.48, "e2rank-moe": 0.49,
 }  # fmt: skip
 
 
-def measured(mean: float, spread: float, tau: float, rate: float) -> dict:
+def measured(mean: float, spread: float, tau: float, rate: float, **more: float) -> dict:
     row = {"by_order": [mean] * 4, "mean": mean, "spread": spread, "tau": tau, "queries": 16,
            "orders": 4}  # fmt: skip
-    return {"order": row, "speed": {"pairs": 80, "seconds": 80 / rate, "pairs_per_second": rate}}
+    speed = {"pairs": 80, "seconds": 80 / rate, "pairs_per_second": rate, **more}
+    return {"order": row, "speed": speed}
+
+
+LIKE = {  # mode -> what was measured of a seed
+    "pointwise": lambda score, seed: measured(score, 0.0, 1.0, 10.0 + seed),
+    "listwise": lambda score, seed: measured(score, 0.02, 0.6, 30.0 + seed),
+    "e2rank": lambda score, seed: measured(
+        score, 0.01, 0.8, 20.0 + seed, stored_pairs_per_second=60.0 + seed
+    ),
+}
 
 
 @pytest.fixture
@@ -35,9 +46,7 @@ def made(tmp_path: Path) -> Maker:
     for arm, score in SCORES.items():
         maker.arm(arm, {"embedding": 0.6, "reranking": score})
         for seed in range(3):
-            listwise = arm.startswith("listwise")
-            row = measured(score, 0.02, 0.6, 30.0 + seed) if listwise else (
-                measured(score, 0.0, 1.0, 10.0 + seed))  # fmt: skip
+            row = LIKE[arm.partition("-")[0]](score, seed)
             write_json(maker.folder / arm / f"order-seed{seed}.json", row)
     return maker
 
@@ -47,25 +56,34 @@ def test_what_was_planted_is_found(made: Maker) -> None:
     assert found["order"]["listwise-moe"] == {
         "seeds": 3, "queries": 16, "orders": 4, "mean": pytest.approx(0.55),
         "spread": pytest.approx(0.02), "tau": pytest.approx(0.6),
-        "pairs_per_second": pytest.approx(31), "slowest": 30.0, "fastest": 32.0,
+        "pairs_per_second": pytest.approx(31), "stored": None, "slowest": 30.0, "fastest": 32.0,
     }  # fmt: skip
     gain = found["routing_gain"]
-    assert gain["listwise"] == pytest.approx(5, abs=0.5)
-    assert gain["pointwise"] == pytest.approx(1, abs=0.5)
-    assert gain["difference"] == pytest.approx(gain["listwise"] - gain["pointwise"])
-    low, high = gain["interval"]
-    assert low < gain["difference"] < high and low > 0 and gain["p"] < 0.05
+    for mode, points in {"pointwise": 1, "listwise": 5, "e2rank": 1}.items():
+        assert gain["by_mode"][mode] == pytest.approx(points, abs=0.5), mode
+    assert gain["against"].keys() == {"listwise", "e2rank"}
+    for mode, row in gain["against"].items():
+        difference = gain["by_mode"][mode] - gain["by_mode"]["pointwise"]
+        assert row["difference"] == pytest.approx(difference)
+        low, high = row["interval"]
+        assert low < difference < high and row["p"] <= row["p_holm"]
+    assert gain["against"]["listwise"]["interval"][0] > 0
+    assert gain["against"]["listwise"]["p_holm"] < 0.05 < gain["against"]["e2rank"]["p_holm"]
     text = (made.folder / "report.md").read_text()
-    assert "| Listwise-MoE | 55.00 | 2.00 | 0.600 | 31.0 (30.0 to 32.0) |" in text
-    assert "| Pointwise-Single | 50.00 | 0.00 | 1.000 | 11.0 (10.0 to 12.0) |" in text
-    assert "Routing adds more listwise." in text
+    assert "| Listwise-MoE | 55.00 | 2.00 | 0.600 | 31.0 (30.0 to 32.0) | - |" in text
+    assert "| Pointwise-Single | 50.00 | 0.00 | 1.000 | 11.0 (10.0 to 12.0) | - |" in text
+    assert "| E2Rank-Single | 48.00 | 1.00 | 0.800 | 21.0 (20.0 to 22.0) | 61.0 |" in text
+    assert "Routing adds more listwise than pointwise." in text
+    assert "Whether routing adds more pointwise or by pseudo-query cannot be told" in text
     assert "Another order moves Listwise-MoE by 2.00 points (Kendall's tau 0.60); it scores" in text
-    assert "2.82 times as many pairs a second as pointwise" in text
+    assert "2.82 times as many pairs a second as pointwise." in text
+    assert "1.91 times as many pairs a second as pointwise, 5.55 times with the docum" in text
     assert "what routing adds, listwise" in text and "what the list adds, one LoRA" in text
     pairs = {(row["arm"], row["against"], row["task"]) for row in found["differences"]}
-    assert len(pairs) == 6 and ("listwise-moe", "listwise-single", "embedding") in pairs
+    assert len(pairs) == 10 and ("listwise-moe", "listwise-single", "embedding") in pairs
+    assert ("e2rank-moe", "pointwise-moe", "reranking") in pairs
     assert json.loads((made.folder / "comparison.json").read_text()) == found
-    assert order.summary(found).startswith("pointwise_vs_listwise smoke, 12 trials: ")
+    assert order.summary(found).startswith("pointwise_vs_listwise smoke, 18 trials: ")
 
 
 def test_an_equal_gain_cannot_be_told_from_chance(tmp_path: Path) -> None:
@@ -74,24 +92,29 @@ def test_an_equal_gain_cannot_be_told_from_chance(tmp_path: Path) -> None:
     for arm in SCORES:
         maker.arm(arm, {"embedding": 0.6, "reranking": 0.5})
     found = order.write(maker.folder)
-    assert found["order"] == {} and found["routing_gain"]["p"] > 0.05
+    assert found["order"] == {}
+    assert all(row["p_holm"] > 0.05 for row in found["routing_gain"]["against"].values())
     text = (maker.folder / "report.md").read_text()
-    assert "Which mode gains more from routing cannot be told from chance." in text
+    assert "Whether routing adds more pointwise or listwise cannot be told from chance." in text
     assert "Nothing was measured yet." in text
 
 
 def test_missing_arms_and_seeds(made: Maker, tmp_path: Path) -> None:
-    """Gains are of the seeds that both arms of a mode have; an absent arm leaves none."""
+    """Gains are of the seeds that both arms of a mode have, and of the modes that have both."""
     for name in ("seed0.json", "order-seed0.json"):
         (made.folder / "listwise-moe" / name).unlink()
     found = order.write(made.folder)
     assert found["order"]["listwise-moe"]["seeds"] == 2
-    assert found["routing_gain"]["listwise"] == pytest.approx(5, abs=0.6)
+    assert found["routing_gain"]["by_mode"]["listwise"] == pytest.approx(5, abs=0.6)
+    for path in (made.folder / "e2rank-single").iterdir():
+        path.unlink()
+    assert order.write(made.folder)["routing_gain"]["by_mode"].keys() == {"pointwise", "listwise"}
     for path in (made.folder / "pointwise-moe").iterdir():
         path.unlink()
     found = order.write(made.folder)
     assert found["routing_gain"] is None
-    assert "Not all four arms have a seed in common." in (made.folder / "report.md").read_text()
+    assert "No two ways to rerank have both of their arms" in (
+        made.folder / "report.md").read_text()  # fmt: skip
 
 
 def test_the_arms_differ_in_the_head_and_in_routing_alone() -> None:
@@ -101,6 +124,7 @@ def test_the_arms_differ_in_the_head_and_in_routing_alone() -> None:
     for kind in ("single", "moe"):
         pointwise, listwise = made(f"pointwise-{kind}"), made(f"listwise-{kind}")
         assert listwise == replace(pointwise, rerank_head="interaction")
+        assert made(f"e2rank-{kind}") == replace(pointwise, rerank_head="pseudo_query")
         # the same trials as the kill gate's, which are trained once
         assert pointwise == experiments.config("kill_gate", f"joint-{kind}", "small", 1)
     study = experiments.EXPERIMENTS["pointwise_vs_listwise"]

@@ -87,6 +87,31 @@ def test_a_shuffle_is_another_order_of_the_same_list(evaluation, listwise, colle
                 assert scores[query, d] == pytest.approx(score, abs=1e-5)
 
 
+def test_pseudo_queries_under_the_protocol(evaluation, config, collection, monkeypatch) -> None:
+    """Their lists come in BM25's order too, another order gives other scores, and vectors at hand
+    are timed by themselves."""
+    model = moved(replace(config, rerank_head="pseudo_query"))
+    scores = dict(zip(evaluation.pairs, evaluation.pair_scores(model).tolist(), strict=True))
+    for query, found in evaluation.candidates.items():
+        documents = [collection.corpus[d] for d in found]
+        ranked = dict(model.rank(collection.queries[query], documents))
+        for i, d in enumerate(found):
+            assert (1 + scores[query, d]) / 2 == pytest.approx(ranked[i], abs=1e-5)
+    plain, other = evaluation.pair_scores(model), evaluation.pair_scores(model, 0)
+    assert (other - plain).abs().max() > 1e-5
+    seen = []
+    monkeypatch.setattr(
+        EvaluationSet, "pair_scores", lambda self, model, shuffle=None: seen.append(shuffle) or plain
+    )
+    order.sensitivity(model, evaluation, 3)
+    assert seen == [0, 1, 2], "each order is read"
+    monkeypatch.undo()
+    part = evaluation.sample(3)
+    found = order.speed(model, part)
+    assert found["stored_pairs_per_second"] > 0 and found["pairs_per_second"] > 0
+    assert found["pairs"] == len(part.pairs)
+
+
 # Kendall's tau --------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from model.packed import pack
 from model.unimoer import UniMoER
 from tests.train.tiny import TRAIN, build, tiny_config, tokens_only, write_collection
 from train import __main__ as program
-from train import mining
+from train import losses, mining
 from train.batches import TrainingData
 from train.loop import train
 from train.mining import LEXICAL, Settings, choose, limit, mine
@@ -560,6 +560,28 @@ def test_a_planted_order_is_learnt(
 def test_settings_of_distillation_that_cannot_work(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**fields)
+
+
+def test_the_teacher_of_pseudo_queries(
+    config: Config, collection: Collection, planted: Path
+) -> None:
+    """Its scores are the order that RankNet learns; nothing else is added."""
+    c = resolved(replace(config, negatives=str(planted), distill="kl", dtype="float64",
+                         rerank_head="pseudo_query"))  # fmt: skip
+    model, data = build(c, collection)
+    lines, made = rows(planted), data.pseudo(0)
+    for query, grades in zip(made.ids, made.grades.tolist(), strict=True):
+        names = [lines[query]["positive"], *list(lines[query]["negatives"])[: c.group_size - 1]]
+        assert grades == pytest.approx([lines[query]["teacher"][d] for d in names])
+    model.eval()
+    count = len(made.ids)
+    vectors = torch.cat([model.embed(pack([ids]))[0] for ids in made.texts])
+    queries, asked, documents = vectors.split([count, count, len(vectors) - 2 * count])
+    expected = losses.e2rank(
+        queries, asked, documents.unflatten(0, (count, -1)), made.grades, c.temperature
+    )
+    found = task_loss("reranking", model, data, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
 
 def test_the_teacher_of_lists(config: Config, collection: Collection, planted: Path) -> None:

@@ -155,6 +155,15 @@ def test_lists_are_those_of_the_part(made) -> None:
         assert batch.ids == [f"{data.names[part]}:{query}" for query in own.ids]
 
 
+def test_pseudo_queries_are_those_of_the_part(made) -> None:
+    data = made(rerank_head="pseudo_query")
+    for step in range(8):
+        part, at = data.place(step)
+        batch, own = data.pseudo(step), data.parts[part].pseudo(at)
+        assert batch.texts == own.texts and torch.equal(batch.grades, own.grades)
+        assert batch.ids == [f"{data.names[part]}:{query}" for query in own.ids]
+
+
 def test_prefix_states_are_made_once_of_all(collections, tiny_base, config) -> None:
     asked = []
 

@@ -25,6 +25,7 @@ ROUTED = {
     "task": {**MOE, "ranks": (4, 4, 4), "router": "task"},
     "matryoshka": {"matryoshka": (4, 16)},
     "lists as one text": {**NOISY_MOE, "lora_dropout": 0.0, "rerank_head": "interaction"},
+    "pseudo-queries": {**NOISY_MOE, "lora_dropout": 0.0, "rerank_head": "pseudo_query"},
 }
 
 
