@@ -81,6 +81,16 @@ def test_processes_train_like_one(tiny_base, tiny_data, tmp_path, single, proces
     assert_alike(single, tmp_path)
 
 
+def test_widths_and_pseudo_queries_over_processes(tiny_base, tiny_data, tmp_path):
+    """Matryoshka's terms and RankNet's see all texts of the batch, wherever they were embedded."""
+    changes = {"matryoshka": [8, 16], "rerank_head": "pseudo_query"}
+    assert run.main(words(tiny_base, tiny_data, tmp_path / "one", **changes)) == 0
+    job = launch(2, words(tiny_base, tiny_data, tmp_path / "two", **changes))
+    output = job.communicate(timeout=300)[0]
+    assert job.returncode == 0, output
+    assert_alike(tmp_path / "one", tmp_path / "two")
+
+
 def workers(job: subprocess.Popen) -> list[int]:
     """Process ids of the job's workers."""
     listed = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
