@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.packed import Packed, segment_mean
+from model.packed import Only, Packed, segment_mean
 from model.weights import draw_into
 
 POOLINGS = ("last", "mean", "first")
@@ -46,15 +46,16 @@ def pool(hidden: Tensor, batch: Packed, pooling: str) -> Tensor:
 
 
 def run_pooled(
-    run: Callable[[Tensor | None], tuple[Tensor, list[Tensor]]], batch: Packed, pooling: str
+    run: Callable[[Only | None], tuple[Tensor, list[Tensor]]], batch: Packed, pooling: str
 ) -> tuple[Tensor, list[Tensor]]:
     """`pool` of a decoder's states (B, D), and the routing weights by layer that it returned.
 
     run: the decoder, given as `only` the tokens that are read, or None where all of them are.
     """
-    only = pooled_tokens(batch, pooling)
+    at = pooled_tokens(batch, pooling)
+    only = None if at is None else Only.of(batch, at)
     hidden, routing = run(only)
-    return pool(hidden, batch if only is None else batch.tokens(only), pooling), routing
+    return pool(hidden, batch if only is None else only.texts, pooling), routing
 
 
 def truncate(vectors: Tensor, dimensions: int | None) -> Tensor:

@@ -15,13 +15,13 @@ from kernels.shrink import ALL, TEXT, TOKEN
 from kernels.swiglu import swiglu as fused_swiglu
 from model.config import DecoderConfig
 from model.lora import LinearGroup, LoRAConfig
-from model.packed import Packed, per_token, segment_mean
+from model.packed import Only, Packed, per_token, segment_mean
 from model.router import Router
 
 
-def _rows(of: Tensor | None, only: Tensor) -> Tensor | None:
+def _rows(of: Tensor | None, only: Only) -> Tensor | None:
     """The rows of gates or weights of some tokens; a single row is everybody's."""
-    return of if of is None or len(of) == 1 else of[only]
+    return of if of is None or len(of) == 1 else of[only.at]
 
 
 class RMSNorm(nn.Module):
@@ -49,7 +49,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(k, config.rms_norm_eps, dtype)
 
     def forward(
-        self, x: Tensor, batch: Packed, cos: Tensor, sin: Tensor, gates, only: Tensor | None = None
+        self, x: Tensor, batch: Packed, cos: Tensor, sin: Tensor, gates, only: Only | None = None
     ) -> Tensor:
         q, k, v = (t.unflatten(1, (-1, self.config.head_dim)) for t in self.qkv(x, gates))
         if self.config.model_type == "qwen3":
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         reach = {"causal": self.config.causal, "window": self.config.sliding_window}
         y = batch.gather(attention(q, k, v, batch.whole.groups, **reach))
         if only is not None:
-            y, gates = y[only], _rows(gates, only)
+            y, gates = y[only.at], _rows(gates, only)
         return self.o(y.flatten(1), gates)[0]
 
     def fused(
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         weights,
         mode: int | None,
         router,
-        only: Tensor | None = None,
+        only: Only | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The same on wide buffers; and the weights, which a `router` of tokens finds in here."""
         c, segments = self.config, batch.segments
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         y = batch.gather(packed_attention(q, k, v, batch.whole.segments, **reach))
         mine = weights
         if only is not None:
-            y, segments = y[only], batch.tokens(only).segments
+            y, segments = y[only.at], only.texts.segments
             mine = _rows(weights, only) if mode == TOKEN else weights
         return self.o.fused(y.flatten(1), segments, mine, mode), weights
 
@@ -143,13 +143,13 @@ class DecoderLayer(nn.Module):
         weights: Tensor | None,
         base: bool,
         fused: bool,
-        only: Tensor | None = None,
+        only: Only | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One layer, its last addition left to the next one, which does it together with its norm.
 
         Args:
             x: (N, D), delta: (N, D) or None: the residual stream is their sum.
-            only: (B,) int64, one token of each text: no other goes on from the attention.
+            only: one token of each text: no other goes on from the attention.
         Returns:
             x and delta (N, D) of the next layer (fused: delta may be wider), (B, D) with `only`,
             and the router's weights (B, E), (N, E) where it weighs tokens, None where there is no
@@ -181,7 +181,7 @@ class DecoderLayer(nn.Module):
                 gates = per_token(gates, batch)  # (B, R) -> (N, R)
         attended = self.self_attn(normed, batch, cos, sin, gates, only)
         if only is not None:
-            x, gates = x[only], _rows(gates, only)
+            x, gates = x[only.at], _rows(gates, only)
         x = x + attended
         return x, self.mlp(self.post_attention_layernorm(x), gates), weights
 
@@ -211,7 +211,7 @@ class DecoderLayer(nn.Module):
         delta, weights = attn.fused(normed, batch, cos, sin, weights, mode, routing, only)
         norm, mine = self.post_attention_layernorm, weights
         if only is not None:
-            x, batch = x[only], batch.tokens(only)
+            x, batch = x[only.at], only.texts
             mine = _rows(weights, only) if mode == TOKEN else weights
         x, normed, _ = add_rmsnorm_pool(
             x, delta, norm.weight, norm.eps, batch.segments, *mlp.gate_up.margins

@@ -76,11 +76,20 @@ class Packed:
         """(N, ...) of the whole texts -> (M, ...) of what is here."""
         return of[self.trie.kept] if self.trie else of
 
-    def tokens(self, at: Tensor) -> "Packed":
-        """One token of each text, at (B,) int64, as a batch of B texts of one token."""
-        count, rows = len(self.lengths), torch.arange(len(self.lengths), device=at.device)
+
+@dataclass(frozen=True)
+class Only:
+    """One token of each text. at: (B,) int64, where it stands. texts: they alone, as a batch."""
+
+    at: Tensor
+    texts: Packed
+
+    @classmethod
+    def of(cls, batch: Packed, at: Tensor) -> "Only":
+        """at: (B,) int64."""
+        count, rows = len(batch.lengths), torch.arange(len(batch.lengths), device=at.device)
         alone = (1,) * count, [(count, 1)]
-        return Packed(self.input_ids[at], self.positions[at], rows, rows, *alone)
+        return cls(at, Packed(batch.input_ids[at], batch.positions[at], rows, rows, *alone))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from kernels.add_rmsnorm_pool import add_rmsnorm_pool
 from model.config import DecoderConfig
 from model.layers import DecoderLayer, RMSNorm
 from model.lora import LinearGroup, LoRAConfig
-from model.packed import Packed
+from model.packed import Only, Packed
 from model.router import SIMILARITY, Router, RouterConfig
 
 
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         last_layer: int | None = None,
         weights: Tensor | None = None,
         base: bool = False,
-        only: Tensor | None = None,
+        only: Only | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the layers first_layer <= i < last_layer on a packed batch.
 
@@ -122,8 +122,8 @@ class Decoder(nn.Module):
             last_layer: stop before this layer and skip the final norm; None: run to the end.
             weights: (B, E), used instead of every router's.
             base: leave experts and routers out.
-            only: (B,) int64, the token of each text that is wanted: in the last layer no other goes
-                on from the attention.
+            only: the token of each text that is wanted: in the last layer no other goes on from the
+                attention.
         Returns:
             (N, D) hidden states, (B, D) with `only`, and the weights of each routed layer: (B, E),
             or (N, E) where tokens are routed.
@@ -174,7 +174,7 @@ class Decoder(nn.Module):
         x, delta, batch = _whole(x, delta, batch)
         if self.fused and norm:
             weight, eps = self.norm.weight, self.norm.eps
-            segments = batch.segments if only is None else batch.tokens(only).segments
+            segments = batch.segments if only is None else only.texts.segments
             return add_rmsnorm_pool(x, delta, weight, eps, segments)[1], routing
         if delta is not None:
             x = x + delta[:, : x.shape[1]]

@@ -15,7 +15,7 @@ from model.config import DTYPES, DecoderConfig, ModelConfig
 from model.heads import LinearScore, YesNoScore, run_pooled, truncate
 from model.listwise import Interaction, Lists, by_query, in_order, own_projector, score_blocks
 from model.lora import LinearGroup
-from model.packed import Packed
+from model.packed import Only, Packed
 from model.prefix import TextSet
 from model.pseudo import ByPseudoQuery
 from model.router import TASKS, Router
@@ -129,14 +129,14 @@ class UniMoER(nn.Module):
         task: str,
         states: Tensor | None = None,
         base: bool = False,
-        only: Tensor | None = None,
+        only: Only | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Final hidden states (N, D) for one task, and the routing weights by layer.
 
         Args:
             states: (N, D), what enters the first adapted layer, where it was computed before.
             base: leave experts and routers out.
-            only: (B,) tokens, one of each text, whose states (B, D) are wanted.
+            only: one token of each text, whose states (B, D) are wanted.
         """
         tasks = torch.full((len(batch.whole.lengths),), TASKS.index(task), device=self.device)
         first = 0

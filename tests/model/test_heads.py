@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model.heads import LinearScore, YesNoScore, check_pooling, pool, run_pooled, truncate
-from model.packed import pack
+from model.packed import Only, pack
 from model.unimoer import ModelConfig, UniMoER
 
 BATCH = pack([[5, 6, 7], [8], [9, 10]])
@@ -37,9 +37,9 @@ def test_pooling_by_hand(pooling: str, expected: list[list[float]]) -> None:
 def test_a_decoder_is_asked_for_what_is_read(pooling: str) -> None:
     """The same as pooling all states, from those of one token of each text but for the mean."""
 
-    def decoder(only: torch.Tensor | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def decoder(only: Only | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         assert (only is None) == (pooling == "mean")
-        return HIDDEN if only is None else HIDDEN[only], [HIDDEN]
+        return HIDDEN if only is None else HIDDEN[only.at], [HIDDEN]
 
     found, routing = run_pooled(decoder, BATCH, pooling)
     assert torch.equal(found, pool(HIDDEN, BATCH, pooling)) and routing[0] is HIDDEN

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.lora import LoRAConfig
-from model.packed import Packed, pack, pack_trie
+from model.packed import Only, Packed, pack, pack_trie
 from model.prefix import TextSet, token_batches
 from model.router import RouterConfig
 from model.unimoer import ModelConfig, UniMoER
@@ -88,7 +88,7 @@ def test_a_trie_gives_what_the_whole_texts_give(case: str, fused: bool, only: bo
         layer.register_forward_pre_hook(lambda layer, given: tokens.append(len(given[0])))
     expected, routing = made(whole, reranked(whole))
     tokens.clear()
-    found, weights = made(batch, reranked(batch), only=whole.last if only else None)
+    found, weights = made(batch, reranked(batch), only=Only.of(whole, whole.last) if only else None)
     close(found, expected[whole.last] if only else expected)
     assert len(weights) == len(routing)
     for a, b in zip(weights, routing, strict=True):
@@ -130,7 +130,7 @@ def test_only_the_tokens_that_are_read(case: str, fused: bool) -> None:
     mixed = torch.where(torch.arange(len(TEXTS)) % 2 == 0, batch.last, first)
     trained = [p for p in made.parameters() if p.requires_grad]
     results = []
-    for only in (None, mixed):
+    for only in (None, Only.of(batch, mixed)):
         hidden, routing = made(batch, reranked(batch), only=only)
         rows = hidden[mixed] if only is None else hidden
         generator = torch.Generator().manual_seed(2)
