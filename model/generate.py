@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import attention
-from kernels.reference import rope
+from kernels.elementwise import rope
 from model import bases, weights
 from model.config import DecoderConfig
 from model.packed import Packed, pack
