@@ -128,6 +128,7 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "reranking": ("Reranking", rivals_table),
     "training": ("Training", rivals_table),
     "bordered": ("The bordered weight on a CPU", rivals_table),
+    "elementwise": ("Elementwise ops on a CPU", rivals_table),
     "corpus": ("A corpus into shards on disk", corpus_table),
 }
 
@@ -146,7 +147,9 @@ def parts(bench: Workbench, base: str, rounds: int) -> list[Part]:
     if device == "cpu":
         shape, dtypes = SHAPES["smollm2-135m"], ("float32", "bfloat16")
         # As many tokens as a micro-batch of the study's CPU scale has.
-        bordered = partial(ops.bordered_rows, "smollm2-135m", shape, 2048, dtypes, 20 * rounds)
+        layer = ("smollm2-135m", shape, 2048, dtypes, 20 * rounds)
+        bordered = partial(ops.bordered_rows, *layer)
+        elementwise = partial(ops.elementwise_rows, *layer)
         serve = partial(_serve, "smollm2-135m", device, "float32", rounds, tokens=1024, reranked=10)
         # Bytes are what a larger shape shows here, its speed is no news.
         larger = partial(
@@ -155,6 +158,7 @@ def parts(bench: Workbench, base: str, rounds: int) -> list[Part]:
         return [
             *libraries,
             ("bordered", "bordered", bordered),
+            ("elementwise", "elementwise", elementwise),
             ("serving", "smollm2-135m", serve),
             ("serving", "qwen3-0.6b", larger),
             ("corpus", "1,000 to 100,000 texts", partial(corpus.run, bench, base)),

@@ -7,13 +7,14 @@ the real shape; forward, and forward with backward.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from bench import timing
 from bench.designs import ConcatLinear, lengths, lora_config, randomise
-from kernels import reference
+from kernels import elementwise, reference
 from kernels.add_rmsnorm_pool import add_rmsnorm_pool
 from kernels.attention import packed_attention, padded_attention
 from kernels.info_nce import info_nce
@@ -271,7 +272,7 @@ def bordered_rows(
                     group.drop_masters()
                     rival.to(own)
             pair = {
-                name: _linears(run, wanted, upstream, mode)
+                name: _passes(run, wanted, upstream, mode)
                 for name, run in (("ours", ours), ("theirs", theirs))
             }
             times = timing.seconds(
@@ -291,10 +292,52 @@ def bordered_rows(
     return rows
 
 
-def _linears(
+def elementwise_rows(
+    shape_name: str, shape: DecoderConfig, tokens: int, dtypes: tuple[str, ...], rounds: int
+) -> list[dict]:
+    """The norms, rotations and SwiGLU of one layer, as the CPU runs them, against the reference."""
+    d, f, k = shape.hidden_size, shape.intermediate_size, shape.head_dim
+    heads = shape.num_attention_heads, shape.num_key_value_heads
+    rows = []
+    for dtype in dtypes:
+        own = DTYPES[dtype]
+        sizes = [(tokens, d), (tokens, d), *((tokens, h, k) for h in heads), *[(tokens, f)] * 2]
+        inputs = [torch.randn(size, dtype=own).requires_grad_() for size in sizes]
+        weight, angle = torch.randn(d, dtype=own), torch.randn(tokens, k // 2)
+        cos, sin = angle.cos().to(own), angle.sin().to(own)
+        upstream = [torch.randn(size, dtype=own) for size in sizes[:-1]]
+
+        def run(ops, inputs=inputs, weight=weight, cos=cos, sin=sin) -> list[Tensor]:
+            normed = [ops.rms_norm(x, weight, shape.rms_norm_eps) for x in inputs[:2]]
+            turned = [ops.rope(x, cos, sin) for x in inputs[2:4]]
+            return [*normed, *turned, ops.swiglu(*inputs[4:])]
+
+        for mode in ("forward + backward", "forward"):
+            pair = {
+                name: _passes(partial(run, ops), inputs, upstream, mode)
+                for name, ops in (("ours", elementwise), ("theirs", reference))
+            }
+            times = timing.seconds(
+                {name: lambda turn, call=call: call() for name, call in pair.items()}, rounds
+            )
+            rows.append(
+                {
+                    "what": f"elementwise ops of a layer of {shape_name}, {tokens} tokens, {mode}",
+                    "dtype": dtype,
+                    "against": "the same in plain PyTorch",
+                    "unit": "tokens/s",
+                    "tokens": tokens * rounds,
+                    **timing.rates(times, [float(tokens)] * rounds),
+                    "ratio": timing.ratio(times, "ours", "theirs"),
+                }
+            )
+    return rows
+
+
+def _passes(
     run: Callable[[], list[Tensor]], inputs: list[Tensor], upstream: list[Tensor], mode: str
 ) -> Callable[[], object]:
-    """Nothing but the linears: the gradients of their outputs are at hand."""
+    """Nothing but what `run` does: the gradients of its outputs are at hand."""
 
     @torch.no_grad()
     def forward() -> None:

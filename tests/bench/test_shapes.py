@@ -126,8 +126,9 @@ def test_the_cpu_rival_does_the_same_work() -> None:
         torch.testing.assert_close(y, linear(x, gates))
 
 
-def test_the_cpu_row_of_the_bordered_weight() -> None:
-    rows = ops.bordered_rows("tiny", TINY, 16, ("float32", "bfloat16"), 2)
+@pytest.mark.parametrize("of", [ops.bordered_rows, ops.elementwise_rows])
+def test_the_cpu_rows_of_ops(of) -> None:
+    rows = of("tiny", TINY, 16, ("float32", "bfloat16"), 2)
     assert [row["dtype"] for row in rows] == ["float32"] * 2 + ["bfloat16"] * 2
     assert all(row["ratio"]["median"] > 0 for row in rows)
 
