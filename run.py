@@ -99,7 +99,7 @@ def stored(path: Path, config: Config) -> dict | None:
     if not path.exists():
         return None
     result = json.loads(path.read_text())
-    old, new = result["config"], json.loads(json.dumps(config.to_json()))
+    old, new = Config.completed(result["config"]), json.loads(json.dumps(config.to_json()))
     if old != new:
         differ = [k for k in new if old.get(k) != new[k]] + sorted(old.keys() - new.keys())
         shown = ", ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in differ)

@@ -171,6 +171,11 @@ class Config:
     def to_json(self) -> dict:
         return asdict(self)
 
+    @staticmethod
+    def completed(raw: dict[str, Any]) -> dict[str, Any]:
+        """A stored config with the fields that have come since, at what changes nothing."""
+        return json.loads(json.dumps(Config().to_json())) | raw
+
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "Config":
         lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}

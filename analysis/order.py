@@ -153,13 +153,14 @@ def section(found: dict[str, dict[str, Any]], gain: dict[str, Any] | None) -> Se
 
 def gained(gain: dict[str, Any] | None) -> str:
     if gain is None:
-        return "No two ways to rerank have both of their arms yet, pointwise being one of them."
+        return "Not told: it takes both arms of pointwise and of another way, and several clusters."
     by_mode = ", ".join(f"{points:+.2f} ({NAMES[m]})" for m, points in gain["by_mode"].items())
     told = []
     for mode, row in gain["against"].items():
-        interval = span(row["interval"]) if row["interval"] else ""
-        holm = f", Holm p {p_value(row['p_holm'])}" if row["interval"] else ""
-        told.append(f"{NAMES[mode]} {row['difference']:+.2f} {interval}{holm}")
+        sure = (
+            f" {span(row['interval'])}, Holm p {p_value(row['p_holm'])}" if row["interval"] else ""
+        )
+        told.append(f"{NAMES[mode]} {row['difference']:+.2f}{sure}")
     return (
         f"On reranking MoE adds to a single LoRA, in points: {by_mode}. Against pointwise: "
         f"{'; '.join(told)} (these differences of differences are a family of their own)."

@@ -35,7 +35,7 @@ from model.lora import LinearGroup
 from model.packed import segment_mean
 from model.prefix import TextSet
 from model.router import TASKS
-from model.texts import over
+from model.texts import in_batches
 from model.unimoer import UniMoER
 from train.batches import TrainingData
 from trials import Config
@@ -159,7 +159,7 @@ def features(
 
     hooks = [layer.register_forward_hook(keep(at)) for at, layer in enumerate(layers)]
     try:
-        for indices, rows in over(model.decoder, TextSet(ids), step, base=base):
+        for indices, rows in in_batches(model.decoder, TextSet(ids), step, base=base):
             out[:, indices] = rows.transpose(0, 1)
     finally:
         for hook in hooks:

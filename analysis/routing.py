@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from eval.protocol import EvaluationSet
 from model.prefix import TextSet
 from model.router import TASKS
-from model.texts import over
+from model.texts import in_batches
 from model.unimoer import UniMoER
 
 SHUFFLES = 200
@@ -61,7 +61,7 @@ def weigh(model: UniMoER, ids: list[list[int]], task: str) -> np.ndarray:
         kept.append(rows)
         return result, routing
 
-    order = [i for done, _ in over(model.decoder, TextSet(ids), watched) for i in done]
+    order = [i for done, _ in in_batches(model.decoder, TextSet(ids), watched) for i in done]
     return np.concatenate(kept)[np.argsort(order)]
 
 

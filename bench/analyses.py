@@ -16,8 +16,8 @@ from model.config import DecoderConfig
 from model.lora import LoRAConfig
 from model.packed import pack
 from model.router import RouterConfig
-from model.transformer import Decoder
 from model.texts import CARD_BUDGET
+from model.transformer import Decoder
 
 CARD = 24e9
 RANKS = experiments.MOE["ranks"]

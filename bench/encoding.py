@@ -35,9 +35,7 @@ def cut_base(folder: Path, layers: int, place: Path) -> Path:
     return place
 
 
-def config(
-    base: str, layers: int, dtype: str, tokens: int, pooling: str = "mean"
-) -> ModelConfig:
+def config(base: str, layers: int, dtype: str, tokens: int, pooling: str = "mean") -> ModelConfig:
     """The bare base; texts of at most `tokens` tokens are not cut."""
     return ModelConfig(
         base=base,

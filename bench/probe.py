@@ -28,8 +28,8 @@ from model.config import DTYPES, DecoderConfig
 from model.heads import LinearScore, run_pooled
 from model.packed import Packed, pack
 from model.router import TASKS
-from model.transformer import Decoder
 from model.texts import CARD_BUDGET
+from model.transformer import Decoder
 from train import losses
 from train.optim import adamw
 from train.trial import model_config, resolve_dtype

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from eval import baselines, e2rank, metrics
+from eval import baselines, metrics
 from eval.baselines import BM25, Row, Source
 from eval.benchmarks import TITLES, split_of
 from eval.collections import Collection, load
@@ -28,6 +28,7 @@ from eval.rerank import to_run
 from model import bases
 from model.config import DTYPES
 from model.prefix import TextSet
+from model.pseudo import PseudoQuery
 from model.weights import revision
 from trials import Config
 
@@ -69,7 +70,7 @@ def asked_rows(args: argparse.Namespace) -> list[Row]:
     for folder in map(Path, args.models):
         rows.append(baselines.ours(folder))
         if args.pseudo_query:
-            rows.append(baselines.ours(folder, e2rank.PseudoQuery()))
+            rows.append(baselines.ours(folder, PseudoQuery()))
     all_names = [row.name for row in rows]
     if twice := [name for name in all_names if all_names.count(name) > 1]:
         raise ValueError(
@@ -192,7 +193,7 @@ def measure(row: Row, at: dict[Source, Path], evaluation: EvaluationSet, device:
             scores[task] = part.ranked(vectors)
         elif row.pseudo_query:
             assert row.embedder == source, "a pseudo-query is held against retrieval's vectors"
-            found = e2rank.pair_scores(model, part, vectors, row.pseudo_query, progress=True)
+            found = part.pair_scores(model, progress=True, vectors=vectors, asked=row.pseudo_query)
             scores[task] = evaluate(part.reranking_qrels, to_run(found, part.pairs))
         else:
             scores[task] = part.reranking(model, progress=True)

@@ -6,7 +6,7 @@ or the template, and special tokens that a text spells are characters.
 
 - Qwen3-Embedding and Qwen3-Reranker (arXiv 2506.05176): two models. The embedder is read at the
   end token; the reranker's score is log p("yes") - log p("no") behind the template's last word.
-- E2Rank (arXiv 2510.22733): one embedder, which reranks with a pseudo-query; see `eval.e2rank`.
+- E2Rank (arXiv 2510.22733): one embedder, which reranks with a pseudo-query; see `model.pseudo`.
 - jina-reranker-v3 (arXiv 2509.25085): one listwise reranker; see `eval.jina`.
 
 What has to be trained (one LoRA for both tasks, jina-embeddings-v3's switch by task,
@@ -22,9 +22,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from eval import jina
-from eval.e2rank import PseudoQuery
 from model import bases, saved, weights
 from model.listwise import CHAT
+from model.pseudo import PseudoQuery
 from model.tokens import Prompts
 from model.unimoer import ModelConfig, UniMoER
 
@@ -121,7 +121,9 @@ def ours(folder: Path, asked: PseudoQuery | None = None) -> Row:
                                "LoRAs switched by similarity (RouterRetriever)")  # fmt: skip
         what = known.get(kind, f"LoRAs weighed by {kind}")
     name, place = f"{folder.resolve().parent.name}-{folder.stem}", Path(folder)
-    if asked:
+    if config.rerank_head == "pseudo_query":
+        what = f"{what}, pseudo-query"
+    elif asked:
         name, what = f"{name}-pseudo-query", f"{what}, pseudo-query"
     return Row(name, what, place, place, asked)
 

@@ -37,7 +37,11 @@ def sensitivity(model: UniMoER, evaluation: EvaluationSet, orders: int) -> dict[
     """
     assert orders > 1
     numbers = range(orders) if model.config.listwise else [0]
-    runs = [to_run(evaluation.pair_scores(model, k), evaluation.pairs) for k in numbers]
+    by_vectors = model.config.rerank_head == "pseudo_query"
+    vectors = evaluation.vectors(model) if by_vectors else None
+    runs = [
+        to_run(evaluation.pair_scores(model, k, vectors=vectors), evaluation.pairs) for k in numbers
+    ]
     values = [mean(evaluate(evaluation.reranking_qrels, run), METRIC) for run in runs]
     # Ranked as trec_eval does it: equal scores by document id, descending.
     ranked = [

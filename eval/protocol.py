@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from eval.rerank import random_heads, to_run
 from eval.retrieval import cut, search
 from model import parallel
 from model.prefix import TextSet
-from model.texts import over
+from model.pseudo import ByPseudoQuery, PseudoQuery
+from model.texts import in_batches
 from model.tokens import Tokenizer
 from model.unimoer import UniMoER
 from trials import Config
@@ -150,32 +152,59 @@ class EvaluationSet:
         return self.ranked(self.vectors(model, base, progress))
 
     def pair_scores(
-        self, model: UniMoER, shuffle: int | None = None, progress: bool = False
+        self,
+        model: UniMoER,
+        shuffle: int | None = None,
+        progress: bool = False,
+        vectors: Tensor | None = None,
+        asked: PseudoQuery | None = None,
     ) -> Tensor:
         """Scores (n,) of `pairs`.
 
         Args:
-            shuffle: the number of a random order of each query's candidates, in which a
-                listwise head reads them; None: BM25's. Other heads never see the order.
+            shuffle: the number of a random order of each query's candidates, in which a listwise
+                head reads them; None: BM25's. Other heads never see the order. A pseudo-query reads
+                the same documents in any order, the first of BM25's.
+            vectors: those of `vectors`, if they are at hand, for a pseudo-query.
+            asked: rerank by this one, not by the model's head.
         """
-        if not model.config.listwise:
+        head = model.head if asked is None else ByPseudoQuery(model.tokenizer, asked)
+        if not (model.config.listwise or asked):
             return model.score_all(self._set("reranking"), progress=progress, shared=True)
-        c, lists, places = self.collection, [], []
+        most = head.asked.read if isinstance(head, ByPseudoQuery) else None
+        c, ids, places = self.collection, [], []
         for query, found in self.candidates.items():
             order = list(range(len(found)))
             if shuffle is not None:
-                random.Random(f"{query} {shuffle}").shuffle(order)
+                read = order[:most]
+                random.Random(f"{query} {shuffle}").shuffle(read)
+                order[:most] = read
             documents = list(found)
-            lists.append((c.queries[query], [c.corpus[documents[i]] for i in order]))
+            ids.append([documents[i] for i in order])
             places += [len(places) + i for i in order]
-        read = torch.cat(model.score_lists(lists, progress=progress, shared=True))
-        scores = torch.empty_like(read)
-        scores[places] = read
+        lists = [
+            (c.queries[query], [c.corpus[d] for d in row])
+            for query, row in zip(self.candidates, ids, strict=True)
+        ]
+        options = {"progress": progress, "shared": True}
+        if isinstance(head, ByPseudoQuery):
+            rows = self.vectors(model, progress=progress) if vectors is None else vectors
+            place = {d: len(self.queries) + i for i, d in enumerate(self.documents)}
+            of = [rows[[place[d] for d in row]] for row in ids]
+            found = head.scores(partial(model.embed_all, **options), lists, of)
+        else:
+            found = model.score_lists(lists, **options)
+        together = torch.cat([torch.zeros(0), *found])
+        scores = torch.empty_like(together)
+        scores[places] = together
         return scores
 
-    def reranking(self, model: UniMoER, progress: bool = False) -> Scores:
-        """Per-query metrics of the reranked candidates, lists being read in BM25's order."""
-        scores = self.pair_scores(model, progress=progress)
+    def reranking(
+        self, model: UniMoER, progress: bool = False, vectors: Tensor | None = None
+    ) -> Scores:
+        """Per-query metrics of the reranked candidates, lists being read in BM25's order. vectors:
+        as above."""
+        scores = self.pair_scores(model, progress=progress, vectors=vectors)
         return evaluate(self.reranking_qrels, to_run(scores, self.pairs))
 
     @torch.no_grad()
@@ -188,7 +217,9 @@ class EvaluationSet:
             read, routing = model.pooled(batch, "reranking", states, base)
             return read.float(), routing
 
-        for indices, rows in over(model.decoder, texts, keep, base=True, progress=progress):
+        for indices, rows in in_batches(
+            model.decoder, texts, keep, base=True, progress=progress, trie=True
+        ):
             pooled[indices] = rows
         return {
             "embedding": self.retrieval(model, base=True, progress=progress),

@@ -1,8 +1,8 @@
-"""The elementwise ops of the PyTorch path with few passes over memory, and gradients by hand.
+"""The elementwise ops of the PyTorch path with few passes over memory.
 
 `kernels.reference` says what they compute. On a CPU with bf16 matrix units the GEMMs are a quarter
-of the time and passes over memory most of the rest; autograd's own pieces make three times as many
-of them and keep their intermediate results.
+of the time and passes over memory most of the rest. The norm and the rotation have gradients by
+hand: autograd's pieces make more passes and keep what lies between them.
 """
 
 import torch
@@ -33,7 +33,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`reference.rms_norm`; weight (D,) is frozen."""
+    """`reference.rms_norm`; weight (D,) is frozen, and of x's dtype."""
+    assert not weight.requires_grad and weight.dtype == x.dtype
     return _RMSNorm.apply(x, weight, eps)
 
 

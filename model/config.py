@@ -124,7 +124,7 @@ class ModelConfig:
     """Everything that rebuilds a model, except its trained tensors.
 
     base, revision: see `bases.resolve`. layers: only the first n; None: all.
-    embedding_pooling, reranking_pooling: last, mean, or first. rerank_head: linear or yes_no.
+    embedding_pooling, reranking_pooling: last, mean, or first. rerank_head: one of HEADS.
     document_tokens: longer documents lose their end. end_token: "" takes the base's own.
     lora None: the bare base. router None: every expert counts in full.
     """
@@ -156,12 +156,12 @@ class ModelConfig:
                 "routing by similarity compares a text with training texts, and there are none for "
                 "lists: use another router with rerank_head='interaction'"
             )
-        if self.rerank_head == "pseudo_query" and (
-            similar or (self.router is not None and self.router.kind == "task")
-        ):
+        r = self.router
+        by_task = r is not None and (similar or r.kind == "task" or r.task_prior)
+        if self.rerank_head == "pseudo_query" and by_task:
             raise ValueError(
-                "with rerank_head='pseudo_query' all texts are embedded, so a router by task or by "
-                "similarity would leave the reranking expert idle: use another router"
+                "with rerank_head='pseudo_query' all texts are embedded, so routing by task (or "
+                "task_prior) or by similarity would leave the reranking expert idle: use another"
             )
         check_pooling(self.embedding_pooling, self.causal)
         check_pooling(self.reranking_pooling, self.causal)

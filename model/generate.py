@@ -14,8 +14,8 @@ from kernels.attention import attention
 from kernels.elementwise import rope
 from model import bases, weights
 from model.config import DecoderConfig
-from model.packed import Packed, pack
 from model.layers import Attention, DecoderLayer
+from model.packed import Packed, pack
 from model.transformer import Decoder
 from model.unimoer import UniMoER
 

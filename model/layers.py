@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kernels.add_rmsnorm_pool import add_rmsnorm_pool
 from kernels.attention import attention, packed_attention
-from kernels.qk_norm_rope import qk_norm_rope
 from kernels.elementwise import rms_norm, rope, swiglu
+from kernels.qk_norm_rope import qk_norm_rope
 from kernels.shrink import ALL, TEXT, TOKEN
 from kernels.swiglu import swiglu as fused_swiglu
 from model.config import DecoderConfig

@@ -60,7 +60,8 @@ class Packed:
         return self.trie.texts if self.trie else self
 
     def to(self, device: torch.device | str) -> "Packed":
-        """Its tensors on a device, and those of its trie; as `pack` makes it, with no `part`."""
+        """Its tensors on a device, and those of its trie."""
+        assert self.part is None, "a part is of a batch that is on its device already"
         tensors = ("input_ids", "positions", "sequence", "last")
         moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in tensors}
         if self.trie:
@@ -79,14 +80,16 @@ class Packed:
 
 @dataclass(frozen=True)
 class Only:
-    """One token of each text. at: (B,) int64, where it stands. texts: they alone, as a batch."""
+    """One token of each text. at: (B,) int64, where it stands in the whole texts. texts: these
+    tokens alone, as a batch."""
 
     at: Tensor
     texts: Packed
 
     @classmethod
     def of(cls, batch: Packed, at: Tensor) -> "Only":
-        """at: (B,) int64."""
+        """Of whole texts. at: (B,) int64."""
+        assert batch.trie is None, "places are those in the whole texts"
         count, rows = len(batch.lengths), torch.arange(len(batch.lengths), device=at.device)
         alone = (1,) * count, [(count, 1)]
         return cls(at, Packed(batch.input_ids[at], batch.positions[at], rows, rows, *alone))

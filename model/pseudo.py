@@ -6,8 +6,9 @@ the query and its first candidates.
 The documents' vectors are those of retrieval. A list that is longer than what the pseudo-query
 holds is scored whole by that one, as the authors do it: no window slides over it.
 
-The template is the one of the published training. It differs from what the published evaluation
-uses in two things: that writes `Search Query:` and cuts documents at 1,024 words, not tokens.
+The template is the one of the published training, but for the turn of a chat around it where the
+base knows none. The published evaluation differs from it in two things: it writes `Search Query:`
+and cuts documents at 1,024 words, not tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,12 +32,15 @@ class PseudoQuery:
     """How a list becomes one text.
 
     read: so many documents are in it at most, each cut to the tokenizer's `document_tokens`.
+    tokens: of the whole, at most: where there are too many, the documents get equal shares of what
+    the template and the query leave; 0: no bound.
     chat: as a user's turn, read where the answer would begin, which is how the published models
     were trained; else the text alone with the end token, where other embedders are read.
     """
 
     instruction: str = INSTRUCTION
     read: int = 20
+    tokens: int = 0
     chat: bool = False
 
     def __post_init__(self):
@@ -47,7 +51,7 @@ class PseudoQuery:
         """Token ids of the pseudo-query of each list.
 
         Raises:
-            ValueError: chat, and the tokenizer has no `<|im_start|>`.
+            ValueError: chat, and the tokenizer has no `<|im_start|>`; or a query leaves no room.
         """
         if self.chat and tokenizer.id("<|im_start|>") is None:
             raise ValueError(
@@ -60,16 +64,29 @@ class PseudoQuery:
             behind = tokenizer.template(CHAT[1])
         found = []
         for query, documents in lists:
-            # Parted behind the end of a line and before "[" or "Q", which no byte-level tokenizer
-            # joins.
-            parts = [(f"{self.instruction}:\nDocuments:\n", 0, 0)]
-            for number, text in enumerate(documents[: self.read], 1):
-                start = len(f"[{number}] ")
-                parts.append((f"[{number}] {text}\n", start, start + len(text)))
-            parts.append((f"Query: {query}", 0, 0))
-            pieces = tokenizer.pieces(parts, tokenizer.document_tokens)
+            read = documents[: self.read]
+            limit, parts = tokenizer.document_tokens, self._parts(query, read)
+            if self.tokens and read:
+                frame = tokenizer.pieces(self._parts(query, [""] * len(read)), limit)
+                room = self.tokens - len(before) - len(behind) - sum(map(len, frame))
+                limit = min(limit, room // len(read))
+                if limit < 1:
+                    raise ValueError(
+                        f"list_tokens={self.tokens} leaves no room for {len(read)} documents "
+                        f"behind the query {query[:60]!r}: raise it, or shorten the query"
+                    )
+            pieces = tokenizer.pieces(parts, limit)
             found.append([*before, *(i for piece in pieces for i in piece), *behind])
         return found
+
+    def _parts(self, query: str, documents: Sequence[str]) -> list[tuple[str, int, int]]:
+        """What `Tokenizer.pieces` takes, parted behind the end of a line and before "[" or "Q",
+        which no byte-level tokenizer joins."""
+        parts = [(f"{self.instruction}:\nDocuments:\n", 0, 0)]
+        for number, text in enumerate(documents, 1):
+            start = len(f"[{number}] ")
+            parts.append((f"[{number}] {text}\n", start, start + len(text)))
+        return [*parts, (f"Query: {query}", 0, 0)]
 
 
 class ByPseudoQuery(nn.Module):
@@ -90,11 +107,16 @@ class ByPseudoQuery(nn.Module):
         Args:
             embed: n texts -> their unit vectors (n, D).
             vectors: (n, D) of each list's documents, where they are at hand.
+        Raises:
+            ValueError: there are more or fewer of them than documents.
         """
         if vectors is None:
             texts = dict.fromkeys(text for _, documents in lists for text in documents)
             place = {text: i for i, text in enumerate(texts)}
             rows = embed(TextSet(self.tokenizer.documents(list(place))))
             vectors = [rows[[place[text] for text in documents]] for _, documents in lists]
+        for (query, documents), of in zip(lists, vectors, strict=True):
+            if len(of) != len(documents):
+                raise ValueError(f"query {query!r}: {len(documents)} documents, {len(of)} vectors")
         queries = embed(TextSet(self.asked.ids(self.tokenizer, lists)))
-        return [of @ query for of, query in zip(vectors, queries, strict=True)]
+        return [of.to(query) @ query for of, query in zip(vectors, queries, strict=True)]

@@ -20,7 +20,7 @@ def usual_budget(device: torch.device, on_cpu: int) -> int:
 
 
 @torch.no_grad()
-def over(
+def in_batches(
     decoder: Decoder,
     texts: TextSet,
     step: Callable[[Packed, Tensor | None, bool], tuple[Tensor, list[Tensor]]],

@@ -115,10 +115,11 @@ class Decoder(nn.Module):
         """Run the layers first_layer <= i < last_layer on a packed batch.
 
         Args:
-            batch: B texts, N tokens. In a trie of them they have one task, B and N are those of the
-                whole texts, and gradients, which add up in no fixed order, are not meant to be had.
+            batch: B texts, N tokens. For a trie B and N are those of the whole texts; all must have
+                one task, and gradients, which would add up in no fixed order, are not to be taken.
             tasks: (B,) int64 index into `router.TASKS`; 0 for all where None.
-            hidden: (N, D), what enters `first_layer`; None: the embedded tokens.
+            hidden: what enters `first_layer`, a row for each token that is in the batch: (N, D), of
+                a trie (M, D); None: the embedded tokens.
             last_layer: stop before this layer and skip the final norm; None: run to the end.
             weights: (B, E), used instead of every router's.
             base: leave experts and routers out.

@@ -17,9 +17,9 @@ from model.listwise import Interaction, Lists, by_query, in_order, own_projector
 from model.lora import LinearGroup
 from model.packed import Only, Packed
 from model.prefix import TextSet
-from model.pseudo import ByPseudoQuery
+from model.pseudo import ByPseudoQuery, PseudoQuery
 from model.router import TASKS, Router
-from model.texts import over, usual_budget
+from model.texts import in_batches, usual_budget
 from model.tokens import Tokenizer, listed
 from model.transformer import Decoder
 
@@ -72,7 +72,7 @@ class UniMoER(nn.Module):
             start = rows[self.tokenizer.end_id].cpu()
             self.head = Interaction(shape.hidden_size, self.lists.marks, start, own)
         elif config.rerank_head == "pseudo_query":
-            self.head = ByPseudoQuery(self.tokenizer)
+            self.head = ByPseudoQuery(self.tokenizer, PseudoQuery(tokens=config.list_tokens))
         else:
             rows = rows if head is None else head
             self.head = YesNoScore(*(rows[self.tokenizer.word_id(word)] for word in ("yes", "no")))
@@ -134,7 +134,7 @@ class UniMoER(nn.Module):
         """Final hidden states (N, D) for one task, and the routing weights by layer.
 
         Args:
-            states: (N, D), what enters the first adapted layer, where it was computed before.
+            states: what enters the first adapted layer, where it was computed before, (N, D).
             base: leave experts and routers out.
             only: one token of each text, whose states (B, D) are wanted.
         """
@@ -196,15 +196,13 @@ class UniMoER(nn.Module):
         progress: bool = False,
         shared: bool = False,
     ) -> Tensor:
-        """(n, D) unit vectors of n tokenized texts, in their order.
-
-        shared: several processes were asked the same and do it together (`model.parallel`).
-        """
+        """(n, D) unit vectors of n tokenized texts, in their order. shared: several processes were
+        asked the same and do it together (`model.parallel`)."""
         width = self.decoder.config.hidden_size
         out = torch.zeros(len(texts.ids), width, dtype=torch.promote_types(self.dtype, torch.float))
-        options = {"budget": budget, "base": base, "progress": progress}
-        options |= {"shared": shared, "trie": True}
-        for indices, vectors in over(self.decoder, texts, self.embed, title="encode", **options):
+        options = {"budget": budget, "base": base, "progress": progress, "shared": shared}
+        done = in_batches(self.decoder, texts, self.embed, title="encode", trie=True, **options)
+        for indices, vectors in done:
             out[indices] = vectors
         return parallel.together(out, self.device) if shared else out
 
@@ -217,9 +215,11 @@ class UniMoER(nn.Module):
         shared: bool = False,
     ) -> Tensor:
         """(n,) logits of n tokenized pairs, in their order. shared: as above."""
+        assert not self.config.listwise, f"{self.config.rerank_head} scores lists"
         out = torch.zeros(len(texts.ids), dtype=torch.promote_types(self.dtype, torch.float))
-        options = {"budget": budget, "progress": progress, "shared": shared, "trie": True}
-        for indices, scores in over(self.decoder, texts, self.score, title="rerank", **options):
+        options = {"budget": budget, "progress": progress, "shared": shared}
+        done = in_batches(self.decoder, texts, self.score, title="rerank", trie=True, **options)
+        for indices, scores in done:
             out[indices] = scores
         return parallel.together(out, self.device) if shared else out
 
@@ -233,17 +233,27 @@ class UniMoER(nn.Module):
         shared: bool = False,
     ) -> list[Tensor]:
         """Cosines (n,) of the n documents of each (query, documents), which are read in the order
-        given; see `model.listwise` and `model.pseudo`. vectors: as `rank`; shared: as above."""
+        given; see `model.listwise` and `model.pseudo`. shared: as above.
+
+        Args:
+            vectors: (n, D) of each list's documents, by `encode_document`, which spares a
+                pseudo-query to encode them again.
+        Raises:
+            ValueError: vectors for another head, which reads the documents themselves; or more or
+                fewer of them than documents.
+        """
         options = {"budget": budget, "progress": progress, "shared": shared}
         if isinstance(self.head, ByPseudoQuery):
             return self.head.scores(partial(self.embed_all, **options), lists, vectors)
+        if vectors is not None:
+            raise ValueError(f"rerank_head={self.config.rerank_head!r} has no use for vectors")
         assert isinstance(self.head, Interaction), f"{self.config.rerank_head} scores pairs"
         made = [self.lists.blocks(query, documents) for query, documents in lists]
         texts = TextSet([block.ids for blocks in made for block in blocks])
         dtype = torch.promote_types(self.dtype, torch.float)
-        rows = over(self.decoder, texts, self.marked, title="rerank", **options)
-        vectors = in_order(made, rows, dtype)
-        return score_blocks(made, parallel.together(vectors, self.device) if shared else vectors)
+        rows = in_batches(self.decoder, texts, self.marked, title="rerank", **options)
+        marks = in_order(made, rows, dtype)
+        return score_blocks(made, parallel.together(marks, self.device) if shared else marks)
 
     def score_pairs(
         self,
@@ -326,20 +336,13 @@ class UniMoER(nn.Module):
         top_k: int | None = None,
         vectors: Tensor | None = None,
     ) -> list[tuple[int, float]]:
-        """(index of the document, relevance), best first, ties in the order given.
-
-        Args:
-            vectors: (n, D) of `encode_document`, which spares a pseudo-query to encode them again.
-        Raises:
-            ValueError: vectors for another head, which reads the documents themselves.
-        """
+        """(index of the document, relevance), best first, ties in the order given. vectors: (n, D),
+        see `score_lists`."""
         documents = listed(documents, "documents")
         if vectors is None:
             scores = self.score_pairs([(query, text) for text in documents])
-        elif isinstance(self.head, ByPseudoQuery):
-            [scores] = self.score_lists([(query, documents)], vectors=[vectors])
         else:
-            raise ValueError(f"rerank_head={self.config.rerank_head!r} has no use for vectors")
+            [scores] = self.score_lists([(query, documents)], vectors=[vectors])
         # By raw score: in fp32 the sigmoid of everything above 17 is 1.
         order = scores.argsort(descending=True, stable=True)[:top_k]
         return [(int(i), float(self.relevance(scores[i]))) for i in order]

@@ -76,11 +76,14 @@ class ListBatch:
 
 @dataclass(frozen=True)
 class PseudoBatch:
-    """texts: token ids of the queries (B), their pseudo-queries (B) and the documents of each (B *
-    K), the right one first. grades (B, K) float32: the teacher's logits, or 1 for the right
-    document and 0 for the others without a teacher."""
+    """texts: token ids of the queries (B), their pseudo-queries (B) and the documents (M), each
+    once. positive, relevant, group (B, K): as of an `EmbeddingBatch`. grades (B, K) float32: the
+    teacher's logits, or 1 for the right document and 0 for the others without a teacher."""
 
     texts: list[list[int]]
+    positive: Tensor
+    relevant: Tensor
+    group: Tensor
     grades: Tensor
     ids: list[str]
 
@@ -197,11 +200,29 @@ class TrainingData:
     def embedding(self, step: int, seed: int | None = None) -> EmbeddingBatch:
         """The embedding micro-batch of a step; seed: of the order, if not the config's."""
         queries = self._batch_queries("embedding", step, self.config.embedding_batch, seed)
-        hard = {q: self.negatives[q][: self.config.hard_negatives] for q in queries}
+        groups = self._groups(queries, 1 + self.config.hard_negatives)
+        documents, positive, relevant, group = self._offered(groups)
+        return EmbeddingBatch(
+            queries=[self.query_at[q] for q in queries],
+            documents=[self.document_at[d] for d in documents],
+            positive=positive,
+            relevant=relevant,
+            ids=queries,
+            group=group,
+            teacher=self._teacher(groups),
+        )
+
+    def _groups(self, queries: list[str], size: int) -> list[tuple[str, list[str]]]:
+        """Each query with its positive, then negatives."""
+        return [(q, [self.positive[q], *self.negatives[q][: size - 1]]) for q in queries]
+
+    def _offered(
+        self, groups: list[tuple[str, list[str]]]
+    ) -> tuple[list[str], Tensor, Tensor, Tensor]:
+        """The documents of all groups; positive, relevant and group of an `EmbeddingBatch`."""
         # A document that serves two queries appears once: it is no negative of its own query.
-        wanted = [self.positive[q] for q in queries] + [d for q in queries for d in hard[q]]
+        wanted = [own[0] for _, own in groups] + [d for _, own in groups for d in own[1:]]
         documents = list(dict.fromkeys(wanted))
-        groups = [(q, [self.positive[q], *hard[q]]) for q in queries]
         row = {d: i for i, d in enumerate(documents)}
         # By text, not by id: a copy under another id is as relevant.
         of_text: dict[str, list[int]] = {}
@@ -209,25 +230,18 @@ class TrainingData:
             of_text.setdefault(self.corpus[d], []).append(at)
         pairs = sorted(
             (i, at)
-            for i, q in enumerate(queries)
+            for i, (q, _) in enumerate(groups)
             for text in {self.corpus[d] for d in self.relevant[q]}
             for at in of_text.get(text, ())
         )
-        return EmbeddingBatch(
-            queries=[self.query_at[q] for q in queries],
-            documents=[self.document_at[d] for d in documents],
-            positive=torch.tensor([row[self.positive[q]] for q in queries]),
-            relevant=torch.tensor(pairs),
-            ids=queries,
-            group=torch.tensor([[row[d] for d in own] for _, own in groups]),
-            teacher=self._teacher(groups),
-        )
+        rows = torch.tensor([[row[d] for d in own] for _, own in groups])
+        return documents, rows[:, 0], torch.tensor(pairs), rows
 
     def reranking(self, step: int, seed: int | None = None) -> RerankingBatch:
         """The reranking micro-batch of a step."""
         queries = self._batch_queries("reranking", step, self.config.reranking_batch, seed)
         size = self.config.group_size
-        groups = [(q, [self.positive[q], *self.negatives[q][: size - 1]]) for q in queries]
+        groups = self._groups(queries, size)
         return RerankingBatch(
             pairs=[self.group_at[q] + i for q in queries for i in range(size)],
             size=size,
@@ -248,7 +262,7 @@ class TrainingData:
         c = self.config
         queries = self._batch_queries("reranking", step, c.reranking_batch, seed)
         rng = random.Random(f"{self._seed(seed)} lists {step}")
-        groups = [(q, [self.positive[q], *self.negatives[q][: c.group_size - 1]]) for q in queries]
+        groups = self._groups(queries, c.group_size)
         texts, altered, place, again = [], [], [], []
         for query, members in groups:
             documents = [self.corpus[d] for d in members]
@@ -266,25 +280,26 @@ class TrainingData:
     def pseudo(self, step: int, seed: int | None = None) -> PseudoBatch:
         """The same micro-batch for an embedder that reranks by pseudo-queries.
 
-        A pseudo-query holds the documents of its group in an order that seed and step decide, and
+        A pseudo-query reads the documents of its group in an order that seed and step decide, and
         has no prefix states, since it is another text in every epoch.
         """
-        c = self.config
+        c, tokenizer = self.config, self.tokenizer
         queries = self._batch_queries("reranking", step, c.reranking_batch, seed)
         rng = random.Random(f"{self._seed(seed)} lists {step}")
-        groups = [(q, [self.positive[q], *self.negatives[q][: c.group_size - 1]]) for q in queries]
-        asked, documents = [], []
-        for query, members in groups:
-            texts = [self.corpus[d] for d in members]
-            asked.append((self.query_text[query], rng.sample(texts, len(texts))))
-            documents += texts
-        grades = torch.zeros(len(groups), c.group_size)
-        grades[:, 0] = 1
-        teacher = self._teacher(groups)
-        tokenizer = self.tokenizer
+        groups = self._groups(queries, c.group_size)
+        documents, positive, relevant, group = self._offered(groups)
+        grades = self._teacher(groups)
+        if grades is None:
+            grades = torch.zeros(group.shape)
+            grades[:, 0] = 1
+        lists = [
+            (self.query_text[q], [self.corpus[d] for d in rng.sample(own, len(own))])
+            for q, own in groups
+        ]
         texts = tokenizer.queries([self.query_text[q] for q in queries])
-        texts += PseudoQuery().ids(tokenizer, asked) + tokenizer.documents(documents)
-        return PseudoBatch(texts, grades if teacher is None else teacher, queries)
+        texts += PseudoQuery(tokens=c.list_tokens).ids(tokenizer, lists)
+        texts += tokenizer.documents([self.corpus[d] for d in documents])
+        return PseudoBatch(texts, positive, relevant, group, grades, queries)
 
     def _list(self, query: str, documents: list[str]) -> list[int]:
         blocks = self.template.blocks(self.query_text[query], documents, early=True)

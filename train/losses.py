@@ -85,35 +85,6 @@ def ranknet(scores: Tensor, grades: Tensor) -> Tensor:
     return F.softplus(behind)[better].sum() / better.sum().clamp(min=1)
 
 
-def e2rank(
-    queries: Tensor,
-    pseudo_queries: Tensor,
-    documents: Tensor,
-    grades: Tensor,
-    temperature: float = 0.03,
-    scale: float = 10.0,
-    weight: float = 2.0,
-) -> Tensor:
-    """InfoNCE + weight * RankNet(scale * cosine), as E2Rank is trained (arXiv 2510.22733; the
-    defaults are those of its published training).
-
-    InfoNCE asks the query for the best document of its list, against all documents of the batch.
-    RankNet orders a list by its cosines with the pseudo-query, a text that holds the query and the
-    whole list (`eval.e2rank`).
-
-    Args:
-        queries, pseudo_queries: (B, W), documents: (B, K, W), of length 1.
-        grades: (B, K), a teacher's scores or negative ranks; equal ones are not ordered, and the
-            first of the best is InfoNCE's positive.
-    """
-    count, size = grades.shape
-    first = torch.arange(count, device=grades.device) * size  # of each list, among all documents
-    scores = queries @ documents.flatten(0, 1).t() / temperature  # (B, B * K)
-    contrasted = F.cross_entropy(scores, first + grades.argmax(-1))
-    cosines = torch.einsum("bw,bkw->bk", pseudo_queries, documents)
-    return contrasted + weight * ranknet(scale * cosines, grades)
-
-
 def distill_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 times the mean over groups of KL(softmax(teacher / T) || softmax(student / T)).
 

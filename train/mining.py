@@ -40,7 +40,6 @@ from eval.bm25 import BM25
 from eval.collections import Collection
 from eval.files import write_json, write_text
 from eval.machine import device_name
-from model.prefix import TextSet
 from model.unimoer import UniMoER
 from model.weights import revision
 from train.batches import training_queries
@@ -325,7 +324,7 @@ def _write_vectors(path: Path, vectors: Tensor) -> None:
 def _logits(model: UniMoER, collection: Collection) -> Score:
     def score(pairs: list[tuple[str, str]]) -> list[float]:
         texts = [(collection.queries[q], collection.corpus[d]) for q, d in pairs]
-        return model.score_all(TextSet(model.tokenizer.pairs(texts))).tolist()
+        return model.score_pairs(texts).tolist()
 
     return score
 

@@ -8,7 +8,7 @@ from sklearn.cluster import k_means
 from model.layers import DecoderLayer
 from model.packed import segment_mean
 from model.router import TASKS
-from model.texts import over
+from model.texts import in_batches
 from model.unimoer import UniMoER
 from train.batches import TrainingData
 
@@ -44,7 +44,7 @@ def fit_pilots(model: UniMoER, data: TrainingData) -> None:
                 f"(pilots); {task} has {0 if texts is None else len(texts.ids)}"
             )
         seen = torch.zeros(len(texts.ids), router.pilots.shape[-1])
-        done = over(model.decoder, texts, pooled, progress=True, title=f"pilots, {task}")
+        done = in_batches(model.decoder, texts, pooled, progress=True, title=f"pilots, {task}")
         for indices, rows in done:
             seen[indices] = rows.float()
         unit = torch.nn.functional.normalize(seen, dim=-1)

@@ -19,7 +19,7 @@ from kernels.info_nce import info_nce
 from model import parallel
 from model.heads import truncate
 from model.packed import Packed, Part
-from model.prefix import TextSet
+from model.prefix import TextSet, cut
 from model.unimoer import UniMoER
 from train import losses
 from train.batches import TrainingData
@@ -127,17 +127,23 @@ def lists(data: TrainingData, step: int, seed: int | None = None) -> Work:
 
 
 def pseudo(data: TrainingData, step: int, seed: int | None = None) -> Work:
-    """E2Rank's loss of the step's lists (`losses.e2rank`), all of whose texts are embedded; seed as
-    above. A teacher's scores are the order that RankNet learns, not a term of their own."""
+    """InfoNCE + weight * RankNet(scale * cosine) of the step's lists, all of whose texts are
+    embedded, as E2Rank is trained (arXiv 2510.22733); seed as above.
+
+    InfoNCE asks the query for the right document, as the embedding task does. RankNet orders a list
+    by its cosines with the pseudo-query (`model.pseudo`): by the teacher's scores where there are
+    some, which are no term of their own here, else the right document before the others.
+    """
     rows, c = data.pseudo(step, seed), data.config
     count = len(rows.ids)
 
     def loss(vectors: Tensor) -> Tensor:
         queries, asked, documents = vectors.split([count, count, len(vectors) - 2 * count])
-        return losses.e2rank(
-            queries, asked, documents.unflatten(0, (count, -1)), rows.grades.to(vectors),
-            c.temperature, c.ranknet_scale, c.ranknet_weight,
-        )  # fmt: skip
+        positive, relevant = rows.positive.to(vectors.device), rows.relevant.to(vectors.device)
+        options = positive, relevant, c.temperature, c.false_negative_margin
+        cosines = (asked @ documents.t()).gather(1, rows.group.to(vectors.device))
+        ordered = losses.ranknet(c.ranknet_scale * cosines, rows.grades.to(vectors))
+        return info_nce(queries, documents, *options) + c.ranknet_weight * ordered
 
     indices = list(range(len(rows.texts)))
     return Work("reranking", UniMoER.embed, TextSet(rows.texts), indices, loss, rows.ids)
@@ -200,7 +206,7 @@ def run(model: UniMoER, work: Work, cached_tokens: int = 0) -> Made:
     sizes = [lengths[i] for i in order]
     # By turns, so that every process has nearly as many tokens as the others.
     shares = [list(range(r, len(order), world)) for r in range(world)]
-    parts = _alike([_cut(share, sizes, cached_tokens) for share in shares])[rank]
+    parts = _alike([_parts(share, sizes, cached_tokens) for share in shares])[rank]
     random, cached = _RandomState(model, work, rank), len(parts) > 1
 
     def forward(number: int) -> list[Tensor]:
@@ -251,16 +257,9 @@ def run(model: UniMoER, work: Work, cached_tokens: int = 0) -> Made:
     return Made(whole[0][back.to(device)], whole[1 : 1 + layers], whole[1 + layers :], carry)
 
 
-def _cut(share: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+def _parts(share: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
     """A share in parts of at most `budget` tokens, or one text; 0: in one part."""
-    parts, tokens = [[]], 0
-    for i in share:
-        if budget and parts[-1] and tokens + sizes[i] > budget:
-            parts.append([])
-            tokens = 0
-        parts[-1].append(i)
-        tokens += sizes[i]
-    return parts
+    return cut(share, sizes, budget) if budget else [share]
 
 
 def _alike(parts: list[list[list[int]]]) -> list[list[list[int]]]:

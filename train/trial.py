@@ -18,11 +18,11 @@ from eval.collections import Collection, load
 from eval.machine import device_name, peak_bytes, trim_heap
 from eval.protocol import EvaluationSet, Scores
 from model import parallel, sharding
+from model.layers import RMSNorm
 from model.lora import LinearGroup, LoRAConfig
 from model.prefix import TextSet, prefix_states
 from model.router import SIMILARITY, RouterConfig
 from model.tokens import Prompts
-from model.layers import RMSNorm
 from model.unimoer import ModelConfig, UniMoER
 from train.batches import TrainingData
 from train.loop import Callback, train
@@ -270,9 +270,9 @@ def measure_trial(config: Config, arm: str, place: Path, bench: Workbench) -> di
     if not (source.exists() and model_folder.exists()):
         raise ValueError(f"there is no {source} with its model: train it before it is measured")
     trained = json.loads(source.read_text())
-    wanted = json.loads(json.dumps(config.to_json()))
-    if other := [k for k in wanted if k not in MEASURED and trained["config"].get(k) != wanted[k]]:
-        shown = ", ".join(f"{k}: {trained['config'].get(k)!r}, not {wanted[k]!r}" for k in other)
+    wanted, was = json.loads(json.dumps(config.to_json())), Config.completed(trained["config"])
+    if other := [k for k in wanted if k not in MEASURED and was[k] != wanted[k]]:
+        shown = ", ".join(f"{k}: {was[k]!r}, not {wanted[k]!r}" for k in other)
         raise ValueError(f"{source} was trained with another config ({shown}): move it away first")
     started = time.perf_counter()
     model = UniMoER.from_pretrained(model_folder, bench.device, kernels=bench.kernels)
@@ -292,10 +292,11 @@ def _scores(model: UniMoER, config: Config, bench: Workbench) -> dict[str, Score
     evaluation = bench.evaluation(model, config)
     trim_heap()
     scores, tasks = {}, config.scored or config.tasks
-    if "embedding" in tasks:
-        scores["embedding"] = evaluation.retrieval(model, progress=True)
+    vectors = evaluation.vectors(model, progress=True) if "embedding" in tasks else None
+    if vectors is not None:
+        scores["embedding"] = evaluation.ranked(vectors)
     if "reranking" in tasks:
-        scores["reranking"] = evaluation.reranking(model, progress=True)
+        scores["reranking"] = evaluation.reranking(model, progress=True, vectors=vectors)
     return scores
 
 

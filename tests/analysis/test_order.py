@@ -113,8 +113,7 @@ def test_missing_arms_and_seeds(made: Maker, tmp_path: Path) -> None:
         path.unlink()
     found = order.write(made.folder)
     assert found["routing_gain"] is None
-    assert "No two ways to rerank have both of their arms" in (
-        made.folder / "report.md").read_text()  # fmt: skip
+    assert "Not told: it takes both arms of pointwise" in (made.folder / "report.md").read_text()
 
 
 def test_the_arms_differ_in_the_head_and_in_routing_alone() -> None:

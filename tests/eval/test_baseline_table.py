@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eval import __main__ as program
-from eval import baseline_table, baselines, e2rank, jina, metrics
+from eval import baseline_table, baselines, jina, metrics
 from eval.bm25 import BM25
 from eval.collections import load
 from eval.metrics import evaluate
 from eval.retrieval import search
 from experiments import ON_BASE, PAIR
 from model import bases
+from model.pseudo import ByPseudoQuery, PseudoQuery
 from model.unimoer import UniMoER
 from tests.eval import qwen
 from tests.train.tiny import tiny_config, write_collection
@@ -167,10 +168,10 @@ def test_the_scores_are_those_of_the_models(run, data: Path, folders, tmp_path: 
     listwise = UniMoER(
         baselines.embedder(str(folders["Alibaba-NLP/E2Rank-0.6B"]), document_tokens=1024)
     )
-    asked_as = e2rank.PseudoQuery(chat=True)
+    asked_as = PseudoQuery(chat=True)
     assert result(tmp_path, "e2rank-0.6b")["scores"]["reranking"] == reranked(
-        lambda q, row: e2rank.score_lists(
-            listwise, [(collection.queries[q], [collection.corpus[d] for d in row])], asked_as
+        lambda q, row: ByPseudoQuery(listwise.tokenizer, asked_as).scores(
+            listwise.embed_all, [(collection.queries[q], [collection.corpus[d] for d in row])]
         )[0]
     )
     assert "embedding" not in result(tmp_path, "jina-reranker-v3")["scores"]

@@ -15,10 +15,10 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Model
 
-from eval import baselines, e2rank
+from eval import baselines
 from eval.baselines import Row
-from eval.e2rank import PseudoQuery
 from model import bases
+from model.pseudo import ByPseudoQuery, PseudoQuery
 from model.unimoer import UniMoER
 from tests.eval import qwen
 
@@ -162,6 +162,10 @@ def test_a_document_cannot_end_its_turn(make_base: Callable) -> None:
     assert (found - theirs).abs().item() > 1e-5
 
 
+def by_pseudo_query(model: UniMoER, lists: list, asked: PseudoQuery | None = None) -> list[Tensor]:
+    return ByPseudoQuery(model.tokenizer, asked).scores(model.embed_all, lists)
+
+
 # E2Rank -----------------------------------------------------------------------------------------
 
 
@@ -194,18 +198,18 @@ def test_the_scores_of_e2rank(e2rank_folder: Path) -> None:
     model = UniMoER(replace(row.embedder, base=str(e2rank_folder)))
     long = [f"no {i}." for i in range(25)]  # more than are read: all are scored
     lists = [(QUERIES[0], DOCUMENTS), (QUERIES[1], long), (QUERIES[2], DOCUMENTS[:1])]
-    found = e2rank.score_lists(model, lists, row.pseudo_query)
+    found = by_pseudo_query(model, lists, row.pseudo_query)
     for (query, documents), scores in zip(lists, found, strict=True):
         expected = derived(e2rank_folder, query, documents, 20)
         torch.testing.assert_close(scores.double(), expected, rtol=0, atol=1e-5)
     assert found[0].std() > 1e-3
     # A document beyond the twentieth is scored and not read; one before is both.
     other = [*long[:24], "Paris"]
-    [again] = e2rank.score_lists(model, [(QUERIES[1], other)], row.pseudo_query)
+    [again] = by_pseudo_query(model, [(QUERIES[1], other)], row.pseudo_query)
     assert (
         torch.allclose(again[:24], found[1][:24], rtol=0, atol=1e-6) and again[24] != found[1][24]
     )
-    [again] = e2rank.score_lists(model, [(QUERIES[1], ["Paris", *long[1:]])], row.pseudo_query)
+    [again] = by_pseudo_query(model, [(QUERIES[1], ["Paris", *long[1:]])], row.pseudo_query)
     assert (again[1:] - found[1][1:]).abs().max() > 1e-4
 
 
@@ -231,7 +235,7 @@ def test_pseudo_queries_that_cannot_be(tiny_base: Path) -> None:
     model = UniMoER(baselines.ModelConfig(base=str(tiny_base)))
     with pytest.raises(ValueError, match=r"has no <\|im_start\|>: this pseudo-query is a turn"):
         PseudoQuery(chat=True).ids(model.tokenizer, [("q", ["d"])])
-    [scores] = e2rank.score_lists(model, [("no", ["yes", "no", "Paris"])])  # any embedder can
+    [scores] = by_pseudo_query(model, [("no", ["yes", "no", "Paris"])])  # any embedder can
     assert scores.shape == (3,) and scores.abs().max() <= 1 + 1e-5
 
 

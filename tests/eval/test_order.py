@@ -15,6 +15,7 @@ from eval.collections import Collection, load
 from eval.protocol import EvaluationSet
 from eval.rerank import to_run
 from experiments import Config
+from model.pseudo import PseudoQuery
 from model.unimoer import UniMoER
 from tests.train.tiny import NOISY_MOE, moved, tiny_config, tokens_only, write_collection
 
@@ -100,12 +101,23 @@ def test_pseudo_queries_under_the_protocol(evaluation, config, collection, monke
     plain, other = evaluation.pair_scores(model), evaluation.pair_scores(model, 0)
     assert (other - plain).abs().max() > 1e-5
     seen = []
-    monkeypatch.setattr(
-        EvaluationSet, "pair_scores", lambda self, model, shuffle=None: seen.append(shuffle) or plain
-    )
+
+    def read(self, model, shuffle=None, vectors=None) -> Tensor:
+        seen.append((shuffle, len(vectors)))
+        return plain
+
+    monkeypatch.setattr(EvaluationSet, "pair_scores", read)
     order.sensitivity(model, evaluation, 3)
-    assert seen == [0, 1, 2], "each order is read"
+    texts = len(evaluation.queries) + len(evaluation.documents)
+    assert seen == [(0, texts), (1, texts), (2, texts)], "each order, of the same vectors"
     monkeypatch.undo()
+    # Only what is read changes places: its first two, so the third keeps its score.
+    few = PseudoQuery(read=2)
+    rows = [evaluation.pair_scores(model, k, asked=few) for k in (None, *range(6))]
+    third = evaluation.pairs.index(
+        [p for p in evaluation.pairs if p[0] == evaluation.pairs[0][0]][2]
+    )
+    assert len({round(float(row[third]), 5) for row in rows}) == 2
     part = evaluation.sample(3)
     found = order.speed(model, part)
     assert found["stored_pairs_per_second"] > 0 and found["pairs_per_second"] > 0
@@ -163,7 +175,7 @@ def test_sensitivity_by_hand(evaluation, listwise, monkeypatch) -> None:
     places = torch.arange(len(right)) / len(right)
     scores = [10 * torch.tensor(right) + places, -10 * torch.tensor(right) - places]
     monkeypatch.setattr(
-        EvaluationSet, "pair_scores", lambda self, model, shuffle=None, progress=False: (
+        EvaluationSet, "pair_scores", lambda self, model, shuffle=None, **options: (
             scores[shuffle or 0])
     )  # fmt: skip
     found = order.sensitivity(listwise, evaluation, 2)
@@ -178,7 +190,7 @@ def test_equal_scores_are_ranked_as_trec_eval_does(evaluation, listwise, monkeyp
     n = len(evaluation.pairs)
     noise = [1 + 1e-12 * torch.randn(n, dtype=torch.float64) for _ in range(2)]
     monkeypatch.setattr(
-        EvaluationSet, "pair_scores", lambda self, model, shuffle=None, progress=False: (
+        EvaluationSet, "pair_scores", lambda self, model, shuffle=None, **options: (
             noise[shuffle or 0])
     )  # fmt: skip
     found = order.sensitivity(listwise, evaluation, 2)

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import e2rank
 from model.packed import pack
-from model.pseudo import PseudoQuery
+from model.pseudo import ByPseudoQuery, PseudoQuery
 from model.router import RouterConfig
 from model.unimoer import ModelConfig, UniMoER
 from tests.model import test_unimoer
@@ -32,7 +31,8 @@ def test_a_score_is_the_cosine_with_the_pseudo_query(model: UniMoER) -> None:
     [found] = model.score_lists([(QUERY, DOCUMENTS)])
     torch.testing.assert_close(found, (documents @ asked).detach(), rtol=0, atol=1e-5)
     assert found.std() > 1e-3
-    [same] = e2rank.score_lists(make_embedder(model), [(QUERY, DOCUMENTS)])
+    other = make_embedder(model)
+    [same] = ByPseudoQuery(other.tokenizer).scores(other.embed_all, [(QUERY, DOCUMENTS)])
     torch.testing.assert_close(found, same, rtol=0, atol=1e-6)
 
 
@@ -90,15 +90,50 @@ def test_saved_and_loaded_is_identical(model: UniMoER, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["task", "similarity-max"])
-def test_a_router_that_would_leave_an_expert_idle_is_refused(kind: str) -> None:
+@pytest.mark.parametrize(
+    "router",
+    [RouterConfig("task"), RouterConfig("similarity-max"), RouterConfig(task_prior=1.0)],
+    ids=["task", "similarity", "prior"],
+)
+def test_a_router_that_would_leave_an_expert_idle_is_refused(router: RouterConfig) -> None:
     with pytest.raises(ValueError, match="would leave the reranking expert idle: use another"):
-        ModelConfig(rerank_head="pseudo_query", router=RouterConfig(kind))
+        ModelConfig(rerank_head="pseudo_query", router=router)
+
+
+def test_vectors_as_they_are_stored(model: UniMoER) -> None:
+    """fp16 from disk; and of other documents than these."""
+    vectors = model.encode_document(DOCUMENTS)
+    halved = model.rank(QUERY, DOCUMENTS, vectors=vectors.half())
+    assert dict(halved) == pytest.approx(dict(model.rank(QUERY, DOCUMENTS)), abs=2e-3)
+    with pytest.raises(ValueError, match=r"query 'what is .*': 5 documents, 4 vectors"):
+        model.rank(QUERY, DOCUMENTS, vectors=vectors[:4])
+
+
+def test_a_long_list_is_cut_to_fit(model: UniMoER) -> None:
+    """Documents get equal shares of what template and query leave; the query stays whole."""
+    long = [f"document {i} " * 30 for i in range(6)]
+    [whole] = PseudoQuery().ids(model.tokenizer, [(QUERY, long)])
+    [cut] = PseudoQuery(tokens=250).ids(model.tokenizer, [(QUERY, long)])
+    assert 220 < len(cut) <= 250 < len(whole)
+    tail = model.tokenizer.fast.encode(f"Query: {QUERY}", add_special_tokens=False).ids
+    assert cut[-len(tail) - 1 : -1] == tail == whole[-len(tail) - 1 : -1]
+    text = model.tokenizer.fast.decode(cut)
+    assert all(f"[{i + 1}] d" in text for i in range(6))
+    assert PseudoQuery(tokens=9999).ids(model.tokenizer, [(QUERY, long)]) == [whole]
+    with pytest.raises(ValueError, match=r"list_tokens=60 leaves no room for 6 documents behind"):
+        PseudoQuery(tokens=60).ids(model.tokenizer, [(QUERY, long)])
+    # The model's own takes its bound from the config.
+    short = make(Path(model.config.base), list_tokens=60)
+    with pytest.raises(ValueError, match=r"list_tokens=60"):
+        short.rank(QUERY, long)
 
 
 def test_what_other_heads_do_not_take(model: UniMoER, tiny_base: Path) -> None:
     linear = UniMoER(ModelConfig(base=str(tiny_base)))
     with pytest.raises(ValueError, match="rerank_head='linear' has no use for vectors"):
         linear.rank(QUERY, DOCUMENTS, vectors=torch.zeros(5, 32))
+    lists = make(tiny_base, rerank_head="interaction")
+    with pytest.raises(ValueError, match="rerank_head='interaction' has no use for vectors"):
+        lists.score_lists([(QUERY, DOCUMENTS)], vectors=[torch.zeros(5, 32)])
     with pytest.raises(AssertionError, match="a pseudo-query scores lists"):
         model.score(pack([[1, 2]]))

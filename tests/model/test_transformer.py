@@ -19,11 +19,11 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from model import bases, weights
 from model.config import DecoderConfig
+from model.layers import DecoderLayer
 from model.lora import LinearGroup, LoRAConfig
 from model.packed import pack, segment_mean
 from model.router import RouterConfig
 from model.tokens import Prompts, Tokenizer
-from model.layers import DecoderLayer
 from model.transformer import Decoder
 
 transformers.utils.logging.disable_progress_bar()

@@ -153,13 +153,14 @@ def test_the_last_layer_has_no_more_to_do(tiny_base: Path) -> None:
         config = ModelConfig(base=str(tiny_base), lora=LORA, reranking_pooling=pooling)
         model, seen = UniMoER(config), []
         for layer in model.decoder.layers:
-            layer.mlp.register_forward_pre_hook(lambda mlp, given: seen.append(len(given[0])))
+            layer.mlp.register_forward_pre_hook(lambda m, x, seen=seen: seen.append(len(x[0])))
         model.score(pack([[1, 2, 3, 4], [5, 6], [7, 8, 9]]))
         assert seen == [9, 9, 9, rows]
 
 
-PAIRS = [(query, document) for query in ("what is the capital of France, and where is it?", "who?")
-         for document in ("Paris", "the Seine", "Paris, on the Seine", "a path", "Paris")]  # fmt: skip
+QUERIES = ("what is the capital of France, and where is it?", "who?")
+DOCUMENTS = ("Paris", "the Seine", "Paris, on the Seine", "a path", "Paris")
+PAIRS = [(query, document) for query in QUERIES for document in DOCUMENTS]
 
 
 @pytest.mark.parametrize("budget", [60, 4096])
@@ -184,7 +185,7 @@ def test_reranking_computes_a_query_once(tiny_base: Path, kind: str, budget: int
         assert tokens == [len(beginnings)]
 
 
-def test_when_a_trie_is_made(tiny_base: Path) -> None:
+def test_when_a_trie_is_made() -> None:
     """Where enough is saved; within the budget, each batch by length, every text in one."""
     ids = [[1, 2, 3, 4, 5, 6, i, *range(i % 3)] for i in range(40)]
     batches, trie = TextSet(ids).batches(30, 1.0)

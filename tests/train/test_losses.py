@@ -208,34 +208,8 @@ def test_ranknet_by_hand():
     assert nothing.item() == 0 and torch.equal(alike.grad, torch.zeros_like(alike))  # pyright: ignore
 
 
-def test_e2rank_by_hand():
-    """The positive of InfoNCE is the best of its own list, also where it comes second."""
-    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    pseudo = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
-    documents = torch.tensor(
-        [[[1.0, 0.0], [0.6, 0.8]], [[0.0, 1.0], [0.8, 0.6]]], dtype=torch.float64
-    )
-    grades = torch.tensor([[2.0, 1.0], [1.0, 5.0]])
-    t, scale, weight = 0.5, 3.0, 2.0
-    rows = ([1.0, 0.6, 0.0, 0.8], [0.0, 0.8, 1.0, 0.6])  # cosines of each query with all documents
-    contrasted = [
-        math.log(sum(math.exp(c / t) for c in row)) - row[at] / t
-        for row, at in zip(rows, (0, 3), strict=True)
-    ]
-    # List 1: 0 over 0.8. List 2: 0.6 over 1.
-    ordered = [math.log1p(math.exp(scale * x)) for x in (0.8 - 0.0, 1.0 - 0.6)]
-    expected = sum(contrasted) / 2 + weight * sum(ordered) / 2
-    found = losses.e2rank(queries, pseudo, documents, grades, t, scale, weight)
-    assert found.item() == pytest.approx(expected, abs=1e-14)
-    published = losses.e2rank(queries, pseudo, documents, grades)
-    assert published.item() == losses.e2rank(
-        queries, pseudo, documents, grades, temperature=0.03, scale=10.0, weight=2.0
-    ).item()  # fmt: skip
-
-
-def test_gradient_of_e2rank():
+def test_gradient_of_ranknet():
     g = torch.Generator().manual_seed(1)
-    parts = [torch.randn(*s, generator=g, dtype=torch.float64) for s in ((2, 5), (2, 5), (2, 3, 5))]
-    parts = [torch.nn.functional.normalize(p, dim=-1).requires_grad_() for p in parts]
+    scores = torch.randn(2, 3, generator=g, dtype=torch.float64).requires_grad_()
     grades = torch.tensor([[0.3, 0.1, 0.2], [1.0, 3.0, 3.0]])
-    assert torch.autograd.gradcheck(lambda q, p, d: losses.e2rank(q, p, d, grades, 0.3), parts)
+    assert torch.autograd.gradcheck(lambda x: losses.ranknet(x, grades), scores)

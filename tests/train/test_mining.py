@@ -13,6 +13,7 @@ import torch
 
 from eval.bm25 import BM25
 from eval.collections import Collection, load
+from kernels.reference import info_nce
 from model.packed import pack
 from model.unimoer import UniMoER
 from tests.train.tiny import TRAIN, build, tiny_config, tokens_only, write_collection
@@ -577,8 +578,9 @@ def test_the_teacher_of_pseudo_queries(
     count = len(made.ids)
     vectors = torch.cat([model.embed(pack([ids]))[0] for ids in made.texts])
     queries, asked, documents = vectors.split([count, count, len(vectors) - 2 * count])
-    expected = losses.e2rank(
-        queries, asked, documents.unflatten(0, (count, -1)), made.grades, c.temperature
+    options = made.positive, made.relevant, c.temperature, c.false_negative_margin
+    expected = info_nce(queries, documents, *options) + 2 * losses.ranknet(
+        10 * torch.einsum("bw,bkw->bk", asked, documents[made.group]), made.grades
     )
     found = task_loss("reranking", model, data, 0)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)

@@ -82,8 +82,11 @@ def test_processes_train_like_one(tiny_base, tiny_data, tmp_path, single, proces
 
 
 def test_widths_and_pseudo_queries_over_processes(tiny_base, tiny_data, tmp_path):
-    """Matryoshka's terms and RankNet's see all texts of the batch, wherever they were embedded."""
-    changes = {"matryoshka": [8, 16], "rerank_head": "pseudo_query"}
+    """Matryoshka's terms and RankNet's see all texts of the batch, wherever they were embedded, and
+    each is read by its last token."""
+    changes = {
+        "matryoshka": [8, 16], "rerank_head": "pseudo_query", "embedding_pooling": "last",
+    }  # fmt: skip
     assert run.main(words(tiny_base, tiny_data, tmp_path / "one", **changes)) == 0
     job = launch(2, words(tiny_base, tiny_data, tmp_path / "two", **changes))
     output = job.communicate(timeout=300)[0]

@@ -8,6 +8,7 @@ import torch
 
 from eval.collections import Collection, load
 from experiments import Config
+from kernels.reference import info_nce
 from model.packed import pack
 from tests.train.tiny import NOISY_MOE, build, tiny_config
 from train.loop import train
@@ -32,13 +33,25 @@ def test_a_batch_is_the_groups_of_the_same_step(config, collection):
     tokenizer, orders = model.tokenizer, set()
     for step in range(6):
         batch = data.pseudo(step)
-        assert batch.ids == pairs.reranking(step).ids and len(batch.texts) == 3 + 3 + 9
+        assert batch.ids == pairs.reranking(step).ids
         assert batch.grades.tolist() == [[1, 0, 0]] * 3
         queries = [collection.queries[q] for q in batch.ids]
         assert batch.texts[:3] == tokenizer.queries(queries)
         groups = [[data.positive[q], *data.negatives[q][:2]] for q in batch.ids]
         texts = [[collection.corpus[d] for d in group] for group in groups]
-        assert batch.texts[6:] == tokenizer.documents([text for of in texts for text in of])
+        documents = batch.texts[6:]
+        assert len(documents) == len({d for group in groups for d in group})
+        assert [[documents[at] for at in row] for row in batch.group] == [
+            tokenizer.documents(of) for of in texts
+        ]
+        assert torch.equal(batch.positive, batch.group[:, 0])
+        # Whatever in the batch has the text of a relevant document is known to be relevant.
+        right = [{collection.corpus[d] for d in data.relevant[q]} for q in batch.ids]
+        spelled = {at: text for row, of in zip(batch.group.tolist(), texts, strict=True)
+                   for at, text in zip(row, of, strict=True)}  # fmt: skip
+        assert {tuple(pair) for pair in batch.relevant.tolist()} == {
+            (i, at) for at, text in spelled.items() for i in range(3) if text in right[i]
+        }
         for ids, query, of in zip(batch.texts[3:6], queries, texts, strict=True):
             text = tokenizer.fast.decode(ids[:-1])
             _, _, lines = text.partition("Documents:\n")
@@ -55,8 +68,8 @@ def test_a_batch_is_the_groups_of_the_same_step(config, collection):
 
 
 def test_the_loss_is_its_formula(config, collection):
-    """InfoNCE of the query against all documents of the batch, and twice RankNet of its own by the
-    pseudo-query; in float64, text by text."""
+    """InfoNCE of the query against all documents of the batch, as for retrieval, and twice RankNet
+    of its own by the pseudo-query; in float64, text by text."""
     config = replace(config, dtype="float64", group_size=4, **NOISY_MOE)
     model, data = build(config, collection)
     generator = torch.Generator().manual_seed(0)
@@ -67,14 +80,13 @@ def test_the_loss_is_its_formula(config, collection):
     model.eval()
     rows = data.pseudo(1)
     vectors = torch.cat([model.embed(pack([ids]))[0] for ids in rows.texts])
-    queries, asked, documents = vectors[:3], vectors[3:6], vectors[6:].view(3, 4, -1)
-    terms = []
+    queries, asked, documents = vectors[:3], vectors[3:6], vectors[6:]
+    options = rows.positive, rows.relevant, config.temperature, config.false_negative_margin
+    ordered = []
     for i in range(3):
-        scores = vectors[6:] @ queries[i] / config.temperature
-        contrast = scores.logsumexp(0) - scores[4 * i]
-        own = 10 * documents[i] @ asked[i]
-        terms.append(contrast + 2 * torch.nn.functional.softplus(own[1:] - own[0]).mean())
-    expected = torch.stack(terms).mean()
+        own = 10 * documents[rows.group[i]] @ asked[i]
+        ordered.append(torch.nn.functional.softplus(own[1:] - own[0]).mean())
+    expected = info_nce(queries, documents, *options) + 2 * torch.stack(ordered).mean()
     work = pseudo(data, 1)
     found = work.loss(run(model, work).rows)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)

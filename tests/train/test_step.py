@@ -25,6 +25,18 @@ ROUTED = {
     "task": {**MOE, "ranks": (4, 4, 4), "router": "task"},
     "matryoshka": {"matryoshka": (4, 16)},
     "lists as one text": {**NOISY_MOE, "lora_dropout": 0.0, "rerank_head": "interaction"},
+    "last tokens": {
+        **NOISY_MOE,
+        "lora_dropout": 0.0,
+        "embedding_pooling": "last",
+        "reranking_pooling": "last",
+    },
+    "last tokens, routed by token": {
+        **NOISY_MOE,
+        "lora_dropout": 0.0,
+        "per_token": True,
+        "reranking_pooling": "last",
+    },
     "pseudo-queries": {**NOISY_MOE, "lora_dropout": 0.0, "rerank_head": "pseudo_query"},
 }
 
