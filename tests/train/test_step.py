@@ -163,9 +163,9 @@ def test_training_in_parts_ends_alike(tiny, tmp_path, changes):
 
 def test_parts_keep_to_the_budget():
     sizes = [3, 4, 5, 9, 30]
-    assert step._cut([0, 1, 2, 3, 4], sizes, 0) == [[0, 1, 2, 3, 4]]
-    assert step._cut([0, 1, 2, 3, 4], sizes, 12) == [[0, 1, 2], [3], [4]]
-    assert step._cut([0, 2, 4], sizes, 8) == [[0, 2], [4]]
+    assert step._parts([0, 1, 2, 3, 4], sizes, 0) == [[0, 1, 2, 3, 4]]
+    assert step._parts([0, 1, 2, 3, 4], sizes, 12) == [[0, 1, 2], [3], [4]]
+    assert step._parts([0, 2, 4], sizes, 8) == [[0, 2], [4]]
 
 
 def test_every_process_has_as_many_parts():
