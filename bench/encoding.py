@@ -10,6 +10,7 @@ import tempfile
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -22,7 +23,7 @@ from model.unimoer import DTYPES, ModelConfig, UniMoER
 from train.trial import Workbench
 
 BATCHES = (8, 16, 32, 64)
-POOLINGS = {"mean": "mean", "last": "lasttoken"}  # ours: what the rival calls it
+POOLINGS: dict[str, Any] = {"mean": "mean", "last": "lasttoken"}  # ours: what the rival calls it
 
 
 def cut_base(folder: Path, layers: int, place: Path) -> Path:

@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,7 +187,7 @@ class EvaluationSet:
             (c.queries[query], [c.corpus[d] for d in row])
             for query, row in zip(self.candidates, ids, strict=True)
         ]
-        options = {"progress": progress, "shared": True}
+        options: dict[str, Any] = {"progress": progress, "shared": True}
         if isinstance(head, ByPseudoQuery):
             rows = self.vectors(model, progress=progress) if vectors is None else vectors
             place = {d: len(self.queries) + i for i, d in enumerate(self.documents)}

@@ -130,7 +130,7 @@ def pack(texts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> 
     ).to(device)
 
 
-def pack_trie(texts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packed:
+def pack_trie(texts: Sequence[list[int]], device: torch.device | str = "cpu") -> Packed:
     """`pack`, but what texts have in common at their beginning is there once: the M nodes of the
     trie of their tokens, each run of them as a text.
 

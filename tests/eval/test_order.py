@@ -102,7 +102,7 @@ def test_pseudo_queries_under_the_protocol(evaluation, config, collection, monke
     assert (other - plain).abs().max() > 1e-5
     seen = []
 
-    def read(self, model, shuffle=None, vectors=None) -> Tensor:
+    def read(self, model: UniMoER, shuffle: int, vectors: Tensor) -> Tensor:
         seen.append((shuffle, len(vectors)))
         return plain
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.layers import MLP
 from model.lora import LoRAConfig
 from model.packed import Only, Packed, pack, pack_trie
 from model.prefix import TextSet, token_batches
@@ -39,11 +40,10 @@ def make(case: str, fused: bool):
     family, lora, router, window, _ = CASES[case]
     dtype = torch.float32 if fused else torch.float64
     made = decoder(family, lora, router, dtype, "cpu", fused, window).eval()
-    for layer in made.layers:
-        if getattr(layer.router, "pilots", None) is not None:
+    for name, parameter in made.named_parameters():
+        if name.endswith("pilots"):
             generator = torch.Generator().manual_seed(4)
-            drawn = torch.randn(layer.router.pilots.shape, generator=generator)
-            layer.router.pilots.data.copy_(drawn)
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
     return made
 
 
@@ -139,12 +139,18 @@ def test_only_the_tokens_that_are_read(case: str, fused: bool) -> None:
             total = total + (y * torch.randn(y.shape, generator=generator)).sum()
         gradients = []
         if trained:
-            options = {"allow_unused": True, "materialize_grads": True}
-            gradients = [g for g in torch.autograd.grad(total, trained, **options)]
+            gradients = torch.autograd.grad(
+                total, trained, allow_unused=True, materialize_grads=True
+            )
         results.append([rows, *routing, *gradients])
     for a, b in zip(*results, strict=True):
         scale = b.abs().max().clamp(min=1)
         close(a / scale, b / scale)
+
+
+def count(seen: list[int]):
+    """A hook that notes how many rows come in."""
+    return lambda module, given: seen.append(len(given[0]))
 
 
 def test_the_last_layer_has_no_more_to_do(tiny_base: Path) -> None:
@@ -152,8 +158,9 @@ def test_the_last_layer_has_no_more_to_do(tiny_base: Path) -> None:
     for pooling, rows in (("last", 3), ("mean", 9)):
         config = ModelConfig(base=str(tiny_base), lora=LORA, reranking_pooling=pooling)
         model, seen = UniMoER(config), []
-        for layer in model.decoder.layers:
-            layer.mlp.register_forward_pre_hook(lambda m, x, seen=seen: seen.append(len(x[0])))
+        for module in model.modules():
+            if isinstance(module, MLP):
+                module.register_forward_pre_hook(count(seen))
         model.score(pack([[1, 2, 3, 4], [5, 6], [7, 8, 9]]))
         assert seen == [9, 9, 9, rows]
 
