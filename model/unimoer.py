@@ -236,8 +236,7 @@ class UniMoER(nn.Module):
         given; see `model.listwise` and `model.pseudo`. shared: as above.
 
         Args:
-            vectors: (n, D) of each list's documents, by `encode_document`, which spares a
-                pseudo-query to encode them again.
+            vectors: (n, D) of each list's documents, which a pseudo-query then need not encode.
         Raises:
             ValueError: vectors for another head, which reads the documents themselves; or more or
                 fewer of them than documents.
@@ -262,11 +261,14 @@ class UniMoER(nn.Module):
         budget: int | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Raw scores (n,) of (query, document) pairs: logits. A listwise head takes the pairs of
-        one query as a list, in the order given, and its scores are cosines."""
+        """Raw scores (n,) of pairs: logits. A listwise head takes those of one query as a list, in
+        the order given, and its scores are cosines."""
         if not self.config.listwise:
-            texts = TextSet(self.tokenizer.pairs(pairs))
-            return self.score_all(texts, budget=budget, progress=progress)
+            # Each once: equal ones tie to the last bit, wherever they would stand in a batch.
+            place = {pair: i for i, pair in enumerate(dict.fromkeys((q, d) for q, d in pairs))}
+            texts = TextSet(self.tokenizer.pairs(list(place)))
+            scores = self.score_all(texts, budget=budget, progress=progress)
+            return scores[[place[q, d] for q, d in pairs]]
         lists, places = by_query(pairs)
         found = self.score_lists(lists, budget=budget, progress=progress)
         return torch.cat([torch.zeros(0), *found])[places]
@@ -324,8 +326,7 @@ class UniMoER(nn.Module):
         progress: bool | None = None,
     ) -> Tensor:
         """Relevance in [0, 1] of (query, document) pairs, (n,); see `score_pairs`."""
-        pairs = listed(pairs, "pairs")
-        bar = len(pairs) >= 1000 if progress is None else progress
+        bar = len(listed(pairs, "pairs")) >= 1000 if progress is None else progress
         budget = budget or usual_budget(self.device, 2048)
         return self.relevance(self.score_pairs(pairs, budget=budget, progress=bar))
 

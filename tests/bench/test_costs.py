@@ -11,7 +11,7 @@ import experiments
 from bench import costs, roofline
 from bench.costs import Counts, Option
 from bench.shapes import HUB, SHAPES, lora_parameters, parameters, shape_of
-from model import transformer
+from model import layers as layers_module
 from model.config import DecoderConfig
 from model.lora import LoRAConfig
 from model.packed import pack
@@ -174,7 +174,7 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(
 ) -> None:
     """On the kernels' path, to the byte: what two layers keep beyond one."""
     monkeypatch.setattr(
-        transformer, "packed_attention", lambda q, k, v, segments, **_: Varlen.apply(q, k, v)
+        layers_module, "packed_attention", lambda q, k, v, segments, **_: Varlen.apply(q, k, v)
     )
     kept = []
     for layers in (1, 2):

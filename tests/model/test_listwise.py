@@ -198,17 +198,17 @@ def test_every_way_to_a_score_is_the_same(model: UniMoER) -> None:
     pairs = [(QUERY, text) for text in DOCUMENTS]
     mixed = [pairs[0], *((other[0], text) for text in other[1]), *pairs[1:]]
     found = model.score_pairs(mixed)
-    torch.testing.assert_close(found, torch.cat((one[:1], two, one[1:])), rtol=0, atol=1e-6)
-    torch.testing.assert_close(model.predict(pairs), (1 + one) / 2, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, torch.cat((one[:1], two, one[1:])), rtol=0, atol=3e-6)
+    torch.testing.assert_close(model.predict(pairs), (1 + one) / 2, rtol=0, atol=3e-6)
     ranked = model.rank(QUERY, DOCUMENTS)
     assert [i for i, _ in ranked] == one.argsort(descending=True).tolist()
     assert [s for _, s in ranked] == pytest.approx(
-        ((1 + one) / 2).sort(descending=True)[0].tolist()
+        ((1 + one) / 2).sort(descending=True)[0].tolist(), abs=3e-6
     )
     ids = [block.ids for query, documents in both for block in model.lists.blocks(query, documents)]
     with torch.no_grad():
         scores, routing = model.score(pack(ids))
-    torch.testing.assert_close(scores, torch.cat((one, two)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(scores, torch.cat((one, two)), rtol=0, atol=3e-6)
     assert [w.shape for w in routing] == [(2, 3)] * 3  # a list is routed as one text
     assert model.score_pairs([]).shape == (0,) and model.rank(QUERY, []) == []
 
