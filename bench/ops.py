@@ -275,19 +275,16 @@ def bordered_rows(
                 name: _passes(run, wanted, upstream, mode)
                 for name, run in (("ours", ours), ("theirs", theirs))
             }
-            times = timing.seconds(
-                {name: lambda turn, run=run: run() for name, run in pair.items()}, rounds
-            )
+            what = f"MoE-LoRA linears of a layer of {shape_name}, {tokens} tokens, {mode}"
             rows.append(
-                {
-                    "what": f"MoE-LoRA linears of a layer of {shape_name}, {tokens} tokens, {mode}",
-                    "dtype": dtype,
-                    "against": "x W' + addmm, experts concatenated",
-                    "unit": "tokens/s",
-                    "tokens": tokens * rounds,
-                    **timing.rates(times, [float(tokens)] * rounds),
-                    "ratio": timing.ratio(times, "ours", "theirs"),
-                }
+                _row(
+                    pair,
+                    rounds,
+                    tokens,
+                    what=what,
+                    dtype=dtype,
+                    against="x W' + addmm, experts concatenated",
+                )
             )
     return rows
 
@@ -317,21 +314,32 @@ def elementwise_rows(
                 name: _passes(partial(run, ops), inputs, upstream, mode)
                 for name, ops in (("ours", elementwise), ("theirs", reference))
             }
-            times = timing.seconds(
-                {name: lambda turn, call=call: call() for name, call in pair.items()}, rounds
-            )
+            what = f"elementwise ops of a layer of {shape_name}, {tokens} tokens, {mode}"
             rows.append(
-                {
-                    "what": f"elementwise ops of a layer of {shape_name}, {tokens} tokens, {mode}",
-                    "dtype": dtype,
-                    "against": "the same in plain PyTorch",
-                    "unit": "tokens/s",
-                    "tokens": tokens * rounds,
-                    **timing.rates(times, [float(tokens)] * rounds),
-                    "ratio": timing.ratio(times, "ours", "theirs"),
-                }
+                _row(
+                    pair,
+                    rounds,
+                    tokens,
+                    what=what,
+                    dtype=dtype,
+                    against="the same in plain PyTorch",
+                )
             )
     return rows
+
+
+def _row(pair: dict[str, Callable[[], object]], rounds: int, tokens: int, **named: str) -> dict:
+    """Both sides by turns, as a row of `bench.encoding`; named: what, dtype, against."""
+    times = timing.seconds(
+        {name: lambda turn, call=call: call() for name, call in pair.items()}, rounds
+    )
+    return {
+        **named,
+        "unit": "tokens/s",
+        "tokens": tokens * rounds,
+        **timing.rates(times, [float(tokens)] * rounds),
+        "ratio": timing.ratio(times, "ours", "theirs"),
+    }
 
 
 def _passes(

@@ -24,6 +24,11 @@ def _rows(of: Tensor | None, only: Only) -> Tensor | None:
     return of if of is None or len(of) == 1 else of[only.at]
 
 
+def _weights(of: Tensor | None, mode: int | None, only: Only | None) -> Tensor | None:
+    """The weights for some tokens: those of texts stay, since one of each text is left."""
+    return of if only is None or mode != TOKEN else _rows(of, only)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, features: int, eps: float, dtype: torch.dtype):
         super().__init__()
@@ -85,11 +90,9 @@ class Attention(nn.Module):
         q, k, v = map(batch.spread, qk_norm_rope(y, cos, sin, *norms, c.rms_norm_eps, *shape))
         reach = {"causal": c.causal, "window": c.sliding_window}
         y = batch.gather(packed_attention(q, k, v, batch.whole.segments, **reach))
-        mine = weights
         if only is not None:
             y, segments = y[only.at], only.texts.segments
-            mine = _rows(weights, only) if mode == TOKEN else weights
-        return self.o.fused(y.flatten(1), segments, mine, mode), weights
+        return self.o.fused(y.flatten(1), segments, _weights(weights, mode, only), mode), weights
 
 
 class MLP(nn.Module):
@@ -209,11 +212,10 @@ class DecoderLayer(nn.Module):
             weights = router(pooled, tasks, fused=True, part=part)
         mode = TOKEN if per_token else TEXT if weights is not None else ALL if experts else None
         delta, weights = attn.fused(normed, batch, cos, sin, weights, mode, routing, only)
-        norm, mine = self.post_attention_layernorm, weights
+        norm = self.post_attention_layernorm
         if only is not None:
             x, batch = x[only.at], only.texts
-            mine = _rows(weights, only) if mode == TOKEN else weights
         x, normed, _ = add_rmsnorm_pool(
             x, delta, norm.weight, norm.eps, batch.segments, *mlp.gate_up.margins
         )
-        return x, mlp.fused(normed, batch, mine, mode), weights
+        return x, mlp.fused(normed, batch, _weights(weights, mode, only), mode), weights

@@ -40,6 +40,7 @@ from eval.bm25 import BM25
 from eval.collections import Collection
 from eval.files import write_json, write_text
 from eval.machine import device_name
+from model import saved
 from model.unimoer import UniMoER
 from model.weights import revision
 from train.batches import training_queries
@@ -132,9 +133,16 @@ def mine(
         negatives than asked for before `fill`) and `none` (no negative at all).
     Raises:
         ValueError: the folder holds something else, or was mined with other models, data, settings
-            or on another device; there is no train split, or the pool is too small to fill from.
+            or on another device; there is no train split, or the pool is too small to fill from; or
+            reranker or teacher score lists.
     """
     names = {name for name in (retriever, reranker, teacher) if name not in ("", LEXICAL)}
+    for name in {reranker, teacher} - {""}:
+        if (config := saved.read_config(Path(name))[0]).listwise:
+            raise ValueError(
+                f"{name} has rerank_head={config.rerank_head!r}, which scores lists, but negatives "
+                "are scored pair by pair: take a model with 'linear' or 'yes_no'"
+            )
     order = training_queries(collection, settings.queries)
     if not order:
         raise ValueError(f"{collection.name}: no training query has a relevant document")

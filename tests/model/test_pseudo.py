@@ -39,9 +39,8 @@ def test_a_score_is_the_cosine_with_the_pseudo_query(model: UniMoER) -> None:
 def make_embedder(model: UniMoER) -> UniMoER:
     """The same experts under the usual head, which has no part in it."""
     other = make(Path(model.config.base), rerank_head="linear")
-    tensors = {name: p for name, p in model.kept().items()}
     heads = {name: p for name, p in other.kept().items() if name.startswith("head.")}
-    other.load_trained({**tensors, **heads}, "test")
+    other.load_trained({**model.kept(), **heads}, "test")
     return other
 
 

@@ -563,6 +563,18 @@ def test_settings_of_distillation_that_cannot_work(fields: dict, message: str) -
         Config(**fields)
 
 
+@pytest.mark.parametrize("role", ["reranker", "teacher"])
+@pytest.mark.parametrize("head", ["interaction", "pseudo_query"])
+def test_what_scores_lists_scores_no_negatives(
+    config: Config, collection: Collection, tmp_path: Path, role: str, head: str
+) -> None:
+    """Refused before anything is written."""
+    UniMoER(model_config(replace(config, rerank_head=head))).save_pretrained(tmp_path / "lists")
+    with pytest.raises(ValueError, match=f"lists has rerank_head='{head}', which scores lists"):
+        mine(tmp_path / "mined", collection, Settings(), LEXICAL, **{role: str(tmp_path / "lists")})
+    assert not (tmp_path / "mined").exists()
+
+
 def test_the_teacher_of_pseudo_queries(
     config: Config, collection: Collection, planted: Path
 ) -> None:

@@ -146,21 +146,17 @@ def test_a_batch_holds_the_texts_of_one_collection(made, collections, config, ta
     assert len(texts.ids) == sum(len(getattr(p, f"{task}_texts").ids) for p in data.parts)
 
 
-def test_lists_are_those_of_the_part(made) -> None:
-    data = made(rerank_head="interaction")
+@pytest.mark.parametrize(
+    ("head", "what", "place"),
+    [("interaction", "lists", "place"), ("pseudo_query", "pseudo", "group")],
+)
+def test_lists_are_those_of_the_part(made, head: str, what: str, place: str) -> None:
+    data = made(rerank_head=head)
     for step in range(8):
         part, at = data.place(step)
-        batch, own = data.lists(step), data.parts[part].lists(at)
-        assert batch.texts == own.texts and torch.equal(batch.place, own.place)
-        assert batch.ids == [f"{data.names[part]}:{query}" for query in own.ids]
-
-
-def test_pseudo_queries_are_those_of_the_part(made) -> None:
-    data = made(rerank_head="pseudo_query")
-    for step in range(8):
-        part, at = data.place(step)
-        batch, own = data.pseudo(step), data.parts[part].pseudo(at)
-        assert batch.texts == own.texts and torch.equal(batch.grades, own.grades)
+        batch, own = getattr(data, what)(step), getattr(data.parts[part], what)(at)
+        assert batch.texts == own.texts
+        assert torch.equal(getattr(batch, place), getattr(own, place))
         assert batch.ids == [f"{data.names[part]}:{query}" for query in own.ids]
 
 
