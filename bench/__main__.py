@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--base", default=bases.DEFAULT, help="a known name, hub id or folder")
     parser.add_argument("--data", default="stdlib", help="where the texts come from")
     parser.add_argument("--rounds", type=int, default=0, help="0: 3 on a CPU, 10 on a card")
-    parser.add_argument("--minutes", type=float, default=10, help="no part begins after that")
+    parser.add_argument("--minutes", type=float, default=20, help="no part begins after that")
     parser.add_argument("--only", nargs="*", default=[], choices=list(TABLES), help="sections")
     given = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -245,9 +245,9 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         if time.monotonic() - started > 60 * given.minutes:
             record["left_out"].append(f"{section}, {what}")
-            continue
-        print(f"{section}: {what}", flush=True)
-        record[section] += run()
+        else:
+            print(f"{section}: {what}", flush=True)
+            record[section] += run()
         # What is there is kept if a later part dies.
         record["seconds"] = time.monotonic() - started
         write_text(RESULTS / f"{stem}.json", json.dumps(record, indent=1) + "\n")
