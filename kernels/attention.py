@@ -32,12 +32,13 @@ def attention(
     Returns:
         (N, H, K)
     """
-    dtype = q.dtype
-    if q.device.type == "cpu" and dtype != torch.float64:
-        # PyTorch's CPU kernel converts 16-bit values block by block: 4 to 7 times slower backward.
+    dtype, on_cpu = q.dtype, q.device.type == "cpu"
+    if on_cpu and torch.is_grad_enabled() and dtype != torch.float64:
+        # PyTorch's CPU kernel converts 16-bit values block by block: 4 to 7 times slower backward,
+        # but twice as fast as the conversion where there is no backward.
         q, k, v = q.float(), k.float(), v.float()
     repeat = q.shape[1] // k.shape[1]
-    if repeat > 1:
+    if repeat > 1 and not on_cpu:  # not every kernel of a card knows groups
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     sizes = [count * length for count, length in groups]
     parts = zip(groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
@@ -49,7 +50,7 @@ def attention(
         if window is not None and length > window:
             mask = _window_mask(length, causal, window, q.device)
         out = F.scaled_dot_product_attention(
-            *heads, attn_mask=mask, is_causal=causal and mask is None
+            *heads, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=on_cpu
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).to(dtype)
