@@ -1,11 +1,13 @@
 """Probes -> probing.json, report.md and a figure; the numbers are `analysis.probing`'s."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis import ablation, compare, figures, judge
 from analysis.figures import label, span, table
@@ -18,6 +20,7 @@ NAMES = {
     "similarity": "similarity in the base", "nouns": "nouns in the query",
     "verbs": "verbs in the query", "relevant": "relevant",
 }  # fmt: skip
+INGREDIENTS = ("covered_terms", "tf_sum", "idf_sum", "bm25")  # of BM25, and itself
 PAGE = """# {title}
 
 **Question.** {v[question]}
@@ -32,11 +35,18 @@ PAGE = """# {title}
 
 Probes of {pairs:,} pairs of {queries} queries, tested on unseen queries: R² of ridge regression,
 for a yes or no ({yes}) the balanced accuracy of logistic regression. Selectivity: that score less
-the one on the same values shuffled. Compression: the values' own code length over their online code
-length by the probe; 1 says that the features save no bits. At the layer with the highest mean
-score; mean over seeds with its 95 % interval.
+the one on a control task, in which each document has one value at random under every query
+({recurring:.0f} % of the pairs are of a document that recurs). Compression: the values' own code
+length over their online code length by the probe; 1 says that the features save no bits. At the
+layer with the highest mean score (of the base all layers are probed, of an arm the adapted ones:
+those below are the base's); mean over {seeds} seeds with its 95 % interval.
 
-{table}{picture}{ablation}## What could not be concluded
+{table}{picture}{ablation}## What the arms score
+
+nDCG@10 × 100, {v[split]} split: mean over seeds ± their standard deviation, with the 95 % interval
+over seeds and queries.
+
+{scores}{differences}## What could not be concluded
 
 {limits}
 
@@ -95,44 +105,89 @@ def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
             known = [i for i, mean in enumerate(means) if mean is not None]
             best = max(known, key=lambda i: means[i]) if known else None
             views[view][name] = {"layers": by_layer, "best": best}
-    return {**{k: first[k] for k in ("first_layer", "pairs", "queries", "binary")}, "views": views}
+    same = ("first_layer", "pairs", "queries", "recurring", "binary")
+    return {**{k: first[k] for k in same}, "views": views}
+
+
+def first_layer(found: dict[str, Any], rows: Sequence[Any]) -> int:
+    """The layer of the first of `rows`: all views end with the last layer."""
+    some = next(iter(found["views"]["model"].values()))
+    return found["first_layer"] + len(some["layers"]) - len(rows)
+
+
+def _at_best(of: dict[str, Any], last: int = 0) -> dict[str, Any] | None:
+    """The scores over seeds at the layer with the highest mean, of the `last` ones."""
+    known = [row["score"] for row in of["layers"][-last:] if row["score"]["mean"] is not None]
+    return max(known, key=lambda score: score["mean"]) if known else None
+
+
+def _experts(arm: str, found: dict[str, Any]) -> list[str]:
+    """Whether an expert named for reranking holds more of BM25's ingredients than the others."""
+    means: dict[str, list[float]] = {}
+    for view, properties in found["views"].items():
+        if view in ("model", "base"):
+            continue
+        scores = [score["seeds"] for name in INGREDIENTS if (score := _at_best(properties[name]))]
+        if scores and len({len(seeds) for seeds in scores}) == 1:
+            means[view] = np.mean(scores, 0).tolist()
+    own = means.pop("reranking", None)
+    if own is None or not means:
+        return []
+    said = [f"{np.mean(own):.2f} in the expert named for reranking"]
+    for other, theirs in means.items():
+        gap = over_seeds([a - b for a, b in zip(own, theirs, strict=True)])
+        said.append(f"{np.mean(theirs):.2f} in {other} (less by {gap['mean']:.3f} "
+                    f"{span(gap['interval'], 1, '', 3)})".replace("by -", "by −"))  # fmt: skip
+    return [f"{label(arm)}'s experts hold BM25 and its ingredients, mean R²: {', '.join(said)}."]
 
 
 def reading(v: dict[str, Any]) -> str:
     said = []
+    base = next(iter(v["probed"].values()))
+    held = [
+        f"{NAMES[name]} at layer {first_layer(base, of['layers']) + of['best']} "
+        f"({of['layers'][of['best']]['score']['mean']:.2f})"
+        for name in INGREDIENTS
+        if (of := base["views"]["base"][name])["best"] is not None
+    ]
+    if held:
+        said.append(f"Of the base's layers the best read {', '.join(held)}.")
     for arm, found in v["probed"].items():
         gains = {}
         for name, of in found["views"]["model"].items():
-            base = found["views"]["base"][name]
-            if of["best"] is None or base["best"] is None:
-                continue
-            best, other = (x["layers"][x["best"]]["score"]["mean"] for x in (of, base))
-            gains[name] = best - other
+            depth = len(of["layers"])
+            best, other = _at_best(of), _at_best(found["views"]["base"][name], depth)
+            if best and other:
+                gains[name] = best["mean"] - other["mean"]
         if gains:
             up, down = max(gains, key=lambda n: gains[n]), min(gains, key=lambda n: gains[n])
             said.append(
-                f"Against the untrained base, {label(arm)}'s pairs gain most on {NAMES[up]} "
-                f"({gains[up]:+.2f}) and least on {NAMES[down]} ({gains[down]:+.2f})."
+                f"Against the same layers of the base, {label(arm)}'s pairs gain most on "
+                f"{NAMES[up]} ({gains[up]:+.2f}) and least on {NAMES[down]} ({gains[down]:+.2f})."
             )
+        said += _experts(arm, found)
     more = ablation.reading(v["ablated"])
     return " ".join([*said, more] if more else said) or "There is nothing to compare yet."
 
 
 def markdown(v: dict[str, Any]) -> str:
-    rows = []
+    rows, one = [], next(iter(v["probed"].values()))
     for arm, found in v["probed"].items():
         for view, properties in found["views"].items():
+            if view == "base" and found is not one:
+                continue  # the same for every arm
             for name, of in properties.items():
                 if of["best"] is None:
                     continue
                 row = of["layers"][of["best"]]
                 rows.append([
-                    label(arm), view, NAMES[name], str(found["first_layer"] + of["best"]),
+                    "untrained base" if view == "base" else label(arm),
+                    "all layers" if view == "base" else view, NAMES[name],
+                    str(first_layer(found, of["layers"]) + of["best"]),
                     f"{row['score']['mean']:.2f} {span(row['score']['interval'])}",
                     *("-" if row[k]["mean"] is None else f"{row[k]['mean']:.2f}"
                       for k in ("selectivity", "compression")),
                 ])  # fmt: skip
-    one = next(iter(v["probed"].values()))
     limits = compare.limits(v)
     limits.insert(0, "Whether the model uses what a probe reads: that needs an intervention.")
     return PAGE.format(
@@ -143,6 +198,10 @@ def markdown(v: dict[str, Any]) -> str:
         pairs=one["pairs"],
         queries=one["queries"],
         yes=", ".join(NAMES[name] for name in one["binary"]),
+        recurring=100 * one["recurring"] / one["pairs"],
+        seeds=max(len(row["seeds"]) for row in v["arms"].values()),
+        scores=compare.scores_table(v),
+        differences=compare.differences_table(v),
         table=table(["arm", "view", "property", "layer", "score", "selectivity", "compression"],
                     rows),
         picture=f"![probes](probes.png)\n\n*{CAPTION}*\n\n",
@@ -182,12 +241,12 @@ def _line(axes, found: dict[str, Any], view: str, name: str, colour, dash, text:
     rows = [layer["score"]["seeds"] for layer in found["views"][view][name]["layers"]]
     if not all(rows):
         return
-    at = found["first_layer"] + np.arange(len(rows))
+    at = first_layer(found, rows) + np.arange(len(rows))
     axes.plot(at, [np.mean(r) for r in rows], color=colour, linestyle=dash, marker="o",
               markersize=2, linewidth=1, label=text)  # fmt: skip
     axes.fill_between(at, [min(r) for r in rows], [max(r) for r in rows], color=colour, alpha=0.15,
                       linewidth=0)  # fmt: skip
-    axes.set_xticks(at)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def summary(v: dict[str, Any]) -> str:

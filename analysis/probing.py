@@ -2,10 +2,11 @@
 
 A probe is ridge regression (or, for a yes or no, logistic regression) from the features of a pair
 to one of its properties, always tested on queries that it has not seen. Beside its score stand the
-score on a control task, the same values shuffled over pairs, which a probe can only memorise
-(Hewitt and Liang, 1909.03368; selectivity is the difference), and the online code length (Voita and
-Titov, 2003.12298): what it takes to send the values when each portion is coded with the probe that
-was fitted to those before it, over what the values' own distribution takes.
+score on a control task (Hewitt and Liang, 1909.03368; selectivity is the difference): each document
+has one value of the property at random, under every query alike, so that a probe gets as far as it
+can tell documents apart and remember them; and the online code length (Voita and Titov,
+2003.12298): what it takes to send the values when each portion is coded with the probe that was
+fitted to those before it, over what the values' own distribution takes.
 """
 
 import math
@@ -112,9 +113,10 @@ def score(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> list[float | 
     return found
 
 
-def control(y: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The same values (n, T), dealt out at random, rows together."""
-    return np.random.default_rng(seed).permutation(y)
+def control(y: np.ndarray, documents: Sequence[Any], seed: int = 0) -> np.ndarray:
+    """(n, T): for each document a row of y (n, T), drawn at random, wherever the document is."""
+    names, at = np.unique(np.asarray(documents), return_inverse=True)
+    return y[np.random.default_rng(seed).integers(len(y), size=len(names))][at]
 
 
 def compression(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> list[float | None]:
@@ -192,11 +194,14 @@ def _fitted(
 
 
 def probe(
-    layers: np.ndarray, values: dict[str, np.ndarray], queries: Sequence[Any]
+    layers: np.ndarray,
+    values: dict[str, np.ndarray],
+    queries: Sequence[Any],
+    documents: Sequence[Any],
 ) -> dict[str, list[dict[str, float | None]]]:
     """property -> by layer: score, that of the control task, selectivity, compression.
 
-    layers: (layers, n, D).
+    layers: (layers, n, D). queries, documents: of each of the n pairs.
     """
     found: dict[str, list[dict[str, float | None]]] = {name: [] for name in values}
     for yes in (False, True):
@@ -207,7 +212,7 @@ def probe(
         for x in layers:
             columns = (
                 score(x, y, queries),
-                score(x, control(y), queries),
+                score(x, control(y, documents), queries),
                 compression(x, y, queries),
             )
             for name, real, fake, saved in zip(names, *columns, strict=True):
@@ -222,8 +227,9 @@ def measure(
 ) -> dict[str, Any]:
     """Probes of the pairs of `measured` reranking queries: the model, its experts, and the base.
 
-    Of the properties of text also `similarity`, the cosine of query and document in the untrained
-    base, `nouns` and `verbs`, their shares in the query, and `relevant`, the judgment.
+    Of the base all layers, of the others the adapted ones: those below are the base's. Of the
+    properties of text also `similarity`, the cosine of query and document in the untrained base,
+    `nouns` and `verbs`, their shares in the query, and `relevant`, the judgment.
     """
     assert model.config.lora is not None
     texts, experts = evaluation.collection, model.config.lora.experts
@@ -245,8 +251,8 @@ def measure(
     values["nouns"], values["verbs"] = np.array([spoken[q] for q, _ in keys]).T
     judged = evaluation.qrels
     values["relevant"] = np.array([float(judged[q].get(d, 0) > 0) for q, d in keys])
-    ids, queries = tokenizer.pairs(pairs), [q for q, _ in keys]
-    views: dict[str, dict[str, Any]] = {"model": {}, "base": {"base": True}}
+    ids, (queries, documents) = tokenizer.pairs(pairs), zip(*keys, strict=True)
+    views: dict[str, dict[str, Any]] = {"model": {}, "base": {"base": True, "first": 0}}
     if len(experts) > 1:
         for at, name in enumerate(experts):
             views[name] = {"fixed": [float(i == at) for i in range(len(experts))]}
@@ -254,11 +260,12 @@ def measure(
     with tempfile.TemporaryDirectory(prefix=".views", dir=place.parent) as folder:
         for name, how in views.items():
             x = features(model, ids, "reranking", Path(folder) / "view.npy", **how)
-            probes[name] = probe(x.numpy(), values, queries)
+            probes[name] = probe(x.numpy(), values, queries, documents)
     return {
         "first_layer": model.config.lora.first_layer,
         "pairs": len(pairs),
         "queries": len(set(queries)),
+        "recurring": sum(n for n in Counter(documents).values() if n > 1),
         "probes": probes,
         "binary": [name for name, y in values.items() if binary(y)],
     }

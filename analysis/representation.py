@@ -128,13 +128,14 @@ def features(
     *,
     fixed: Sequence[float] | None = None,
     base: bool = False,
+    first: int | None = None,
 ) -> Tensor:
-    """(layers, n, D) fp32 of the adapted layers, mapped from the new file `path`.
+    """(layers, n, D) fp32 of the layers from `first` on, mapped from the new file `path`.
 
-    fixed: weights (E,) in place of the routers'.
+    fixed: weights (E,) in place of the routers'. first: None: the lowest adapted layer.
     """
     assert model.config.lora is not None
-    layers = model.decoder.layers[model.config.lora.first_layer :]
+    layers = model.decoder.layers[model.config.lora.first_layer if first is None else first :]
     width = model.decoder.config.hidden_size
     out = mapped(path, (len(layers), len(ids), width))
     now: dict[str, Any] = {}

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import compare, figures, judge
-from analysis.figures import TASKS, label, table
-from analysis.page import provenance, warnings, write_folder
+from analysis.figures import TASKS, label, span, table
+from analysis.page import over_seeds, provenance, warnings, write_folder
 from eval import stats
 
 KINDS = {"query": "queries", "document": "documents", "pair": "pairs"}
@@ -28,8 +28,10 @@ PAGE = """# {title}
 
 Mean over layers and seeds ({texts} texts a kind). Information: what the expert, drawn with a text's
 weights, tells about its task, in bits of at most 1, beside its mean when the labels are
-shuffled; sure: the share of layers and seeds in which chance is ruled out (200 shuffles, Holm over
-layers and seeds). Shift: total variation between mean weights: of the two tasks; of the pair with
+shuffled; sure: the share of layers and seeds in which chance is ruled out ({shuffles:,} shuffles,
+Holm over layers and seeds). Read off: how often a linear reader of the weights tells the task of a
+text that it has not seen, 50 % by chance; soft weights can be read without fail and still hardly
+act on the task. Shift: total variation between mean weights: of the two tasks; of the pair with
 and without its template (`template`, the same words); of the bare pair and the document alone
 (`content`, no template in either).
 
@@ -45,7 +47,12 @@ Information on the domain of a text ({domains}), in bits, by kind of text; else 
 
 {domain}## Along training
 
-{along}## What could not be concluded
+{along}## What the arms score
+
+nDCG@10 × 100, {v[split]} split: mean over seeds ± their standard deviation, with the 95 % interval
+over seeds and queries.
+
+{scores}{differences}## What could not be concluded
 
 {limits}
 
@@ -106,7 +113,9 @@ def summarise(trials: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "first_layer": first["first_layer"],
         "experts": first["experts"],
         "texts": first["texts"],
+        "shuffles": first["shuffles"],
         "task": told(lambda trial: trial["task"]),
+        "decoded": over_seeds([float(np.mean(trial["decoded"])) for trial in every]),
         "domain": {kind: told(lambda trial, k=kind: trial["domain"][k]) for kind in KINDS},
         "shift": {
             name: float(np.mean([trial["shift"][name] for trial in every]))
@@ -137,8 +146,9 @@ def reading(v: dict[str, Any]) -> str:
         text = (
             f"{label(arm)}'s routing tells {task['nats'] / BIT:.3f} bits of the task's 1 "
             f"({task['by_chance'] / BIT:.3f} by chance), sure in {100 * task['sure']:.0f} % of the "
-            f"layers and seeds; the mean weights of the two tasks lie {100 * shift['task']:.1f} % "
-            "apart"
+            f"layers and seeds; a linear reader of the weights tells the task in "
+            f"{100 * found['decoded']['mean']:.0f} % of the texts (50 % by chance); the mean "
+            f"weights of the two tasks lie {100 * shift['task']:.1f} % apart"
         )
         found_in = {name: f"{100 * shift[name]:.1f} %" for name in ("template", "content")}
         if found_in["template"] == found_in["content"]:
@@ -160,7 +170,7 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
     for arm, found in v["measured"].items():
         shift = [f"{100 * found['shift'][name]:.1f} %" for name in ("task", "template", "content")]
         task.append([
-            label(arm), *_told(found["task"]), *shift,
+            label(arm), *_told(found["task"]), _percent(found["decoded"]), *shift,
             *(f"{found['entropy'][t]:.2f}" for t in TASKS),
             f"{found['within']:.4f}", f"{found['between']:.4f}",
         ])  # fmt: skip
@@ -183,11 +193,15 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
         notes=warnings(v),
         reading=reading(v),
         texts=next(iter(one["texts"].values())),
-        task=table([*head, "shift: task", "template", "content", "entropy, retrieval (nats)",
-                    "entropy, reranking", "variance within a task", "between tasks"], task),
+        shuffles=one["shuffles"],
+        task=table([*head, "read off", "shift: task", "template", "content",
+                    "entropy, retrieval (nats)", "entropy, reranking", "variance within a task",
+                    "between tasks"], task),
         experts=table(["arm", "expert", *KINDS.values(), "dead", "role (seeds)"], experts),
         layers=f"![layers](layers.png)\n\n*{LAYERS}*\n\n",
         domains=f"{v['clusters']['embedding']} of them among the queries",
+        scores=compare.scores_table(v),
+        differences=compare.differences_table(v),
         domain=table([head[0], "texts", *head[1:]], domain),
         along="![along](along.png)\n\n*" + figures.CAPTIONS["routing"] + "*\n\n"
         if curves
@@ -195,6 +209,11 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
         limits="\n".join(f"- {text}" for text in limits),
         provenance=provenance(v),
     )  # fmt: skip
+
+
+def _percent(found: dict[str, Any]) -> str:
+    around = found["interval"] and [100 * x for x in found["interval"]]
+    return f"{100 * found['mean']:.0f} % {span(around, 1, '', 0)}"
 
 
 def _told(found: dict[str, float]) -> list[str]:

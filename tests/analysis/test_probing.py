@@ -23,8 +23,11 @@ def score(x: np.ndarray, y: np.ndarray, queries: list[int]) -> float | None:
     return probing.score(x, y[:, None], queries)[0]
 
 
+DOCUMENTS = [7 * i % 150 for i in range(N)]  # each under four queries
+
+
 def control(y: np.ndarray) -> np.ndarray:
-    return probing.control(y[:, None])[:, 0]
+    return probing.control(y[:, None], DOCUMENTS)[:, 0]
 
 
 def compression(x: np.ndarray, y: np.ndarray, queries: list[int]) -> float | None:
@@ -35,7 +38,7 @@ def test_a_planted_property_is_read_off() -> None:
     x = features()
     y = 3 * x[:, 0] - x[:, 1] + 7
     assert score(x, y, QUERIES) == pytest.approx(1, abs=0.05)
-    found = probing.probe(x[None], {"planted": y}, QUERIES)["planted"][0]
+    found = probing.probe(x[None], {"planted": y}, QUERIES, DOCUMENTS)["planted"][0]
     assert found["selectivity"] > 0.9 and abs(found["control"]) < 0.15  # type: ignore
     assert found["compression"] > 1.2  # type: ignore[operator]
 
@@ -49,7 +52,7 @@ def test_with_noise_it_is_the_share_that_is_there() -> None:
 
 def test_a_random_property_is_not() -> None:
     x, y = features(), np.random.default_rng(1).normal(size=N)
-    found = probing.probe(x[None], {"random": y}, QUERIES)["random"][0]
+    found = probing.probe(x[None], {"random": y}, QUERIES, DOCUMENTS)["random"][0]
     assert found["score"] < 0.05 and abs(found["selectivity"]) < 0.1  # type: ignore
     assert found["compression"] == pytest.approx(1, abs=0.03)
 
@@ -62,6 +65,27 @@ def test_a_yes_or_no() -> None:
     assert compression(x, y, QUERIES) > 1.3  # type: ignore[operator]
     random = (np.random.default_rng(2).random(N) > 0.5).astype(float)
     assert compression(x, random, QUERIES) < 1.02  # type: ignore[operator]
+
+
+def test_the_control_task_is_a_value_of_a_document() -> None:
+    y = np.arange(N, dtype=float)
+    dealt: dict[int, set[float]] = {}
+    for document, value in zip(DOCUMENTS, control(y), strict=True):
+        dealt.setdefault(document, set()).add(value)
+    assert all(len(values) == 1 for values in dealt.values())
+    assert len(set.union(*dealt.values())) > 100 and set.union(*dealt.values()) <= set(y)
+
+
+def test_features_that_name_the_document_are_good_at_the_control_task() -> None:
+    """A probe that remembers documents is found out: its score is no selectivity."""
+    rng = np.random.default_rng(0)
+    documents = rng.integers(30, size=N).tolist()
+    x = rng.normal(size=(30, 60))[documents] + 0.01 * rng.normal(size=(N, 60))
+    y = rng.normal(size=30)[documents]
+    found = probing.probe(x[None], {"of the document": y}, QUERIES, documents)
+    row = found["of the document"][0]
+    assert row["score"] > 0.7 and row["control"] > 0.7  # type: ignore[operator]
+    assert abs(row["selectivity"]) < 0.2  # type: ignore[arg-type]
 
 
 def test_what_only_tells_queries_apart_does_not_count() -> None:
@@ -101,7 +125,7 @@ def test_values_of_two_kinds_get_the_probe_of_each() -> None:
     x = features()
     y = x[:, 0] + 0.1
     values = {"a": y, "yes": (y > 0).astype(float), "b": x[:, 1] - y}
-    found = probing.probe(np.stack([x, -x]), values, QUERIES)
+    found = probing.probe(np.stack([x, -x]), values, QUERIES, DOCUMENTS)
     assert list(found) == ["a", "yes", "b"]
     for name, rows in found.items():
         assert len(rows) == 2
@@ -109,7 +133,7 @@ def test_values_of_two_kinds_get_the_probe_of_each() -> None:
 
 
 def test_what_does_not_vary_has_no_score() -> None:
-    found = probing.probe(features()[None], {"same": np.ones(N)}, QUERIES)["same"][0]
+    found = probing.probe(features()[None], {"same": np.ones(N)}, QUERIES, DOCUMENTS)["same"][0]
     assert set(found.values()) == {None}
 
 

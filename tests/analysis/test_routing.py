@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import experiments
-from analysis import routing
+from analysis import routes, routing
 from eval.collections import load
 from eval.protocol import EvaluationSet
 from tests.train.tiny import build, tiny_config, tokens_only, write_collection
@@ -69,7 +69,35 @@ def test_domains_are_told_from_chance() -> None:
     assert all(row["p"] > 0.01 for row in found["document"])
 
 
-def test_p_is_uniform_without_information() -> None:
+def test_weights_that_differ_a_little_are_read_off_and_sure() -> None:
+    """Half a point apart with a tenth of a point of spread: no bits, but no chance either."""
+    apart = {"pair": (0.338, 0.331, 0.331), "query": (0.333,) * 3, "document": (0.333,) * 3}
+    trials = {}
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        made = {
+            kind: np.array(apart.get(kind, (1 / 3,) * 3)) + rng.normal(0, 0.001, (N, 4, 3))
+            for kind in routing.KINDS
+        }
+        trials[seed] = {"first_layer": 2, **routing.summarise(made, DOMAINS, EXPERTS)}
+    found = routes.summarise(trials)
+    assert found["task"]["nats"] < 1e-4 and found["task"]["sure"] == 1
+    assert found["decoded"]["mean"] > 0.95
+    assert found["domain"]["query"]["sure"] == 0
+
+
+def test_nothing_is_sure_without_information() -> None:
+    trials = {}
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        made = {kind: rng.dirichlet((5, 5, 5), (N, 4)) for kind in routing.KINDS}
+        trials[seed] = {"first_layer": 2, **routing.summarise(made, DOMAINS, EXPERTS)}
+    found = routes.summarise(trials)
+    assert found["task"]["sure"] == 0 and abs(found["decoded"]["mean"] - 0.5) < 0.06
+
+
+def test_p_is_uniform_without_information(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "SHUFFLES", 200)
     rng = np.random.default_rng(0)
     ps = [
         routing.information(rng.dirichlet((5, 5, 5), 40), np.arange(40) % 3, seed=i)["p"]
