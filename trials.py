@@ -251,7 +251,7 @@ def override(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     kinds = {f.name: f.type for f in fields(Config) if f.name not in ("seed", "measured_on")}
     if not equals or name not in kinds:
-        raise ValueError(f"--set {text!r}: expected FIELD=VALUE with a field of experiments.Config")
+        raise ValueError(f"--set {text!r}: expected FIELD=VALUE with a field of trials.Config")
     try:
         parsed = json.loads(value)
     except ValueError:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import experiments
 from analysis import figures, judge
 from analysis.figures import METRIC, TASKS, label, p_value, span, table
-from analysis.page import provenance, warnings, write_folder
+from analysis.page import limits, mean, provenance, warnings, write_folder
 from eval import stats
 
 SPECIALISTS = tuple(stats.SPECIALIST.values())
@@ -119,10 +119,15 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
             },
             "tasks": _tasks(first["config"] if first else planned[arm]),
             "trainable_parameters": first["trainable_parameters"] if first else None,
-            "training_seconds": _mean([t["seconds"]["train"] for t in trials.values()]),
+            "training_seconds": mean([t["seconds"]["train"] for t in trials.values()]),
             "experts": list(first["config"]["experts"]) if first else [],
+            "shaken": bool(
+                first
+                and first["config"]["router"]
+                and any(first["config"][name] for name in ("router_noise", "expert_dropout"))
+            ),
             "routing": _routing(list(trials.values())),
-            "collapsed": _mean(["alarm" in line for line in _last(trials.values())])
+            "collapsed": mean(["alarm" in line for line in _last(trials.values())])
             if first and first["config"]["router"]
             else None,
         }
@@ -177,6 +182,11 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
     }
 
 
+def _shaken(config: dict) -> bool:
+    """Whether its router is trained with noise or expert dropout."""
+    return bool(config["router"] and (config["router_noise"] or config["expert_dropout"]))
+
+
 def _tasks(config: dict) -> list[str]:
     """What is measured of an arm, by its config or its row in the study."""
     return list(config.get("scored") or config.get("tasks") or TASKS)
@@ -191,10 +201,6 @@ def _pairs(study: experiments.Experiment, y: dict) -> Iterator[tuple[str, str, s
         for arm in y[task]:
             if arm != study.reference and arm not in SPECIALISTS and study.reference in y[task]:
                 yield arm, study.reference, task, ""
-
-
-def _mean(values: list) -> float | None:
-    return float(np.mean(values)) if values else None
 
 
 def _last(trials: Iterable[dict]) -> list[dict]:
@@ -246,30 +252,6 @@ def reading(v: dict[str, Any]) -> str:
 def _best(v: dict[str, Any], task: str) -> str | None:
     scores = {a: r["scores"][task][METRIC] for a, r in v["arms"].items() if task in r["scores"]}
     return max(scores, key=lambda arm: scores[arm]) if scores else None
-
-
-def limits(v: dict[str, Any]) -> list[str]:
-    said = []
-    missing = [
-        f"{label(arm)} {', '.join(map(str, row['missing_seeds']))}"
-        for arm, row in v["arms"].items()
-        if row["missing_seeds"]
-    ]
-    if missing:
-        said.append(f"Anything that needs what is missing (arm, seeds): {'; '.join(missing)}.")
-    sizes = {r["trainable_parameters"] for a, r in v["arms"].items() if a not in SPECIALISTS}
-    if len(sizes - {None}) > 1:
-        said.append(
-            "Whether a difference comes from the mechanism or from the number of trainable "
-            "parameters, where the table shows that these differ."
-        )
-    wide = [row for row in v["differences"] if (row.get("detectable") or 0) > 1]
-    if wide:
-        said.append(
-            f"Differences of one point: {len(wide)} of {len(v['differences'])} comparisons could "
-            "not have found one."
-        )
-    return [*said, f"Other collections than {v['data']['name']}, other bases than this one."]
 
 
 def markdown(v: dict[str, Any], more: str = "") -> str:

@@ -5,7 +5,7 @@ them. Intervals are over seeds alone (t, mean +- t s / sqrt n): the probe texts 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from analysis import compare, figures, judge
 from analysis.figures import label, p_value, span, table
 from analysis.gradients import SPACES, pooled, statistics
-from analysis.page import over_seeds, provenance, warnings, write_folder
+from analysis.page import limits, mean, over_seeds, provenance, warnings, write_folder
 from eval import stats
 from model.lora import PROJECTIONS
 
@@ -44,8 +44,9 @@ PAGE = """# {title}
 Cosine of the embedding gradient with the reranking gradient on fixed probe texts, all adapted
 layers and projections as one vector, averaged over the probes along training: mean over seeds with
 its 95 % interval over seeds. Corrected: for the noise of the probe batches (Spearman, from halves
-of the probe set), missing where
-reliability is under 0.3. Conflicts: the share of (layer, projection) pairs with a negative cosine.
+of the probe set), in the probes whose reliability is 0.3 or more: how many these are, and the raw
+cosine of the same ones, stand behind it. Reliability: the mean where it exists, so it flatters the
+noisiest probes. Conflicts: the share of (layer, projection) pairs with a negative cosine.
 Removed: the share of the norm that PCGrad would drop. Ratio: |embedding| / |reranking|, each task's
 loss at its weight of 1. Holm: over the {family} rows.
 
@@ -117,11 +118,6 @@ def pick(rows: Rows, space: str, expert: str = "all", **where: Any) -> Rows:
     ]  # fmt: skip
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
 def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
     """One arm: by space along training, then layers, projections and experts at the last probe."""
     steps = [step for step, _ in next(iter(trials.values()))]
@@ -136,7 +132,21 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
 
     def averaged(space: str, name: str, expert: str = "all") -> dict[str, Any]:
         by_step = curve(space, name, expert)
-        return over_seeds([_mean([row[i] for row in by_step]) for i in range(len(probes))])
+        return over_seeds([mean([row[i] for row in by_step]) for i in range(len(probes))])
+
+    def corrected(space: str) -> dict[str, Any]:
+        """Over the probes that have one, with the raw cosine of the same probes."""
+        fixed, raw = curve(space, "corrected"), curve(space, "cosine")
+        known = [[None if f is None else r for f, r in zip(*rows, strict=True)]
+                 for rows in zip(fixed, raw, strict=True)]  # fmt: skip
+        count = sum(value is not None for row in fixed for value in row)
+        same = over_seeds([mean([row[i] for row in known]) for i in range(len(probes))])
+        return {
+            **averaged(space, "corrected"),
+            "probes": count,
+            "of": len(steps) * len(probes),
+            "raw": same["mean"],
+        }
 
     def conflicts(space: str) -> float:
         """Share of negative cosines over layers, projections, probes and seeds."""
@@ -153,7 +163,7 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
     experts = sorted({row["expert"] for row in one} - {"all"})
 
     def at_last(**where: Any) -> float | None:
-        return _mean([statistics(pooled(pick(rows, "w", **where)))["cosine"] for rows in last])
+        return mean([statistics(pooled(pick(rows, "w", **where)))["cosine"] for rows in last])
 
     return {
         "steps": steps,
@@ -161,9 +171,9 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
         "spaces": {
             space: {
                 name: averaged(space, name)
-                for name in ("cosine", "corrected", "reliability", "ratio", "similarity", "removed")
+                for name in ("cosine", "reliability", "ratio", "similarity", "removed")
             }
-            | {"conflicts": conflicts(space)}
+            | {"corrected": corrected(space), "conflicts": conflicts(space)}
             for space in SPACES
         },
         "curve": {name: curve("w", name) for name in ("cosine", "corrected")},
@@ -191,7 +201,10 @@ def reading(v: dict[str, Any]) -> str:
             f"{cosine['mean']:+.3f} {span(cosine['interval'], 1, '', 3)} on W"
         )
         if corrected["mean"] is not None:
-            text += f", {corrected['mean']:+.3f} corrected for noise"
+            text += (
+                f" ({corrected['mean']:+.3f} corrected for noise in the {corrected['probes']} of "
+                f"{corrected['of']} probes that allow it, {corrected['raw']:+.3f} raw in these)"
+            )
         text += "" if sure else ", which cannot be told from 0"
         share = 100 * found["spaces"]["w"]["conflicts"]
         said.append(f"{text}; {share:.0f} % of the layers and projections conflict.")
@@ -207,7 +220,7 @@ def markdown(v: dict[str, Any]) -> str:
             rows.append([
                 label(arm), NAMES[space], _signed(cosine["mean"], cosine["interval"]),
                 p_value(cosine["p"]), p_value(cosine.get("p_holm")),
-                _signed(row["corrected"]["mean"], None), _plain(row["reliability"]["mean"]),
+                _corrected(row["corrected"]), _plain(row["reliability"]["mean"]),
                 f"{100 * row['conflicts']:.0f} %", _plain(row["removed"]["mean"]),
                 _plain(row["ratio"]["mean"]), _plain(row["similarity"]["mean"]),
             ])  # fmt: skip
@@ -223,11 +236,11 @@ def markdown(v: dict[str, Any]) -> str:
         cells = {**{f"layer {k}": x for k, x in found["layers"].items()}, **found["projections"]}
         where += [[label(arm), name, _signed(x, None)] for name, x in cells.items()]
     missing = [arm for arm in v["arms"] if arm not in v["gradients"]]
-    limits = compare.limits(v)
+    unsure = limits(v)
     if missing:
         names = ", ".join(map(label, missing))
-        limits.insert(0, f"Anything about the gradients of {names}: no trial watched them.")
-    limits.insert(0, "Whether conflict causes interference: the cosines are an observation, PCGrad "
+        unsure.insert(0, f"Anything about the gradients of {names}: no trial watched them.")
+    unsure.insert(0, "Whether conflict causes interference: the cosines are an observation, PCGrad "
                      "is the intervention, and its scores stand above.")  # fmt: skip
     return PAGE.format(
         v=v,
@@ -241,7 +254,7 @@ def markdown(v: dict[str, Any]) -> str:
         heat=f"![heat](heat.png)\n\n*{CAPTIONS['heat']}*\n\n",
         scores=compare.scores_table(v),
         differences=compare.differences_table(v),
-        limits="\n".join(f"- {text}" for text in limits),
+        limits="\n".join(f"- {text}" for text in unsure),
         provenance=provenance(v),
     )
 
@@ -250,6 +263,13 @@ def _signed(value: float | None, interval: list[float] | None) -> str:
     if value is None:
         return "-"
     return f"{value:+.3f}" + (f" {span(interval, 1, '', 3)}" if interval else "")
+
+
+def _corrected(found: dict[str, Any]) -> str:
+    if found["mean"] is None:
+        return "-"
+    count = f"{found['probes']} of {found['of']}"
+    return f"{found['mean']:+.3f} ({count}; raw {found['raw']:+.3f})"
 
 
 def _plain(value: float | None) -> str:

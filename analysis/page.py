@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
 from analysis import figures
+from eval import stats
 
 
 def write_folder(
@@ -40,18 +41,24 @@ def write_folder(
     part.rmdir()
 
 
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are there; None where none is."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
 def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
     """Mean, 95 % interval and two-sided p of mean = 0 over seeds; None where there is none."""
     known = [value for value in values if value is not None]
     if not known:
         return {"mean": None, "interval": None, "p": None, "seeds": []}
-    mean, n = float(np.mean(known)), len(known)
+    middle, n = float(np.mean(known)), len(known)
     if n < 2:
-        return {"mean": mean, "interval": None, "p": None, "seeds": known}
+        return {"mean": middle, "interval": None, "p": None, "seeds": known}
     se = float(np.std(known, ddof=1)) / math.sqrt(n)
     half = float(scipy_stats.t.isf(0.025, n - 1)) * se
-    p = float(2 * scipy_stats.t.sf(abs(mean) / se, n - 1)) if se else float(mean == 0)
-    return {"mean": mean, "interval": [mean - half, mean + half], "p": p, "seeds": known}
+    p = float(2 * scipy_stats.t.sf(abs(middle) / se, n - 1)) if se else float(middle == 0)
+    return {"mean": middle, "interval": [middle - half, middle + half], "p": p, "seeds": known}
 
 
 def warnings(v: dict[str, Any]) -> str:
@@ -62,6 +69,44 @@ def warnings(v: dict[str, Any]) -> str:
     if v["setting"].split("-")[0] == "smoke":
         notes.insert(0, "SCALE=smoke shows that the machinery runs: it concludes nothing.")
     return "".join(f"\n> **{text}**\n" for text in notes)
+
+
+def limits(v: dict[str, Any]) -> list[str]:
+    """What could not be concluded from the numbers of `compare.compare`, an item each."""
+    said = []
+    missing = [
+        f"{figures.label(arm)} {', '.join(map(str, row['missing_seeds']))}"
+        for arm, row in v["arms"].items()
+        if row["missing_seeds"]
+    ]
+    if missing:
+        said.append(f"Anything that needs what is missing (arm, seeds): {'; '.join(missing)}.")
+    sizes = {
+        r["trainable_parameters"]
+        for a, r in v["arms"].items()
+        if a not in stats.SPECIALIST.values()
+    }
+    if len(sizes - {None}) > 1:
+        said.append(
+            "Whether a difference comes from the mechanism or from the number of trainable "
+            "parameters, where the table shows that these differ."
+        )
+    routed = [
+        (figures.label(a), r["shaken"]) for a, r in v["arms"].items() if len(r["experts"]) > 1
+    ]
+    names = [", ".join(arm for arm, shaken in routed if shaken is kind) for kind in (True, False)]
+    if all(names):
+        said.append(
+            "Whether a difference comes from the router or from the noise on its logits and the "
+            f"expert dropout in training. With these: {names[0]}; without: {names[1]}."
+        )
+    wide = [row for row in v["differences"] if (row.get("detectable") or 0) > 1]
+    if wide:
+        said.append(
+            f"Differences of one point: {len(wide)} of {len(v['differences'])} comparisons could "
+            "not have found one."
+        )
+    return [*said, f"Other collections than {v['data']['name']}, other bases than this one."]
 
 
 def provenance(v: dict[str, Any]) -> str:

@@ -98,8 +98,8 @@ def against_routing(v: dict[str, Any]) -> str:
             said.append(f"Routing ({label(ROUTING)}) {word}: {listed}.")
     if whole == remedies:
         return " ".join([*said, "It beats every remedy on both tasks."])
-    told = "no remedy" if not beaten else "not every remedy on both tasks"
-    return " ".join([*said, f"Routing beats {told} beyond chance."])
+    told = "not every remedy" if whole else "no remedy"
+    return " ".join([*said, f"Routing beats {told} on both tasks beyond chance."])
 
 
 def draw(v: dict[str, Any], means: dict[str, tuple[float, float]], best: list[str]) -> Figure:

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis import ablation, compare, figures, judge
 from analysis.figures import label, span, table
-from analysis.page import over_seeds, provenance, warnings, write_folder
+from analysis.page import limits, over_seeds, provenance, warnings, write_folder
 
 NAMES = {
     "covered_terms": "covered query terms", "covered_share": "their share", "tf_sum": "sum of TF",
@@ -188,8 +188,8 @@ def markdown(v: dict[str, Any]) -> str:
                     *("-" if row[k]["mean"] is None else f"{row[k]['mean']:.2f}"
                       for k in ("selectivity", "compression")),
                 ])  # fmt: skip
-    limits = compare.limits(v)
-    limits.insert(0, "Whether the model uses what a probe reads: that needs an intervention.")
+    unsure = limits(v)
+    unsure.insert(0, "Whether the model uses what a probe reads: that needs an intervention.")
     return PAGE.format(
         v=v,
         title=f"{v['experiment'].capitalize()}: {v['setting']}",
@@ -206,7 +206,7 @@ def markdown(v: dict[str, Any]) -> str:
                     rows),
         picture=f"![probes](probes.png)\n\n*{CAPTION}*\n\n",
         ablation=ablation.markdown(v["ablated"]),
-        limits="\n".join(f"- {text}" for text in limits),
+        limits="\n".join(f"- {text}" for text in unsure),
         provenance=provenance(v),
     )  # fmt: skip
 

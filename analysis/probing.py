@@ -23,6 +23,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from analysis.representation import features
 from eval.protocol import EvaluationSet
@@ -34,7 +35,7 @@ FOLDS = 5
 PORTIONS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the queries; the first is sent without a probe
 PENALTY = 100.0  # of ridge, on standardised features
 INVERSE_PENALTY = 0.1  # of logistic regression
-MOST = 20_000  # pairs that a probe is fitted to: what it needs in memory does not grow beyond
+MOST = 5_000  # pairs that a probe is fitted to: time and memory do not grow beyond
 WORD = re.compile(r"\w+")
 
 
@@ -260,7 +261,10 @@ def measure(
     with tempfile.TemporaryDirectory(prefix=".views", dir=place.parent) as folder:
         for name, how in views.items():
             x = features(model, ids, "reranking", Path(folder) / "view.npy", **how)
-            probes[name] = probe(x.numpy(), values, queries, documents)
+            # Hundreds of small fits: where two threads share cores with others, BLAS waits for its
+            # own and takes ten times as long.
+            with threadpool_limits(1, "blas"):
+                probes[name] = probe(x.numpy(), values, queries, documents)
     return {
         "first_layer": model.config.lora.first_layer,
         "pairs": len(pairs),

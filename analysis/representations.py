@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from analysis import compare, figures, judge, subspaces
 from analysis.figures import label, span, table
-from analysis.page import over_seeds, provenance, warnings, write_folder
+from analysis.page import limits, mean, over_seeds, provenance, warnings, write_folder
 
 KINDS = {"document": "documents (embedding)", "pair": "pairs (reranking)"}
 PAGE = """# {title}
@@ -104,11 +104,6 @@ def write(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _mean(values) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
 def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
     """One arm over its seeds."""
     first = trials[0]
@@ -127,13 +122,13 @@ def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
             for kind in KINDS
         },
         "arms": {
-            kind: {arm: _mean([trial["cka_arms"][kind][arm][-1] for trial in trials
+            kind: {arm: mean([trial["cka_arms"][kind][arm][-1] for trial in trials
                                if arm in trial["cka_arms"][kind]])
                    for arm in first["cka_arms"][kind]}
             for kind in KINDS
         },
         "views": {
-            kind: {name: _mean([trial["cka"][kind][name][-1] for trial in trials])
+            kind: {name: mean([trial["cka"][kind][name][-1] for trial in trials])
                    for name in first["cka"][kind]}
             for kind in KINDS
         },
@@ -146,7 +141,7 @@ def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
             name: {
                 **{f"{side}_{key}": float(np.mean([pair[side][key] for pair in found]))
                    for side in ("inputs", "outputs") for key in ("overlap", "by_chance")},
-                "cosine": _mean([pair["cosine"] for pair in found]),
+                "cosine": mean([pair["cosine"] for pair in found]),
             }
             for name, found in pairs.items()
         },
@@ -169,7 +164,7 @@ def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
 def reading(v: dict[str, Any]) -> str:
     said = []
     for kind in KINDS:
-        last = [_mean(found["base"][kind][-1]) for found in v["measured"].values()]
+        last = [mean(found["base"][kind][-1]) for found in v["measured"].values()]
         alike = [value for value in last if value is not None]
         if alike:
             said.append(
@@ -219,7 +214,7 @@ def markdown(v: dict[str, Any]) -> str:
     models, views, spectra, pairs, crosstalk, stir = [], [], [], [], [], []
     for arm, found in v["measured"].items():
         for kind, text in KINDS.items():
-            with_base = _two(_mean(found["base"][kind][-1]))
+            with_base = _two(mean(found["base"][kind][-1]))
             others = [_two(found["arms"][kind].get(other)) for other in
                       ("emb-only", "rank-only", "joint-single")]  # fmt: skip
             models.append([label(arm), text, with_base, *others])
@@ -245,8 +240,8 @@ def markdown(v: dict[str, Any]) -> str:
                 f"{row['k']['mean']:.0f}", _signed(row["direction"]["mean"]),
             ])  # fmt: skip
     one = next(iter(v["measured"].values()))
-    limits = compare.limits(v)
-    limits.insert(0, "Whether what differs is used: CKA, overlaps and STIR describe, they do not "
+    unsure = limits(v)
+    unsure.insert(0, "Whether what differs is used: CKA, overlaps and STIR describe, they do not "
                      "intervene.")  # fmt: skip
     none = "No arm has more than one expert.\n"
     return PAGE.format(
@@ -266,7 +261,7 @@ def markdown(v: dict[str, Any]) -> str:
         stir=table(["arm", "layer", "STIR", "cross", "within", "null", "k", "direction"], stir),
         subspaces=subspaces.markdown(v["measured"], label),
         maps="".join(_picture(name) for name in MAPS),
-        limits="\n".join(f"- {text}" for text in limits),
+        limits="\n".join(f"- {text}" for text in unsure),
         provenance=provenance(v),
     )  # fmt: skip
 

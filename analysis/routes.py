@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis import compare, figures, judge
 from analysis.figures import TASKS, label, span, table
-from analysis.page import over_seeds, provenance, warnings, write_folder
+from analysis.page import limits, over_seeds, provenance, warnings, write_folder
 from eval import stats
 
 KINDS = {"query": "queries", "document": "documents", "pair": "pairs"}
@@ -183,8 +183,8 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
         for kind, text in KINDS.items():
             domain.append([label(arm), text, *_told(found["domain"][kind])])
     one = next(iter(v["measured"].values()))
-    limits = compare.limits(v)
-    limits.insert(0, "Whether an expert does what its name says: weights say who is used, not what "
+    unsure = limits(v)
+    unsure.insert(0, "Whether an expert does what its name says: weights say who is used, not what "
                      "for; the probes of each expert's output would.")  # fmt: skip
     head = ["arm", "information (bits)", "by chance", "sure"]
     return PAGE.format(
@@ -206,7 +206,7 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
         along="![along](along.png)\n\n*" + figures.CAPTIONS["routing"] + "*\n\n"
         if curves
         else "Not drawn: Joint-MoE was not run.\n\n",
-        limits="\n".join(f"- {text}" for text in limits),
+        limits="\n".join(f"- {text}" for text in unsure),
         provenance=provenance(v),
     )  # fmt: skip
 

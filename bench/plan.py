@@ -22,6 +22,7 @@ from bench.roofline import BANDWIDTH, CARDS, GEMM, LAUNCH, Card
 from bench.shapes import parameters, shape_of
 from eval.collections import load, require_split
 from eval.files import write_text
+from model import bases
 from model.config import DecoderConfig
 from trials import WIDTHS, Config
 
@@ -249,7 +250,7 @@ def counted(data: str) -> Counts:
     Raises:
         ValueError: what `eval.collections.load` raises; there is no test split.
     """
-    collection = load(data)
+    collection = load(data, bases.cache_folder() / "data")
     queries, pool = list(require_split(collection, "test")), collection.pools["test"]
 
     def mean(ids: Sequence[str], texts: Mapping[str, str]) -> float:

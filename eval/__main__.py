@@ -17,6 +17,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,19 +47,26 @@ def through_mteb(args: argparse.Namespace) -> None:
         split = split_of(args, data)
         candidates = evaluation_set(model, collection, split, args).candidates
         made += mteb_adapter.tasks(collection, split, candidates)
-    if args.tasks:
-        made += mteb.get_tasks(tasks=args.tasks)
-    if args.benchmark:
-        made += mteb.get_benchmark(args.benchmark).tasks
+    try:
+        if args.tasks:
+            made += mteb.get_tasks(tasks=args.tasks)
+        if args.benchmark:
+            made += mteb.get_benchmark(args.benchmark).tasks
+    except KeyError as error:  # with the names that are near
+        raise ValueError(f"mteb knows no such task or benchmark: {error.args[0]}") from error
     if not made:
         raise ValueError("nothing to evaluate: give --tasks, --benchmark or --data")
     cache = mteb.ResultCache(Path(args.out) / "mteb")
-    sides = {
-        False: mteb_adapter.Encoder(model, f"unimoer/{args.name}", version),
-        True: mteb_adapter.CrossEncoder(model, f"unimoer/{args.name}-reranker", version),
-    }
-    for task in made:
-        side = sides[task.metadata.type in ("Reranking", "InstructionReranking")]
+    encoder = mteb_adapter.Encoder(model, f"unimoer/{args.name}", version)
+    reranker = mteb_adapter.CrossEncoder(model, f"unimoer/{args.name}-reranker", version)
+    # Leaderboards of embedders have reranking tasks too, which their vectors order.
+    both: list[tuple[Any, str]] = [(encoder, " by vectors"), (reranker, "")]
+    todo = [
+        (task, side, how)
+        for task in made
+        for side, how in (both if "Reranking" in task.metadata.type else [(encoder, "")])
+    ]
+    for task, side, how in todo:
         # By default mteb keeps a stored result whatever the revision of the data it was made on.
         place = cache.get_task_result_path(task.metadata.name, side.mteb_model_meta)
         known = json.loads(place.read_text())["dataset_revision"] if place.exists() else None
@@ -69,7 +77,7 @@ def through_mteb(args: argparse.Namespace) -> None:
         )  # fmt: skip
         for result in found.task_results:
             score = result.get_score(splits=task.metadata.eval_splits)
-            print(f"{result.task_name}: {score:.4f} ({task.metadata.main_score})")
+            print(f"{result.task_name}{how}: {score:.4f} ({task.metadata.main_score})")
     print(f"results: {cache.cache_path}")
 
 

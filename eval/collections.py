@@ -1,8 +1,10 @@
 """Text collections: Python's standard library, BEIR folders, the benchmarks of eval/hub.py."""
 
+import argparse
 import hashlib
 import json
 import platform
+import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval import hub
+from eval.command import exit_status
 from eval.sources import Sources, documents, folder, read_queries, read_splits
 from eval.stdlib import documented_functions, split_modules
 from eval.store import StoredTexts, stored
@@ -234,3 +237,23 @@ def _read(sources: Sources, cache: Path | None) -> Collection:
         sources.name, texts, queries.texts, splits, queries.domain, pools, mark,
         sources.provenance | origin, queries.excluded, sources.language, sources.query_prompt,
     )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Fetch collections, read all of them, and say what they hold."""
+    parser = argparse.ArgumentParser(prog="python -m eval.collections", description=main.__doc__)
+    parser.add_argument("data", nargs="+", help="stdlib, names of eval/hub.py, BEIR folders")
+    given = parser.parse_args(arguments)
+
+    def show() -> None:
+        for name in given.data:
+            found = load(name, bases.cache_folder() / "data")
+            splits = ", ".join(f"{len(of):,} {split}" for split, of in found.qrels.items())
+            print(f"{found.name}: {len(found.corpus):,} documents; judged queries: {splits}; "
+                  f"fingerprint {found.fingerprint[:12]}")  # fmt: skip
+
+    sys.exit(exit_status(show))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,14 @@
 """Files that are written whole or not at all."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 
 @contextmanager
@@ -30,6 +33,14 @@ def whole(path: Path, mark: str = "") -> Iterator[BinaryIO]:
             problem.filename = str(path)  # a write does not say of what
         raise
     os.replace(part, path)
+
+
+def write_array(path: Path, array: np.ndarray, mark: str = "") -> None:
+    """As numpy writes it, whole or not at all."""
+    buffer = io.BytesIO()  # np.save into a file says nothing of why a write failed
+    np.save(buffer, array, allow_pickle=False)
+    with whole(path, mark) as file:
+        file.write(buffer.getbuffer())
 
 
 def write_text(path: Path, text: str, mark: str = "") -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError
 
+from eval.command import FULL
 from eval.sources import Sources
 
 # The public BEIR sets (table 1) as BeIR/<name>, and the splits of their qrels.
@@ -270,7 +270,9 @@ def _fetch(
             file = huggingface_hub.hf_hub_download(
                 repo, name, repo_type="dataset", revision=revision, cache_dir=cache
             )
-        except (EntryNotFoundError, OSError) as error:  # absent there; no network; no access
+        except Exception as error:  # the network's edge: its errors have no common class
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
             failures.append(f"{name}: {type(error).__name__}: {error}")
             continue
         parts = Path(file).parts
@@ -278,6 +280,6 @@ def _fetch(
     shown = failures[:2] + [f"and {len(failures) - 2} more"] * (len(failures) > 2)
     raise ValueError(
         f"{repo}: neither in the cache nor to be had from the hub ({'; '.join(shown)}). Without "
-        "a network, load it once on a machine that has one and bring the cache folder (HF_HOME) "
-        "over, or pass a BEIR folder: DATA=path"
+        f"a network, load it once on a machine that has one and bring {cache or 'HF_HOME'} over, "
+        "or pass a BEIR folder: DATA=path"
     )

@@ -281,10 +281,8 @@ def rows(file: Path, key: str = "_id", text: str = "text") -> Iterator[Row]:
 
 
 def _parquet(file: Path) -> Iterator[Row]:
-    try:
-        from pyarrow import ArrowException, parquet  # only for hub sets, hence not a requirement
-    except ImportError as error:
-        raise ValueError(f"{file}: needs pyarrow: `pip install pyarrow`, or DATA=path") from error
+    from pyarrow import ArrowException, parquet  # takes a moment to import, for hub sets alone
+
     number = 0
     try:
         with parquet.ParquetFile(file) as table:

@@ -25,6 +25,8 @@ from typing import overload
 import numpy as np
 from tqdm import tqdm
 
+from eval.files import write_array
+
 FORMAT = 1
 MODULUS = 2**256
 
@@ -151,7 +153,7 @@ def _write(folder: Path, documents: Iterable[tuple[str, str]]) -> None:
     order = np.argsort(values, kind="stable")
     for name, found in (("starts", np.frombuffer(starts, np.int64)), ("hashes", values[order]),
                         ("order", order)):  # fmt: skip
-        np.save(folder / f"{name}.npy", found)
+        write_array(folder / f"{name}.npy", found)
     note = {"count": len(hashes), "digest": f"{digest:064x}"}
     (folder / "note.json").write_text(json.dumps(note))
 

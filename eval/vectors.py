@@ -9,7 +9,6 @@ each document while the corpus is looked through.
 
 import fcntl
 import hashlib
-import io
 import json
 import shutil
 import sys
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-from eval.files import whole, write_json
+from eval.files import write_array, write_json
 from eval.machine import trim_heap
 from eval.sources import Sources, documents
 from model.unimoer import UniMoER
@@ -202,11 +201,8 @@ def _check_room(stored: "Vectors", missing: list[int]) -> None:
 def _write(stored: "Vectors", shard: int, ids: list[str], vectors: np.ndarray, mark: str) -> None:
     content = np.array([key.encode() for key in ids])
     for path, array in ((stored.path(shard, "ids.npy"), content), (stored.path(shard), vectors)):
-        buffer = io.BytesIO()  # np.save into a file says nothing of why a write failed
-        np.save(buffer, array, allow_pickle=False)
         try:
-            with whole(path, mark) as file:
-                file.write(buffer.getbuffer())
+            write_array(path, array, mark)
         except OSError as error:
             raise ValueError(
                 f"{path}: cannot be written ({error.strerror}): make room and start again, "

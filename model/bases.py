@@ -391,7 +391,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--from is for {DEFAULT}; a hub id comes from the hub or as a folder")
     try:
         print(prepare(given.files) if given.files else resolve(given.base, given.revision))
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # such as a disk that is full
         parser.exit(1, f"{error}\n")
 
 

@@ -262,7 +262,8 @@ class UniMoER(nn.Module):
         progress: bool = False,
     ) -> Tensor:
         """Raw scores (n,) of pairs: logits. A listwise head takes those of one query as a list, in
-        the order given, and its scores are cosines."""
+        the order given, and its scores are cosines. budget: None: 2,048 tokens on a CPU."""
+        budget = budget or usual_budget(self.device, 2048)
         if not self.config.listwise:
             # Each once: equal ones tie to the last bit, wherever they would stand in a batch.
             place = {pair: i for i, pair in enumerate(dict.fromkeys((q, d) for q, d in pairs))}
@@ -327,7 +328,6 @@ class UniMoER(nn.Module):
     ) -> Tensor:
         """Relevance in [0, 1] of (query, document) pairs, (n,); see `score_pairs`."""
         bar = len(listed(pairs, "pairs")) >= 1000 if progress is None else progress
-        budget = budget or usual_budget(self.device, 2048)
         return self.relevance(self.score_pairs(pairs, budget=budget, progress=bar))
 
     def rank(

@@ -212,7 +212,7 @@ def test_soft_and_hard_have_as_many_ranks():
         for arm, row in arms.items()
         if row.get("router")
     }
-    assert len(ranks) == 13 and set(ranks.values()) == {48}
+    assert len(ranks) == 14 and set(ranks.values()) == {48}
 
 
 def test_what_is_the_same_trial_in_two_experiments_has_the_same_config():

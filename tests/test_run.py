@@ -346,6 +346,20 @@ def test_seed_and_offset_decide_how_a_model_starts(tiny_base, data, tmp_path):
     assert head(seed_offset=1000) == head(seed=1000) != head()
 
 
+def test_each_head_is_measured_on_the_tokens_it_is_trained_on(tiny_base, data, tmp_path):
+    """yes_no reads its answer behind the template, with no end token, whatever ran before it."""
+    bench = train.trial.Workbench(str(data), "cpu", tmp_path, keep_prefix=False)
+    for head in ("linear", "yes_no"):
+        config = tiny_config(tiny_base, data, rerank_head=head, reranking_pooling="last")
+        model = bench.model(config)
+        evaluation = bench.evaluation(model, config)
+        texts = evaluation.collection
+        pairs = [(texts.queries[q], texts.corpus[d]) for q, d in evaluation.pairs]
+        expected = model.score_pairs(pairs).double()
+        scores = evaluation.pair_scores(model)
+        assert torch.as_tensor(scores).double().allclose(expected, atol=1e-5), head
+
+
 # The prefix cache -------------------------------------------------------------------------------
 
 
@@ -479,9 +493,9 @@ def test_publish_copies_what_is_quoted(copy, words, setting, tmp_path, monkeypat
     ("more", "message"),
     [
         (["--set", "steps"], "--set 'steps': expected FIELD=VALUE"),
-        (["--set", "stepz=3"], "a field of experiments.Config"),
+        (["--set", "stepz=3"], "a field of trials.Config"),
         (["--set", "=3"], "expected FIELD=VALUE"),
-        (["--set", "seed=3"], "a field of experiments.Config"),  # seeds have an option
+        (["--set", "seed=3"], "a field of trials.Config"),  # seeds have an option
         (["--set", "steps=many"], "--set 'steps=many': expected <class 'int'>, as 1000"),
         (["--set", "steps=1.5"], "expected <class 'int'>"),
         (["--set", "layers=all"], "expected int | None"),

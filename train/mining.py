@@ -38,7 +38,7 @@ from tqdm import tqdm
 from eval import retrieval
 from eval.bm25 import BM25
 from eval.collections import Collection
-from eval.files import write_json, write_text
+from eval.files import write_array, write_json, write_text
 from eval.machine import device_name
 from model import saved
 from model.unimoer import UniMoER
@@ -291,7 +291,7 @@ def _dense(
         path = folder / f"{at // SHARD:06d}.npy"
         if not path.exists():
             texts = [collection.corpus[d] for d in pool[at : at + SHARD]]
-            _write_vectors(path, model.encode_document(texts, progress=False))
+            write_array(path, model.encode_document(texts, progress=False).numpy())
         shards.append(path)
     place = {document: divmod(i, SHARD) for i, document in enumerate(pool)}
     asked: dict[str, Tensor] = {}  # of the latest search; they are scored next
@@ -317,16 +317,6 @@ def _dense(
         return found
 
     return search, score
-
-
-def _write_vectors(path: Path, vectors: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
-        np.save(file, vectors.numpy())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def _logits(model: UniMoER, collection: Collection) -> Score:

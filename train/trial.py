@@ -194,7 +194,7 @@ class Workbench:
         names = (
             "split", "retrieval_depth", "candidates", "reranking_queries", "document_tokens",
             "query_prompt", "document_prompt", "pair_prompt", "reranking_pooling", "prefix",
-            "adapter_layers", "layers", "dtype", "causal", "end_token",
+            "adapter_layers", "layers", "dtype", "causal", "end_token", "rerank_head",
         )  # fmt: skip
         key = json.dumps([getattr(config, name) for name in names] + [model.identity])
         if key not in self._evaluation:

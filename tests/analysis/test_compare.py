@@ -43,6 +43,7 @@ def test_a_planted_difference_is_found_and_no_other(made: Maker) -> None:
     assert planted["detectable"] < 3 and planted["p_holm"] > planted["p"]
     text = (made.folder / "report.md").read_text()
     assert "On reranking, Task is" in text and "below Sparsegen" in text
+    assert "With these: Sparsegen; without: " in text and "without: Task, Task-Shared," in text
     assert "The other 7 differences to Sparsegen cannot be told from chance" in text
     assert json.loads((made.folder / "comparison.json").read_text()) == found
     assert (made.folder / "differences.png").exists() and (made.folder / "differences.svg").exists()

@@ -115,14 +115,26 @@ def planted(angles: dict[int, float]) -> list[dict]:
 
 
 def test_conflict_is_found_in_the_layers_it_was_planted_in() -> None:
-    rows = planted({0: 60, 1: 90, 2: 150})
+    rows = planted({0: 60, 1: 89, 2: 150})
     found = summarise({0: [(1, rows)], 1: [(1, rows)]})
     cosines = [found["layers"][layer] for layer in ("0", "1", "2")]
-    assert cosines == pytest.approx([0.5, 0, -(3**0.5) / 2], abs=1e-6)
-    assert found["spaces"]["w"]["conflicts"] == pytest.approx(1 / 3, abs=0.34)  # 90 may be either
+    assert cosines == pytest.approx([0.5, math.cos(math.radians(89)), -(3**0.5) / 2])
+    assert found["spaces"]["w"]["conflicts"] == pytest.approx(1 / 3)
     assert found["cells"]["2"] == {"q_proj": pytest.approx(cosines[2])}
     together = statistics(pooled(pick(rows, "w")))["cosine"]
     assert found["spaces"]["w"]["cosine"]["mean"] == pytest.approx(together)
+
+
+def test_the_corrected_cosine_stands_beside_the_raw_one_of_the_same_probes() -> None:
+    """At the second probe the halves of a task are unrelated: nothing to correct with."""
+    clear, noisy = planted({0: 60}), planted({0: 120})
+    for row in noisy:
+        row["gram"] = [g if i == j or HALVES[i][0] != HALVES[j][0] else 0.0
+                       for (i, j), g in zip(PAIRS, row["gram"], strict=True)]  # fmt: skip
+    found = summarise({0: [(1, clear), (2, noisy)], 1: [(1, clear), (2, clear)]})["spaces"]["w"]
+    assert found["corrected"]["mean"] == found["corrected"]["raw"] == pytest.approx(0.5)
+    assert (found["corrected"]["probes"], found["corrected"]["of"]) == (3, 4)
+    assert found["cosine"]["mean"] < 0.3
 
 
 def test_over_seeds_is_students_interval() -> None:

@@ -5,12 +5,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 
 from eval.command import exit_status
-from eval.files import write_json
+from eval.files import write_array, write_json
 from model import weights
 
 
@@ -44,6 +45,14 @@ def full_json(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json(path, {"a": 2})
 
 
+def full_array(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    write_array(path, np.ones(3))
+
+
 def full_safetensors(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(tensors, name: Path, metadata) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
@@ -52,7 +61,7 @@ def full_safetensors(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights.save({"w": torch.ones(3)}, path)
 
 
-@pytest.mark.parametrize("write", [full_json, full_safetensors])
+@pytest.mark.parametrize("write", [full_json, full_array, full_safetensors])
 def test_a_full_disk_is_named_and_what_was_there_stays(
     write: Callable[[Path, pytest.MonkeyPatch], None],
     tmp_path: Path,

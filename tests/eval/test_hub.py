@@ -1,9 +1,11 @@
 """eval/hub.py: every published layout, on tiny copies; what their data do that ours may not."""
 
+import errno
 import gzip
 import json
 import re
 
+import huggingface_hub
 import pytest
 
 from eval import collections as C
@@ -215,6 +217,29 @@ def test_a_grade_between_two_is_named(hub) -> None:
 def test_without_the_hub_the_error_says_what_to_do(hub, name: str) -> None:
     with pytest.raises(ValueError, match=r"/.*: neither in the cache.*no network.*DATA=path"):
         C.load(name)
+
+
+class Proxy(Exception):
+    """An error of the network, of none of the hub's or the system's classes."""
+
+
+@pytest.mark.parametrize("error", [Proxy("no way out"), TimeoutError("slow")])
+def test_an_error_of_the_network_says_what_to_do(error: Exception, tmp_path, monkeypatch) -> None:
+    def download(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(ValueError, match=f"{error}.*bring {tmp_path} over, or pass a BEIR folder"):
+        H.find("scifact", tmp_path)
+
+
+def test_a_full_disk_is_not_taken_for_a_file_that_is_absent(tmp_path, monkeypatch) -> None:
+    def download(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "blob")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(OSError, match="No space left on device: 'blob'"):
+        H.find("scifact", tmp_path)
 
 
 def test_a_group_is_not_one_collection() -> None:

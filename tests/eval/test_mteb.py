@@ -119,6 +119,7 @@ def test_the_command(folder: Path, data: Path, tmp_path: Path, capsys) -> None:
     result = json.loads(place.read_text())
     score = metrics.mean(result["scores"]["embedding"], "ndcg_cut_10")
     assert f"Tiny: {score:.4f} (ndcg_at_10)" in out and "reranking, BM25" in out
+    assert "by vectors: " in out  # an embedder's own reranking, as leaderboards have it
     assert result["revision"] == revision(folder) and str(data) not in place.read_text()
     before = place.stat().st_mtime_ns
     assert program.main(["beir", *line]) == 0 and place.stat().st_mtime_ns == before  # read again
@@ -135,6 +136,8 @@ def test_the_command(folder: Path, data: Path, tmp_path: Path, capsys) -> None:
     [
         (["beir"], "--data is missing"),
         (["mteb"], "nothing to evaluate"),
+        (["mteb", "--tasks", "SciFakt"], "mteb knows no such task or benchmark"),
+        (["mteb", "--benchmark", "MTEB(xyz)"], "mteb knows no such task or benchmark"),
         (["beir", "--data", "nowhere"], "neither a collection nor a folder"),
         (["rag", "--data", "stdlib", "--model", "nowhere"], "nowhere/config.json is missing"),
         (["beir", "--data", "stdlib", "--model", "nowhere"], "nowhere/config.json is missing"),

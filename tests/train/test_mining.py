@@ -278,7 +278,7 @@ def test_killed_and_continued_recomputes_nothing(
     run("unbroken")
     whole = {kind: sorted(x[1] for x in asked) for kind, asked in counted.items()}
     forget(counted)
-    writers: list[tuple[object, str]] = [(mining, "_write_vectors"), (mining, "write_text")]
+    writers: list[tuple[object, str]] = [(mining, "write_array"), (mining, "write_text")]
     for module, name in writers:  # killed after the first shard, then after a part
         write, calls = getattr(module, name), []
 
