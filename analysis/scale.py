@@ -230,13 +230,16 @@ def reading(v: dict[str, Any]) -> str:
         text = (
             f"Over {len(row['sizes'])} sizes, I on {TASKS[row['task']]} {way} by "
             f"{abs(row['slope']):.2f} points when {DOUBLES[row['axis']]} "
-            f"({span(row['interval'])})"
+            f"({span(row['interval'])}; Holm p {p_value(row['p_holm'])}; detectable "
+            f"{row['detectable']:.2f})"
         )
-        end = "." if sure else (
-            f", which cannot be told from no slope (Holm p {p_value(row['p_holm'])}; detectable "
-            f"{row['detectable']:.2f})."
-        )  # fmt: skip
-        said.append(text + end)
+        said.append(text + ("." if sure else ", which cannot be told from no slope."))
+        if sure and row["without"]:
+            least = row["without"][0]
+            said.append(
+                f"Without the size that matters most ({least['size']}) the slope is "
+                f"{least['slope']:+.2f} {span(least['interval'])}."
+            )
     lost = [row for row in v["rows"] if row.get("measurable") is False]
     if lost:
         names = ", ".join(f"{TASKS[row['task']]} at {_size(row)}" for row in lost)
@@ -277,6 +280,8 @@ def limits(v: dict[str, Any]) -> list[str]:
         said.append("All sizes have one width: fixed rank and fixed rank/width are the same here.")
     elif "share" not in axes:
         said.append("Rank in proportion to width: fewer than two bases have its arms (`-w64`).")
+    said.append("Whether it is the size: where a model is cut, the adapted layers stand elsewhere "
+                "too, and all sizes have the learning rates of one.")  # fmt: skip
     return [*said, f"Other collections than {v['data']['name']}."]
 
 
@@ -299,10 +304,21 @@ def markdown(v: dict[str, Any]) -> str:
     slopes = [
         [AXES[row["axis"]][0], TASKS[row["task"]], str(len(row["sizes"])),
          f"{row['slope']:+.2f} {span(row['interval'])}", p_value(row["p"]),
-         p_value(row["p_holm"]), f"{row['detectable']:.2f}"]
+         p_value(row["p_holm"]), f"{row['detectable']:.2f}",
+         "; ".join(f"{of['slope']:+.2f} {span(of['interval'])} ({of['size']})"
+                   for of in row["without"][:1]) or "-"]
         for row in v["slopes"]
     ]  # fmt: skip
-    top = ["over", "task", "sizes", "slope", "p", "Holm p", "detectable"]
+    top = [
+        "over",
+        "task",
+        "sizes",
+        "slope",
+        "p",
+        "Holm p",
+        "detectable",
+        "flattest without one size",
+    ]
     drawn = any(row["interval"] for row in v["rows"] if not row.get("missing"))
     return PAGE.format(
         v=v,

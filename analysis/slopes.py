@@ -69,11 +69,23 @@ def fits(rows: Rows, scores: Scores, labels: dict[str, list[str]]) -> list[dict[
                 "slope": e.value, "interval": e.interval, "p": e.p,
                 "detectable": stats.smallest_detectable_effect(e.se, e.df, stats.ALPHA / 2),
                 "middle": [float(np.mean(at)), middle], "range": [min(at), max(at)],
+                "without": _without(line, key, scores[task], labels[task]),
             })  # fmt: skip
         for row, p in zip(family, stats.holm([row["p"] for row in family]), strict=True):
             row["p_holm"] = p
         found += family
     return found
+
+
+def _without(
+    line: Rows, key: str, y: dict[str, np.ndarray], labels: list[str]
+) -> list[dict[str, Any]]:
+    """The slope with each size left out in turn, where two others are left, the flattest first."""
+    found = []
+    for out in line if len(line) > 2 else []:
+        e = slope([row for row in line if row is not out], key, y, labels)
+        found.append({"size": out["size"], "slope": e.value, "interval": e.interval})
+    return sorted(found, key=lambda row: abs(row["slope"]))
 
 
 def slope(rows: Rows, key: str, y: dict[str, np.ndarray], labels: list[str]) -> stats.Estimate:

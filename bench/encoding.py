@@ -22,7 +22,7 @@ from model import bases
 from model.unimoer import DTYPES, ModelConfig, UniMoER
 from train.trial import Workbench
 
-BATCHES = (8, 16, 32, 64)
+BATCHES = {"cpu": (2, 4, 8, 16, 32), "cuda": (16, 32, 64, 128, 256)}
 POOLINGS: dict[str, Any] = {"mean": "mean", "last": "lasttoken"}  # ours: what the rival calls it
 
 
@@ -78,6 +78,7 @@ def run(
         ValueError: the vectors of the two differ, so they would not do the same work.
     """
     folder, rows, tried = bases.resolve(base), [], {}
+    batches = BATCHES[torch.device(bench.device).type]
     for pooling, dtype in product(poolings, dtypes):
         model = UniMoER(config(base, layers, dtype, tokens, pooling), bench.device)
         texts = mixed_texts(bench.collection, model, count, tokens)
@@ -100,11 +101,11 @@ def run(
         def theirs(turn: int, batch: int, rival=rival, ended=ended) -> torch.Tensor:
             return torch.as_tensor(rival.encode(ended, batch_size=batch, show_progress_bar=False))
 
-        _check(mine(0), theirs(0, BATCHES[0]), dtype)
+        _check(mine(0), theirs(0, batches[0]), dtype)
         if dtype not in tried:  # its best batch is a matter of the transformer, not of the pooling
-            tried[dtype] = timing.seconds({str(b): partial(theirs, batch=b) for b in BATCHES}, 2)
+            tried[dtype] = timing.seconds({str(b): partial(theirs, batch=b) for b in batches}, 2)
         by_batch = timing.rates(tried[dtype], [work] * 2)
-        best = max(BATCHES, key=lambda b, by_batch=by_batch: by_batch[str(b)]["median"])
+        best = max(batches, key=lambda b, by_batch=by_batch: by_batch[str(b)]["median"])
         times = timing.seconds({"ours": mine, "theirs": partial(theirs, batch=best)}, rounds)
         rows.append(
             {

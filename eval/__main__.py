@@ -60,8 +60,8 @@ def through_mteb(args: argparse.Namespace) -> None:
     encoder = mteb_adapter.Encoder(model, f"unimoer/{args.name}", version)
     reranker = mteb_adapter.CrossEncoder(model, f"unimoer/{args.name}-reranker", version)
     # Leaderboards of embedders have reranking tasks too, which their vectors order.
-    both: list[tuple[Any, str]] = [(encoder, " by vectors"), (reranker, "")]
-    todo = [
+    both = [(encoder, " by vectors"), (reranker, "")]
+    todo: list[tuple[Any, Any, str]] = [
         (task, side, how)
         for task in made
         for side, how in (both if "Reranking" in task.metadata.type else [(encoder, "")])

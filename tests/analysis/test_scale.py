@@ -68,6 +68,10 @@ def test_the_slope_is_the_least_squares_line(tmp_path: Path) -> None:
     expected = sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True))
     expected /= sum((a - middle_x) ** 2 for a in x)
     assert found["slopes"][0]["slope"] == pytest.approx(expected)
+    # Of two points the line goes through both.
+    ends = [(y[j] - y[i]) / (x[j] - x[i]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    left = [row["slope"] for row in found["slopes"][0]["without"]]
+    assert left == pytest.approx(sorted(ends, key=abs))
 
 
 def test_the_interval_of_the_slope_covers(tmp_path: Path) -> None:
