@@ -185,7 +185,10 @@ def _fitted(
         probe = None  # what does not vary needs none
         if column.std() > 0:
             weight = "balanced" if weigh else None
-            model = LogisticRegression(C=INVERSE_PENALTY, max_iter=500, class_weight=weight)
+            # Newton: neighbouring features are nearly the same, and lbfgs takes hundreds of steps.
+            model = LogisticRegression(
+                C=INVERSE_PENALTY, class_weight=weight, solver="newton-cholesky"
+            )
             probe = make_pipeline(StandardScaler(), model).fit(x, column)
         probes.append((probe, column.mean()))
     return lambda new: np.stack(
