@@ -46,7 +46,7 @@ from kernels.choice import KERNELS, use_triton
 from model import bases, parallel
 from model.config import DTYPES
 from model.unimoer import UniMoER
-from train.batches import TrainingData
+from model.weights import revision
 from train.loop import NonFiniteLoss, forget
 from train.mixture import training_steps
 from train.start import check_starts
@@ -120,19 +120,16 @@ def finish(path: Path, result: dict) -> None:
 def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
     """Measure a trained model, unless that was done; nothing where there is nothing to measure."""
     path = place.with_name(f"{name}-{place.name}.json")
-    if path.exists():
-        return
     saved = place.with_name(f"{place.name}.model")
+    mark = revision(saved)
+    if path.exists() and json.loads(path.read_text()).get("model", mark) == mark:
+        return
     model = UniMoER.from_pretrained(saved, bench.device, kernels="torch")
     both = replace(config, tasks=("embedding", "reranking"))
-
-    def data() -> TrainingData:
-        return bench.training(model, both)
-
-    evaluation = bench.evaluation(model, config)
-    found = MEASURES[name](model, evaluation, data, config, place)
+    data = partial(bench.training, model, both)
+    found = MEASURES[name](model, bench.evaluation(model, config), data, config, place)
     if found is not None:
-        write_json(path, {"sources": sources(), **found})
+        write_json(path, {"sources": sources(), "model": mark, **found})
 
 
 def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> None:

@@ -130,6 +130,11 @@ def test_a_look_into_a_model_is_kept(
         assert found["texts"]["pair"] == 10 and len(found["means"]["pair"]) == 1
     monkeypatch.setattr(run, "MEASURES", {"routing": forbidden})
     assert go("routing", "joint-moe") == folder
+    # Of another model than the one that lies there now, it is made again.
+    name = "seed0.model/adapters.safetensors"
+    shutil.copy(folder / "bare-moe" / name, folder / "joint-moe" / name)
+    with pytest.raises(AssertionError, match="not computed"):
+        go("routing", "joint-moe")
 
 
 @pytest.mark.parametrize(
@@ -140,6 +145,10 @@ def test_a_look_into_a_model_is_kept(
         ("routing", ("joint-moe", "bare-moe")),
         ("representation", ("emb-only", "joint-moe")),
         ("probing", ("rank-only", "joint-moe")),
+        (
+            "pointwise_vs_listwise",
+            ("pointwise-single", "listwise-single", "listwise-moe", "e2rank-single"),
+        ),
         ("rank_sweep", ("all-r1", "all-r16", "shared-r1")),
         (
             "transfer",
