@@ -5,7 +5,8 @@ collections of BEIR (`--data all`), BRIGHT, MIRACL and mMARCO, and on one's own.
 mteb: tasks by name or a whole benchmark through `mteb`, or a collection as two tasks of mteb's;
 results in mteb's own layout, which its leaderboard tools read.
 rag: retrieve, rerank, generate, on nq, triviaqa, hotpotqa and folders with `answers.json`; one
-model in all roles against two and three, each in a process of its own, for its peak memory's sake.
+model in all roles against two (the bare base generates) and three (an embedder and a reranker
+too), each in a process of its own, for its peak memory's sake.
 baselines: BM25, published models and saved ones beside each other; see its own --help.
 encode, search: a corpus that no memory holds; see `python -m eval search --help`.
 """
@@ -99,6 +100,11 @@ def answer(args: argparse.Namespace) -> None:
             "asked": {**asdict(settings), "queries": args.queries},
             "data": {"name": collection.name, "fingerprint": collection.fingerprint},
             "device": device_name(args.device),
+            **(
+                {"specialists": [revision(of) for of in args.specialists]}
+                if args.specialists
+                else {}
+            ),
             **({"answers": of} if public else {}),
         }
         found = []
@@ -109,8 +115,9 @@ def answer(args: argparse.Namespace) -> None:
                 _alone(args, data, side)
             elif not place.exists():
                 made = rag.measure(
-                    args.model, side, collection, split, answers, settings, args.device
-                )
+                    args.model, side, collection, split, answers, settings, args.device,
+                    args.specialists,
+                )  # fmt: skip
                 write_json(place, {"model": args.name, **origin, **made})
             result = json.loads(place.read_text())
             if {k: result.get(k) for k in origin} != origin:
@@ -126,6 +133,8 @@ def answer(args: argparse.Namespace) -> None:
 def _alone(args: argparse.Namespace, data: str, side: str) -> None:
     """One side in a process of its own: the peak of memory is a process's."""
     words = ["rag", "--alone", "--data", data, "--sides", side]
+    if args.specialists:
+        words += ["--specialists", *args.specialists]
     for option in ("model", "name", "split", "depth", "passages", "rule", "queries", "out",
                    "device"):  # fmt: skip
         words += [f"--{option}={getattr(args, option)}"]
@@ -150,8 +159,11 @@ def parser() -> argparse.ArgumentParser:
                       "0: 1000, or 20 for rag")  # fmt: skip
     made.add_argument("--candidates", type=int, default=100, help="of BM25, that are reranked")
     made.add_argument("--queries", type=int, default=0, help="reranked, or asked by rag; 0: all")
-    made.add_argument("--sides", nargs="+", choices=list(rag.SIDES), default=list(rag.SIDES),
+    made.add_argument("--sides", nargs="+", choices=rag.SIDES, default=list(rag.SIDES),
                       help="rag: how many models play the three roles")  # fmt: skip
+    made.add_argument("--specialists", nargs=2, metavar=("EMBEDDER", "RERANKER"), default=[],
+                      help="rag: the folders of two of the three models, instead of --model "
+                      "thrice")  # fmt: skip
     made.add_argument("--passages", type=int, default=3, help="rag: documents the generator reads")
     made.add_argument("--rule", choices=["", *NORMALISERS], default="", help="rag: whose "
                       "normalisation of answers; default: the set's, nq for folders")  # fmt: skip

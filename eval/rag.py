@@ -1,13 +1,14 @@
 """Retrieve, rerank, generate: one question after the other, and what each stage costs.
 
-The three jobs are roles of models: one UniMoER does all three (its generator is the bare base), or
-two or three models share them, with the same weights, so that answers agree and memory does not.
+The three jobs are roles of models: one UniMoER does all three (its generator is the bare base); or
+a bare base of its own generates beside it; or there are three, embedder, reranker and bare base.
+Where these have the same weights, answers agree and memory does not.
 """
 
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ PROMPT = (
     "{passages}\n\nQuestion: {question}\nAnswer:"
 )
 WINDOW = 100_000  # documents whose texts are in memory at once, while the index is made
-SIDES = {"one": (0, 0, 0), "two": (0, 0, 1), "three": (0, 1, 2)}  # which model plays which role
+SIDES = ("one", "two", "three")  # models for the three roles
 STAGES = ("retrieve", "rerank", "generate")
 
 
@@ -167,14 +168,30 @@ def resident_bytes(models: Sequence[UniMoER], head: torch.Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
+def players(folder: str, side: str, specialists: Sequence[str], device: str) -> list[UniMoER]:
+    """The models of a side by role: embedder, reranker, generator.
+
+    Args:
+        folder: the model that plays every role but a generator of its own, which is its bare base.
+        specialists: embedder and reranker that take its place where there are three models; ().
+    """
+    first, second = specialists if specialists and side == "three" else (folder, folder)
+    embedder = UniMoER.from_pretrained(first, device).compact()
+    if side == "one":
+        return [embedder] * 3
+    bare = replace(embedder.config, lora=None, router=None, rerank_head="linear")
+    generator = UniMoER(bare, device).compact()
+    if side == "two":
+        return [embedder, embedder, generator]
+    return [embedder, UniMoER.from_pretrained(second, device).compact(), generator]
+
+
 def measure(
     folder: str, side: str, collection: Collection, split: str, answers: dict[str, list[str]],
-    settings: Settings, device: str,
+    settings: Settings, device: str, specialists: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Every question of `answers` with the models of a side; means, latencies, memory."""
-    roles = SIDES[side]
-    loaded = [UniMoER.from_pretrained(folder, device).compact() for _ in set(roles)]
-    models = [loaded[i] for i in roles]
+    models = players(folder, side, specialists, device)
     pipeline = Pipeline(models, collection, split, settings)
     normalise, rows = NORMALISERS[settings.rule], {}
     for query, gold in answers.items():
@@ -189,7 +206,7 @@ def measure(
     took = {stage: [row["seconds"][stage] for row in rows.values()] for stage in STAGES}
     took["together"] = [sum(row["seconds"].values()) for row in rows.values()]
     return {
-        "side": side, "models": len(loaded),
+        "side": side, "models": len({id(model) for model in models}),
         **{key: float(np.mean([row[key] for row in rows.values()]))
            for key in ("exact_match", "f1", "found")},
         "latency": {stage: {"median": float(np.median(values)),

@@ -1,6 +1,7 @@
 """The pipeline of three stages: what it reads, what it answers, what it says of memory and time."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from eval.collections import load
 from experiments import SPARSEGEN
 from model.generate import generate
 from model.unimoer import UniMoER
+from model.weights import revision
 from tests.eval import published
 from tests.train.tiny import TEST, tiny_config, write_collection
 from train.trial import model_config
@@ -78,7 +80,10 @@ def test_more_models_hold_more_and_answer_alike(folder: Path, data: Path, tmp_pa
     results = [json.loads((tmp_path / "rag" / "arm-seed0" / f"tiny-test-{side}.json").read_text())
                for side in rag.SIDES]  # fmt: skip
     sizes = [result["resident_bytes"] for result in results]
-    assert sizes[1] == 2 * sizes[0] and sizes[2] == 3 * sizes[0]
+    model = UniMoER.from_pretrained(folder).compact()
+    bare = UniMoER(replace(model.config, lora=None, router=None)).compact()
+    whole, base = (rag.resident_bytes([of], torch.empty(0)) for of in (model, bare))
+    assert base < whole and sizes[1] - sizes[0] == base and sizes[2] - sizes[1] == whole
     for result in results:
         assert len(result["questions"]) == 3 and result["exact_match"] <= result["f1"] <= 1
         assert result["peak_bytes"] > 0 and set(result["latency"]) == {*rag.STAGES, "together"}
@@ -87,6 +92,30 @@ def test_more_models_hold_more_and_answer_alike(folder: Path, data: Path, tmp_pa
     assert before == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.json"))
     assert program.main([*line, "--passages", "1"]) == 2
     assert "is of another model, data, setting or device" in capsys.readouterr().err
+
+
+def test_specialists_take_the_place_of_one_model_thrice(
+    folder: Path, data: Path, tmp_path: Path, capsys
+) -> None:
+    """A reranker of its own, whose head is turned round, reads other passages first."""
+    other = UniMoER.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in other.head.parameters():
+            parameter.neg_()
+    other.save_pretrained(tmp_path / "other")
+    line = ["rag", "--model", str(folder), "--data", str(data), "--out", str(tmp_path / "out"),
+            "--device", "cpu", "--depth", "5", "--passages", "5", "--queries", "2"]  # fmt: skip
+    both = [str(folder), str(tmp_path / "other")]
+    assert program.main([*line, "--sides", "one", "three", "--specialists", *both]) == 0
+    read = {}
+    for side in ("one", "three"):
+        path = tmp_path / "out" / "rag" / "arm-seed0" / f"tiny-test-{side}.json"
+        found = json.loads(path.read_text())
+        read[side] = [row["read"] for row in found["questions"].values()]
+        assert found["specialists"] == [revision(place) for place in both]
+    assert read["three"] == [row[::-1] for row in read["one"]]
+    assert program.main([*line, "--sides", "three"]) == 2  # those were of other models
+    assert "is of another model" in capsys.readouterr().err
 
 
 def test_right_answers_count(folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
