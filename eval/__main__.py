@@ -100,11 +100,7 @@ def answer(args: argparse.Namespace) -> None:
             "asked": {**asdict(settings), "queries": args.queries},
             "data": {"name": collection.name, "fingerprint": collection.fingerprint},
             "device": device_name(args.device),
-            **(
-                {"specialists": [revision(of) for of in args.specialists]}
-                if args.specialists
-                else {}
-            ),
+            "specialists": [revision(of) for of in args.specialists] or None,
             **({"answers": of} if public else {}),
         }
         found = []
