@@ -302,6 +302,10 @@ def text_of(where: str, row: dict[str, Any], key: str, *, optional: bool = False
     if not isinstance(value, str):
         found = f"{key!r}: {value!r}" if key in row else f"keys {sorted(row)}"
         raise ValueError(f"{where}: found {found}, expected {key!r} with a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can write
+        raise ValueError(f"{where}: {key!r}: {error}; expected what UTF-8 can hold") from error
     return value
 
 

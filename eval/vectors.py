@@ -50,10 +50,7 @@ def survey(sources: Sources) -> tuple[int, str]:
     """
     digest, hashes = hashlib.sha256(), bytearray()
     for where, key, text in documents(sources):
-        try:
-            name, content = key.encode(), text.encode()
-        except UnicodeEncodeError as error:  # a lone surrogate, which JSON can write
-            raise ValueError(f"{where}: {error}; expected text that UTF-8 can hold") from error
+        name, content = key.encode(), text.encode()
         if b"\0" in name:
             raise ValueError(f"{where}: document id {key!r} holds a NUL; expected none")
         digest.update(b"%d %d " % (len(name), len(content)) + name + content)

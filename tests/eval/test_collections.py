@@ -136,6 +136,8 @@ def test_blank_lines_and_repeated_equal_judgments_are_harmless(tmp_path):
         ("corpus", {"_id": "d3", "text": None}, r"corpus\.jsonl:3: found 'text': None"),
         ("corpus", {"_id": "d3", "text": "", "title": 3}, r"corpus\.jsonl:3: found 'title': 3"),
         ("corpus", {"_id": "d1", "text": "x"}, r"corpus\.jsonl:3: document id 'd1' occurs a sec"),
+        ("corpus", r'{"_id": "d3", "text": "\ud800"}', r"corpus\.jsonl:3: 'text': .*surrogates"),
+        ("queries", r'{"_id": "q3", "text": "\ud800"}', r"queries\.jsonl:3: 'text': .*surrogates"),
         ("queries", "what?", r"queries\.jsonl:3: found 'what\?', expected JSON"),
         ("queries", {"_id": "q1", "text": "x"}, r"queries\.jsonl:3: query id 'q1' occurs a seco"),
         ("queries", {"_id": "q3", "text": " "}, r"queries\.jsonl:3: query 'q3' is empty"),

@@ -120,7 +120,7 @@ def test_what_moves_between_id_and_text_is_another_corpus(tmp_path: Path) -> Non
             '{"_id": "d3", "text": "x"}',
             r"corpus\.jsonl:43: document id 'd3' occurs a second time, after .*corpus\.jsonl:4;",
         ),
-        (r'{"_id": "x", "text": "\ud800"}', r"corpus\.jsonl:43: .*surrogates.*expected text"),
+        (r'{"_id": "x", "text": "\ud800"}', r"corpus\.jsonl:43: .*surrogates.*expected what UTF-8"),
         (r'{"_id": "x\u0000", "text": ""}', r"corpus\.jsonl:43: document id 'x.*' holds a NUL"),
     ],
 )
