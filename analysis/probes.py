@@ -55,7 +55,7 @@ over seeds and queries.
 {provenance}
 """
 CAPTION = (
-    "Score of the probes by layer: mean over seeds in a band from lowest to highest; grey, dotted: "
+    "Score of the probes by layer (R², or balanced accuracy where a title says so): mean over seeds in a band from lowest to highest; grey, dotted: "
     "the untrained base."
 )
 
@@ -228,8 +228,11 @@ def draw(v: dict[str, Any]) -> Figure:
                 _line(axes, found, "model", name, colour, figures.DASHES[at % 3], label(arm))
             first = next(iter(arms.values()))
             _line(axes, first, "base", name, figures.GREY, ":", "untrained base")
-            axes.set_title(NAMES[name], fontsize=7)
+            unit = " (accuracy)" if name in first["binary"] else ""
+            axes.set_title(NAMES[name] + unit, fontsize=7)
             axes.tick_params(labelsize=7)
+        for axes in grid[::wide]:
+            axes.set_ylabel("R²")
         for axes in grid[-wide:]:
             axes.set_xlabel("layer")
         handles, texts = grid[0].get_legend_handles_labels()
