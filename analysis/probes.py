@@ -55,8 +55,8 @@ over seeds and queries.
 {provenance}
 """
 CAPTION = (
-    "Score of the probes by layer (R², or balanced accuracy where a title says so): mean over seeds in a band from lowest to highest; grey, dotted: "
-    "the untrained base."
+    "Score of the probes by layer, R² or balanced accuracy: mean over seeds in a band from lowest "
+    "to highest; grey, dotted: the untrained base."
 )
 
 
