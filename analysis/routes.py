@@ -144,8 +144,8 @@ def reading(v: dict[str, Any]) -> str:
     for arm, found in v["measured"].items():
         task, shift = found["task"], found["shift"]
         text = (
-            f"{label(arm)}'s routing tells {task['nats'] / BIT:.3f} bits of the task's 1 "
-            f"({task['by_chance'] / BIT:.3f} by chance), sure in {100 * task['sure']:.0f} % of the "
+            f"{label(arm)}'s routing tells {task['nats'] / BIT:.4f} bits of the task's 1 "
+            f"({task['by_chance'] / BIT:.4f} by chance), sure in {100 * task['sure']:.0f} % of the "
             f"layers and seeds; a linear reader of the weights tells the task in "
             f"{100 * found['decoded']['mean']:.0f} % of the texts (50 % by chance); the mean "
             f"weights of the two tasks lie {100 * shift['task']:.1f} % apart"
@@ -217,7 +217,7 @@ def _percent(found: dict[str, Any]) -> str:
 
 
 def _told(found: dict[str, float]) -> list[str]:
-    return [f"{found['nats'] / BIT:.3f}", f"{found['by_chance'] / BIT:.3f}",
+    return [f"{found['nats'] / BIT:.4f}", f"{found['by_chance'] / BIT:.4f}",
             f"{100 * found['sure']:.0f} %"]  # fmt: skip
 
 
