@@ -159,7 +159,7 @@ def arm_difference(arms: Arms, clusters: Clusters, arm: str, other: str) -> Esti
 
 
 def interference(arms: Arms, clusters: Clusters, specialist: str, joint: str) -> Estimate:
-    """I = 100 * (P - J) / P, in % of the specialist's mean P; J the joint arm's (DESIGN 3.6).
+    """I = 100 * (P - J) / P, in % of the specialist's mean P; J the joint arm's.
 
     u[s, q] = 100 * (J / P * Y_P[s, q] - Y_J[s, q]) / P. Also raises ValueError unless P > 0.
     """
@@ -288,7 +288,7 @@ def alpha_at_look(seeds: int, previous: int | None = None, alpha: float = ALPHA)
 
 
 def decide(tasks: Mapping[str, TaskResult], seeds: int, alpha: float | None = None) -> dict:
-    """The fixed rule (DESIGN 3.6): {"decision", "supported", "reason"}; alpha: of this look.
+    """The fixed rule: {"decision", "supported", "reason"}; alpha: of this look.
 
     I >= 2 % on a measurable task: `proceed`. Every task measurable and under 1 %: `pivot`. A
     measurable task between: `more_seeds`, from 9 seeds `inconclusive`. A task that is not
