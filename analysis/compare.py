@@ -121,11 +121,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
             "trainable_parameters": first["trainable_parameters"] if first else None,
             "training_seconds": mean([t["seconds"]["train"] for t in trials.values()]),
             "experts": list(first["config"]["experts"]) if first else [],
-            "shaken": bool(
-                first
-                and first["config"]["router"]
-                and any(first["config"][name] for name in ("router_noise", "expert_dropout"))
-            ),
+            "shaken": bool(first) and _shaken(first["config"]),
             "routing": _routing(list(trials.values())),
             "collapsed": mean(["alarm" in line for line in _last(trials.values())])
             if first and first["config"]["router"]

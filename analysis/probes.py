@@ -115,9 +115,9 @@ def first_layer(found: dict[str, Any], rows: Sequence[Any]) -> int:
     return found["first_layer"] + len(some["layers"]) - len(rows)
 
 
-def _at_best(of: dict[str, Any], last: int = 0) -> dict[str, Any] | None:
-    """The scores over seeds at the layer with the highest mean, of the `last` ones."""
-    known = [row["score"] for row in of["layers"][-last:] if row["score"]["mean"] is not None]
+def _at_best(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The scores over seeds at the one of some layers with the highest mean."""
+    known = [row["score"] for row in rows if row["score"]["mean"] is not None]
     return max(known, key=lambda score: score["mean"]) if known else None
 
 
@@ -127,7 +127,11 @@ def _experts(arm: str, found: dict[str, Any]) -> list[str]:
     for view, properties in found["views"].items():
         if view in ("model", "base"):
             continue
-        scores = [score["seeds"] for name in INGREDIENTS if (score := _at_best(properties[name]))]
+        scores = [
+            score["seeds"]
+            for name in INGREDIENTS
+            if (score := _at_best(properties[name]["layers"]))
+        ]
         if scores and len({len(seeds) for seeds in scores}) == 1:
             means[view] = np.mean(scores, 0).tolist()
     own = means.pop("reranking", None)
@@ -136,8 +140,8 @@ def _experts(arm: str, found: dict[str, Any]) -> list[str]:
     said = [f"{np.mean(own):.2f} in the expert named for reranking"]
     for other, theirs in means.items():
         gap = over_seeds([a - b for a, b in zip(own, theirs, strict=True)])
-        said.append(f"{np.mean(theirs):.2f} in {other} (less by {gap['mean']:.3f} "
-                    f"{span(gap['interval'], 1, '', 3)})".replace("by -", "by −"))  # fmt: skip
+        interval = span(gap["interval"], 1, "", 3)
+        said.append(f"{np.mean(theirs):.2f} in {other} (difference {gap['mean']:+.3f} {interval})")
     return [f"{label(arm)}'s experts hold BM25 and its ingredients, mean R²: {', '.join(said)}."]
 
 
@@ -156,7 +160,8 @@ def reading(v: dict[str, Any]) -> str:
         gains = {}
         for name, of in found["views"]["model"].items():
             depth = len(of["layers"])
-            best, other = _at_best(of), _at_best(found["views"]["base"][name], depth)
+            base_rows = found["views"]["base"][name]["layers"][-depth:]
+            best, other = _at_best(of["layers"]), _at_best(base_rows)
             if best and other:
                 gains[name] = best["mean"] - other["mean"]
         if gains:

@@ -1,8 +1,8 @@
 """The elementwise ops of the PyTorch path with few passes over memory.
 
-`kernels.reference` says what they compute. On a CPU with bf16 matrix units these weigh more than
-the GEMMs. The norm and the rotation have gradients by hand: autograd's pieces make more passes and
-keep what lies between them.
+`kernels.reference` says what they compute. The norm and the rotation have gradients by hand:
+autograd's pieces make more passes and keep what lies between them (`make bench` holds both beside
+each other).
 """
 
 import torch

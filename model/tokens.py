@@ -173,7 +173,6 @@ class Tokenizer:
                     ids += [mark, *next(pieces)]
                 if end and (not ids or ids[-1] != self.end_id):
                     ids.append(self.end_id)
-                assert not end or ids[-1] == self.end_id
                 found.append(ids)
         return found
 
