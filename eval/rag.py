@@ -21,6 +21,7 @@ from eval.collections import Collection
 from eval.machine import peak_bytes
 from eval.retrieval import Ids, to_keys, to_run
 from eval.sources import rows, strings_of, text_of
+from model import saved
 from model.generate import generate, output_matrix
 from model.unimoer import UniMoER
 
@@ -179,7 +180,8 @@ def players(folder: str, side: str, specialists: Sequence[str], device: str) -> 
     embedder = UniMoER.from_pretrained(first, device).compact()
     if side == "one":
         return [embedder] * 3
-    bare = replace(embedder.config, lora=None, router=None, rerank_head="linear")
+    config = saved.read_config(Path(folder))[0]
+    bare = replace(config, lora=None, router=None, rerank_head="linear")
     generator = UniMoER(bare, device).compact()
     if side == "two":
         return [embedder, embedder, generator]

@@ -328,6 +328,18 @@ def test_the_hub_dev_split_under_either_name(hub, dev):
     }
 
 
+def test_the_command_reads_all_and_says_what_is_there(tmp_path, capsys):
+    folder = write(tmp_path / "Tiny", CORPUS, QUERIES, test=["q1\td1\t1"])
+    with pytest.raises(SystemExit) as done:
+        C.main([str(folder)])
+    assert done.value.code == 0
+    out = capsys.readouterr().out
+    assert "Tiny: 2 documents; judged queries: 1 test; fingerprint " in out
+    with pytest.raises(SystemExit) as done:
+        C.main([str(folder), str(tmp_path / "none")])
+    assert done.value.code == 2 and "neither a collection nor a folder" in capsys.readouterr().err
+
+
 def test_a_hub_set_in_parquet(hub, tmp_path):
     files, _ = hub
     serve(files, "scidocs", {"test.tsv": "q2\td2\t1"})
