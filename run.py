@@ -290,18 +290,11 @@ def command_report(args: argparse.Namespace) -> None:
         print(write_report(args.experiment, folder, args.latex))
         print(f"report: {folder / 'report.md'}")
         return
-    setting, readings = setting_folder(args).name, {}
-    for name in experiments.EXPERIMENTS:
-        folder = Path(args.runs) / name / setting
-        if any(folder.glob("*/seed[0-9]*.json")):
-            readings[name] = write_report(name, folder, args.latex)
-            print(readings[name])
-    if not readings:
-        print(f"no trial of {setting} lies under {args.runs}: `make study` makes them")
-        return
-    path = Path(args.runs) / f"{setting}.md"
-    write_text(path, overview.markdown(setting, readings))
-    print(f"overview: {path}")
+    setting, runs = setting_folder(args).name, Path(args.runs)
+    readings = overview.write(runs, setting, partial(write_report, tables=args.latex))
+    print(*readings.values(), sep="\n")
+    print(f"overview: {runs / setting}.md" if readings else
+          f"no trial of {setting} lies under {runs}: `make study` makes them")  # fmt: skip
 
 
 def command_check(args: argparse.Namespace) -> None:
@@ -331,6 +324,7 @@ def command_publish(args: argparse.Namespace) -> None:
     together = experiments.EXPERIMENTS[args.experiment].report == "scale"
     for place in sorted(target.parent.iterdir()) if together else [target]:
         write_report(args.experiment, place)
+        overview.write(ROOT / "results", place.name, write_report)
     print(f"published to {target}")
 
 

@@ -61,7 +61,7 @@ CAPTION = (
     "its 95 % interval over seeds and queries, and single seeds (small dots), each held against "
     "the other's seed of that number; orange: told from chance after Holm's correction."
 )
-Trials = dict[str, dict[int, dict]]  # arm -> seed -> what its file holds
+Trials = judge.Trials
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
         "split": baselines["config"]["split"],
         "arms": rows,
         "differences": differences,
-        "references": {
-            name: {
-                task: float(np.mean([row[METRIC] for row in found.values()]))
-                for task, found in baselines[name].items()
-            }
-            for name in figures.REFERENCE_ROWS
-        },
+        "references": judge.references(baselines),
         "queries": {task: len(labels[task]) for task in TASKS},
         "clusters": {task: len(set(labels[task])) for task in TASKS},
         "seconds": sum(sum(file["seconds"].values()) for file in files.values()),

@@ -24,10 +24,13 @@ BY_ARM = ("tasks", "experts", "ranks", "router", "router_noise", "expert_dropout
 ORIGIN = ("commit", "sources", "device", "versions")  # one of each, or the report warns
 
 
-def load(folder: Path) -> tuple[dict, dict[str, dict[int, dict]]]:
+Trials = dict[str, dict[int, dict]]  # arm -> seed -> what its file holds
+
+
+def load(folder: Path) -> tuple[dict, Trials]:
     """(baselines, arm -> seed -> trial), arms in the study's order; raises as `write`."""
     baselines = read(folder / "baselines.json")
-    found: dict[str, dict[int, dict]] = {}
+    found: Trials = {}
     for path in sorted(folder.glob("*/seed[0-9]*.json")):
         trial = read(path)
         same = {name: trial[name] == baselines[name] for name in ("base", "data")}
@@ -55,6 +58,24 @@ def read(path: Path) -> dict:
         raise ValueError(f"there is no {path}: `python -m run run ...` makes it") from None
     except ValueError as problem:
         raise ValueError(f"{path} is damaged ({problem}): remove it, then run it again") from None
+
+
+def measured(folder: Path, arms: Trials, name: str) -> Trials:
+    """arm -> seed -> what a measure (`routing`, `probing`) found; arms without are left out."""
+    found = {
+        arm: {seed: read(path) for seed in trials
+              if (path := folder / measure_file(arm, name, seed)).exists()}
+        for arm, trials in arms.items()
+    }  # fmt: skip
+    return {arm: rows for arm, rows in found.items() if rows}
+
+
+def measure_file(arm: str, name: str, seed: int) -> str:
+    return f"{arm}/{name}-seed{seed}.json"
+
+
+def measure_files(measured: Trials, name: str) -> list[str]:
+    return [measure_file(arm, name, seed) for arm, rows in measured.items() for seed in rows]
 
 
 def _comparable(path: Path, other: Path, free: tuple[str, ...]) -> None:
@@ -153,6 +174,15 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         **origin(files),
         "trials": list(files),
     }
+
+
+def references(baselines: dict) -> dict[str, dict[str, float]]:
+    """A row of figures.REFERENCE_ROWS -> task -> mean nDCG@10."""
+    return {
+        name: {task: float(np.mean([row[METRIC] for row in rows.values()]))
+               for task, rows in baselines[name].items()}
+        for name in REFERENCE_ROWS
+    }  # fmt: skip
 
 
 def arrays(

@@ -59,12 +59,9 @@ def write(folder: Path) -> dict[str, Any]:
     folder = folder.resolve()
 
     def add(v: dict[str, Any], baselines: dict, arms: Trials) -> Section:
-        measured = {
-            arm: [judge.read(path) for seed in trials
-                  if (path := folder / arm / f"order-seed{seed}.json").exists()]
-            for arm, trials in arms.items()
-        }  # fmt: skip
-        found = {arm: summarise(rows) for arm, rows in measured.items() if rows}
+        measured = judge.measured(folder, arms, "order")
+        v["files"] += judge.measure_files(measured, "order")
+        found = {arm: summarise(list(rows.values())) for arm, rows in measured.items()}
         gain = routing_gain(*judge.arrays(baselines, arms), arms)
         return section(found, gain)
 

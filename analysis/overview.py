@@ -7,38 +7,53 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import experiments
-from analysis.figures import table
+from eval.files import write_text
 from trials import parts
 
 PAGE = """# The study: {setting}
 
 When does sharing one model between retrieval and reranking hurt, where, and does routing undo it?
 
-{table}
-{missing}"""
+{sections}{missing}"""
 
 
 def markdown(setting: str, readings: Mapping[str, str]) -> str:
     """readings: experiment -> what its report concludes; experiments without one are missing."""
-    rows = [
-        [f"[{name}]({name}/{setting}/report.md)", experiments.EXPERIMENTS[name].question,
-         " ".join(text.split())]
-        for name, text in readings.items()
-    ]  # fmt: skip
+    sections = []
+    for name, text in readings.items():
+        first, *rest = [" ".join(line.split()) for line in text.splitlines()]
+        said = re.sub(rf"^{name} {re.escape(setting)}[^:]*: ", "", first)
+        said += "".join(f"\n- {line}" for line in rest)
+        title = f"[{name.replace('_', ' ').capitalize()}]({name}/{setting}/report.md)"
+        sections.append(f"## {title}\n\n*{experiments.EXPERIMENTS[name].question}*\n\n{said}\n")
     absent = [name for name in experiments.EXPERIMENTS if name not in readings]
-    missing = f"Not run in this setting: {', '.join(absent)}.\n" if absent else ""
-    return PAGE.format(setting=setting, missing=missing,
-                       table=table(["experiment", "question", "reading"], rows))  # fmt: skip
+    missing = f"\nNot run in this setting: {', '.join(absent)}.\n" if absent else ""
+    return PAGE.format(setting=setting, missing=missing, sections="\n".join(sections))
 
 
-def stale(results: Path, write: Callable[[str, Path], object]) -> list[str]:
+def write(runs: Path, setting: str, report: Callable[[str, Path], str]) -> dict[str, str]:
+    """Write every report of a setting and <runs>/<setting>.md over them; what they conclude.
+
+    report: (experiment, folder) -> writes its report and says what it concludes.
+    """
+    readings = {
+        name: report(name, folder)
+        for name in experiments.EXPERIMENTS
+        if any((folder := runs / name / setting).glob("*/seed[0-9]*.json"))
+    }
+    if readings:
+        write_text(runs / f"{setting}.md", markdown(setting, readings))
+    return readings
+
+
+def stale(results: Path, report: Callable[[str, Path], str]) -> list[str]:
     """The published reports that no longer follow from the trials beside them.
 
-    Each setting is copied and its report written again; text and JSON have to be the same. The
-    bytes of figures depend on the version of the plotting library and are not compared.
+    Each setting is copied, its reports and its overview written again; text and JSON have to be the
+    same. The bytes of figures depend on the version of the plotting library and are not compared.
 
     Args:
-        results: results/<experiment>/<setting>. write: (experiment, folder) -> writes its report.
+        results: results/<experiment>/<setting>. report: as for `write`.
     Returns:
         the files that differ, are new, or are no longer written.
     """
@@ -51,7 +66,10 @@ def stale(results: Path, write: Callable[[str, Path], object]) -> list[str]:
             copy = Path(place) / folder.parent.name / folder.name
             for path in copy.glob("report.md"):
                 path.unlink()
-            write(folder.parent.name, copy)
+        for setting in sorted({folder.name for folder in folders}):
+            write(Path(place), setting, report)
+        for folder in [results, *folders]:
+            copy = Path(place) / folder.relative_to(results)
             names = {
                 p.name for at in (folder, copy) for k in ("md", "json") for p in at.glob(f"*.{k}")
             }

@@ -61,6 +61,17 @@ def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
     return {"mean": middle, "interval": [middle - half, middle + half], "p": p, "seeds": known}
 
 
+def spread(found: Mapping[str, Any], form: str = ".2f") -> str:
+    """What `over_seeds` gives as a cell: mean ± standard deviation [interval]."""
+    if found["mean"] is None:
+        return "-"
+    text = format(found["mean"], form)
+    if found["interval"] is None:
+        return text
+    low, high = (format(x, form) for x in found["interval"])
+    return f"{text} ± {np.std(found['seeds'], ddof=1):{form.lstrip('+')}} [{low}, {high}]"
+
+
 def warnings(v: dict[str, Any]) -> str:
     """What a reader has to know before any number, as quoted lines."""
     notes = [f"Warning: {text}" for text in v["warnings"]]

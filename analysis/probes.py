@@ -67,21 +67,17 @@ def write(folder: Path) -> dict[str, Any]:
     """
     folder = folder.resolve()
     baselines, arms = judge.load(folder)
-    measured = {
-        arm: {seed: judge.read(path) for seed in trials
-              if (path := folder / arm / f"probing-seed{seed}.json").exists()}
-        for arm, trials in arms.items()
-    }  # fmt: skip
-    measured = {arm: found for arm, found in measured.items() if found}
+    measured = judge.measured(folder, arms, "probing")
     if not measured:
         raise ValueError(f"{folder} has no probed model yet: `make probing` makes it")
     found = compare.compare(folder, baselines, arms)
+    found["files"] += judge.measure_files(measured, "probing")
     found["probed"] = {arm: summarise(list(trials.values())) for arm, trials in measured.items()}
+    ablated = judge.measured(folder, arms, "ablation")
     found["ablated"] = {
-        arm: ablation.summarise([judge.read(path) for path in paths])
-        for arm in arms
-        if (paths := sorted((folder / arm).glob("ablation-seed*.json")))
+        arm: ablation.summarise(list(trials.values())) for arm, trials in ablated.items()
     }
+    found["files"] += judge.measure_files(ablated, "ablation")
     drawn = {"probes": draw(found)}
     if found["ablated"]:
         drawn["ablation"] = ablation.draw(found["ablated"])

@@ -1,15 +1,25 @@
 """Representations -> representation.json, report.md and figures; numbers of the measure's files."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import compare, figures, judge, subspaces
 from analysis.figures import label, span, table
-from analysis.page import limits, mean, over_seeds, provenance, warnings, write_folder
+from analysis.page import (
+    limits,
+    mean,
+    over_seeds,
+    provenance,
+    spread,
+    warnings,
+    write_folder,
+)
 
 KINDS = {"document": "documents (embedding)", "pair": "pairs (reranking)"}
 PAGE = """# {title}
@@ -25,7 +35,8 @@ PAGE = """# {title}
 All views are of the same {texts} documents and {texts} pairs: the mean over a text's tokens of the
 hidden state behind each adapted layer, each token at root mean square 1, as later blocks read it
 (the raw states vary almost only in one direction, that of the first token's massive activations).
-Values are means over seeds.
+Values are means over {seeds} seeds ± their standard deviation, with the 95 % interval over seeds
+(Student's t, which knows no limit such as CKA's 1).
 
 ## How alike are the models?
 
@@ -59,7 +70,7 @@ directions hold of the other's variance, 1 for as much as its own other half, 0 
 random directions. Direction: cosine of the two mean changes; tasks may share a subspace and pull
 apart in it.
 
-{stir}{subspaces}{maps}## What could not be concluded
+{stir}{overlap}{subspaces}{maps}## What could not be concluded
 
 {limits}
 
@@ -68,11 +79,15 @@ apart in it.
 {provenance}
 """
 MAPS = {"tsne": "t-SNE", "umap": "UMAP"}
+NONE = over_seeds([])
 CAPTIONS = {
     "layers": "CKA with the untrained base by layer: mean over seeds in a band from lowest to "
     "highest.",
     "spectra": "Singular values of ΔW by expert, each over its linear's largest, mean over linears "
     "and seeds.",
+    "stir": "What training added, by layer: STIR between documents and pairs, and the cosine of "
+    "the two mean changes; mean over seeds in a band from lowest to highest. Grey, for STIR: 1, as "
+    "much as a task's own other half, and 0, as random directions.",
     **{
         name: f"{method} of the features behind the last layer, first seed: documents and pairs in "
         "one map for each view. Distances between clusters and their sizes mean little in a map."
@@ -88,17 +103,14 @@ def write(folder: Path) -> dict[str, Any]:
     """
     folder = folder.resolve()
     baselines, arms = judge.load(folder)
-    measured = {
-        arm: {seed: judge.read(path) for seed in trials
-              if (path := folder / arm / f"representation-seed{seed}.json").exists()}
-        for arm, trials in arms.items()
-    }  # fmt: skip
-    measured = {arm: found for arm, found in measured.items() if found}
+    measured = judge.measured(folder, arms, "representation")
     if not measured:
         raise ValueError(f"{folder} has no measured model yet: `make representation` makes it")
     found = compare.compare(folder, baselines, arms)
+    found["files"] += judge.measure_files(measured, "representation")
     found["measured"] = {arm: summarise(list(trials.values())) for arm, trials in measured.items()}
     drawn = {"layers": draw_layers(found), "spectra": draw_spectra(measured),
+             "stir": draw_stir(found),
              **{name: draw_maps(measured, MAPS[name]) for name in MAPS}}  # fmt: skip
     write_folder(folder, {"representation.json": found}, markdown(found), drawn)
     return found
@@ -107,14 +119,9 @@ def write(folder: Path) -> dict[str, Any]:
 def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
     """One arm over its seeds."""
     first = trials[0]
-    rows = [row for trial in trials for row in trial["linears"]]
-    energy = [row["energy"] for trial in trials for row in trial["crosstalk"]]
-    pairs: dict[str, list[dict]] = {}
-    for row in rows:
-        for pair in row["pairs"]:
-            pairs.setdefault(" | ".join(pair["experts"]), []).append(pair)
     return {
         "first_layer": first["first_layer"],
+        "seeds": len(trials),
         "texts": first["texts"],
         "base": {
             kind: [[trial["cka"][kind]["model | base"][i] for trial in trials]
@@ -122,34 +129,28 @@ def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
             for kind in KINDS
         },
         "arms": {
-            kind: {arm: mean([trial["cka_arms"][kind][arm][-1] for trial in trials
-                               if arm in trial["cka_arms"][kind]])
+            kind: {arm: over_seeds([trial["cka_arms"][kind][arm][-1] for trial in trials
+                                    if arm in trial["cka_arms"][kind]])
                    for arm in first["cka_arms"][kind]}
             for kind in KINDS
         },
         "views": {
-            kind: {name: mean([trial["cka"][kind][name][-1] for trial in trials])
+            kind: {name: over_seeds([trial["cka"][kind][name][-1] for trial in trials])
                    for name in first["cka"][kind]}
             for kind in KINDS
         },
         "spectra": {
-            expert: {name: float(np.mean([row["alone"][expert][name] for row in rows]))
-                     for name in ("norm", "effective_rank", "stable_rank")}
+            expert: {name: over_seeds([
+                mean([row["alone"][expert][name] for row in trial["linears"]]) for trial in trials
+            ]) for name in ("norm", "effective_rank", "stable_rank")}
             for expert in first["experts"]
         },
         "pairs": {
-            name: {
-                **{f"{side}_{key}": float(np.mean([pair[side][key] for pair in found]))
-                   for side in ("inputs", "outputs") for key in ("overlap", "by_chance")},
-                "cosine": mean([pair["cosine"] for pair in found]),
-            }
-            for name, found in pairs.items()
+            " | ".join(pair["experts"]): _over_linears(trials, at)
+            for at, pair in enumerate(first["linears"][0]["pairs"])
         },
         "crosstalk": {
-            expert: float(np.exp(np.mean(np.log([
-                max(row[expert]["pair"], 1e-300) / max(row[expert]["document"], 1e-300)
-                for row in energy
-            ]))))
+            expert: over_seeds([_crosstalk(trial["crosstalk"], expert) for trial in trials])
             for expert in first["experts"]
         },
         "stir": [
@@ -159,6 +160,23 @@ def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
         ],
         **{what: subspaces.summarise(trials, what) for what in ("gradients", "deltas")},
     }  # fmt: skip
+
+
+def _over_linears(trials: list[dict[str, Any]], at: int) -> dict[str, dict[str, Any]]:
+    """A pair of experts: the mean over linears of each overlap and of the cosine, over seeds."""
+    of = [[row["pairs"][at] for row in trial["linears"]] for trial in trials]
+    return {
+        **{f"{side}_{key}": over_seeds([mean([pair[side][key] for pair in rows]) for rows in of])
+           for side in ("inputs", "outputs") for key in ("overlap", "by_chance")},
+        "cosine": over_seeds([mean([pair["cosine"] for pair in rows]) for rows in of]),
+    }  # fmt: skip
+
+
+def _crosstalk(rows: list[dict[str, Any]], expert: str) -> float:
+    """Geometric mean over linears of an expert's energy on pairs over that on documents."""
+    energy = [row["energy"][expert] for row in rows]
+    ratios = [max(e["pair"], 1e-300) / max(e["document"], 1e-300) for e in energy]
+    return float(np.exp(np.mean(np.log(ratios))))
 
 
 def reading(v: dict[str, Any]) -> str:
@@ -173,7 +191,7 @@ def reading(v: dict[str, Any]) -> str:
             )
     for arm, found in v["measured"].items():
         near = {
-            other: [found["arms"][kind].get(other) for kind in KINDS]
+            other: [found["arms"][kind].get(other, NONE)["mean"] for kind in KINDS]
             for other in ("emb-only", "rank-only")
         }
         if arm in near or None in (value for values in near.values() for value in values):
@@ -195,8 +213,8 @@ def reading(v: dict[str, Any]) -> str:
         )
     moe = v["measured"].get("joint-moe")
     if moe and moe["pairs"]:
-        most = max(moe["pairs"], key=lambda name: moe["pairs"][name]["outputs_overlap"])
-        pair = moe["pairs"][most]
+        most = max(moe["pairs"], key=lambda name: moe["pairs"][name]["outputs_overlap"]["mean"])
+        pair = {key: row["mean"] for key, row in moe["pairs"][most].items()}
         said.append(
             f"Of Joint-MoE's experts, {most.replace(' | ', ' and ')} write into the most alike "
             f"spaces: overlap {pair['outputs_overlap']:.2f} against "
@@ -214,30 +232,30 @@ def markdown(v: dict[str, Any]) -> str:
     models, views, spectra, pairs, crosstalk, stir = [], [], [], [], [], []
     for arm, found in v["measured"].items():
         for kind, text in KINDS.items():
-            with_base = _two(mean(found["base"][kind][-1]))
-            others = [_two(found["arms"][kind].get(other)) for other in
+            with_base = spread(over_seeds(found["base"][kind][-1]))
+            others = [spread(found["arms"][kind].get(other, NONE)) for other in
                       ("emb-only", "rank-only", "joint-single")]  # fmt: skip
             models.append([label(arm), text, with_base, *others])
         for name in found["views"]["pair"]:
             if "base" not in name and "model" not in name:
-                cells = [_two(found["views"][kind][name]) for kind in KINDS]
+                cells = [spread(found["views"][kind][name]) for kind in KINDS]
                 views.append([label(arm), name.replace(" | ", " with "), *cells])
         for expert, row in found["spectra"].items():
-            spectra.append([label(arm), expert, *(f"{row[k]:.2f}" for k in row)])
-            crosstalk.append([label(arm), expert, f"{found['crosstalk'][expert]:.2f}"])
+            spectra.append([label(arm), expert, *map(spread, row.values())])
+            crosstalk.append([label(arm), expert, spread(found["crosstalk"][expert])])
         for name, row in found["pairs"].items():
             pairs.append([
                 label(arm), name.replace(" | ", " with "),
-                f"{row['inputs_overlap']:.3f}", f"{row['inputs_by_chance']:.3f}",
-                f"{row['outputs_overlap']:.3f}", f"{row['outputs_by_chance']:.3f}",
-                "-" if row["cosine"] is None else f"{row['cosine']:+.3f}",
+                *(text for side in ("inputs", "outputs") for text in
+                  (spread(row[f"{side}_overlap"]), f"{row[f'{side}_by_chance']['mean']:.2f}")),
+                spread(row["cosine"], "+.2f"),
             ])  # fmt: skip
         for i, row in enumerate(found["stir"]):
             stir.append([
                 label(arm), str(found["first_layer"] + i),
-                f"{_signed(row['stir']['mean'])} {span(row['stir']['interval'])}",
-                _two(row["cross"]["mean"]), _two(row["within"]["mean"]), _two(row["null"]["mean"]),
-                f"{row['k']['mean']:.0f}", _signed(row["direction"]["mean"]),
+                spread(row["stir"], "+.2f"), spread(row["cross"]), spread(row["within"]),
+                f"{row['null']['mean']:.2f}", f"{row['k']['mean']:.0f}",
+                spread(row["direction"], "+.2f"),
             ])  # fmt: skip
     one = next(iter(v["measured"].values()))
     unsure = limits(v)
@@ -250,6 +268,7 @@ def markdown(v: dict[str, Any]) -> str:
         notes=warnings(v),
         reading=reading(v),
         texts=one["texts"]["pair"],
+        seeds=" or ".join(map(str, sorted({found["seeds"] for found in v["measured"].values()}))),
         models=table(["arm", "texts", "base", "Emb-Only", "Rank-Only", "Joint-Single"], models),
         layers=_picture("layers"),
         views=table(["arm", "experts", *KINDS.values()], views) if views else none,
@@ -259,6 +278,7 @@ def markdown(v: dict[str, Any]) -> str:
         values=_picture("spectra"),
         crosstalk=table(["arm", "expert", "crosstalk"], crosstalk),
         stir=table(["arm", "layer", "STIR", "cross", "within", "null", "k", "direction"], stir),
+        overlap=_picture("stir"),
         subspaces=subspaces.markdown(v["measured"], label),
         maps="".join(_picture(name) for name in MAPS),
         limits="\n".join(f"- {text}" for text in unsure),
@@ -270,35 +290,54 @@ def _picture(name: str) -> str:
     return f"![{name}]({name}.png)\n\n*{CAPTIONS[name]}*\n\n"
 
 
-def _two(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.2f}"
-
-
 def draw_layers(v: dict[str, Any]) -> Figure:
     """CKA with the base by layer, a panel a kind of text, a line an arm."""
+    titles = {kind: text.capitalize() for kind, text in KINDS.items()}
+    figure, panels = _by_layer(v, titles, lambda found, kind: found["base"][kind])
+    panels[0].set_ylabel("CKA with the base")
+    return figure
+
+
+def draw_stir(v: dict[str, Any]) -> Figure:
+    """STIR between the tasks' changes and the cosine of their means by layer, a line an arm."""
+    titles = {"stir": "Shared subspace", "direction": "Mean change"}
+    figure, panels = _by_layer(
+        v, titles, lambda found, key: [row[key]["seeds"] for row in found["stir"]]
+    )
+    for axes, name in zip(panels, ("STIR", "cosine"), strict=True):
+        axes.set_ylabel(name)
+        for level in (0, 1):
+            axes.axhline(level, color=figures.GREY, linewidth=0.6, zorder=0)
+    return figure
+
+
+def _by_layer(
+    v: dict[str, Any], titles: dict[str, str],
+    values: Callable[[dict[str, Any], str], list[list[float]]],
+) -> tuple[Figure, list[Axes]]:  # fmt: skip
+    """A panel a title, a line an arm over the layers: the mean over seeds in a band from lowest to
+    highest. values: (an arm's numbers, the title's key) -> by layer, the seeds' values."""
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(figures.WIDTH, 2.4), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
+        panels = figure.subplots(1, len(titles), sharey=True)
         spare = dict(zip([a for a in v["measured"] if a not in figures.COLOURS], figures.SPARE,
                          strict=False))  # fmt: skip
-        for axes, (kind, text) in zip(panels, KINDS.items(), strict=True):
+        for axes, (key, title) in zip(panels, titles.items(), strict=True):
             for at, (arm, found) in enumerate(v["measured"].items()):
-                w = np.array(found["base"][kind], dtype=float)  # (layers, seeds)
-                x = found["first_layer"] + np.arange(len(w))
+                rows = values(found, key)
+                known = [i for i, row in enumerate(rows) if row]
                 colour = figures.COLOURS.get(arm, spare.get(arm, figures.GREY))
-                axes.plot(x, w.mean(1), color=colour, linestyle=figures.DASHES[at % 4],
-                          marker="o", markersize=2.5, label=label(arm))  # fmt: skip
-                axes.fill_between(x, w.min(1), w.max(1), color=colour, alpha=0.15, linewidth=0)
-                axes.set_xticks(x)
-            axes.set_title(text.capitalize(), fontweight="bold")
+                x = [found["first_layer"] + i for i in known]
+                axes.plot(x, [np.mean(rows[i]) for i in known], color=colour, marker="o",
+                          linestyle=figures.DASHES[at % 4], markersize=2.5,
+                          label=label(arm))  # fmt: skip
+                axes.fill_between(x, [min(rows[i]) for i in known], [max(rows[i]) for i in known],
+                                  color=colour, alpha=0.15, linewidth=0)  # fmt: skip
+                axes.set_xticks([found["first_layer"] + i for i in range(len(rows))])
+            axes.set_title(title, fontweight="bold")
             axes.set_xlabel("layer")
-        panels[0].set_ylabel("CKA with the base")
-        panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        return figure
+        panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return figure, list(panels)
 
 
 def draw_spectra(measured: dict[str, dict[int, dict[str, Any]]]) -> Figure:

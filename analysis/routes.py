@@ -9,10 +9,19 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import compare, figures, judge
-from analysis.figures import TASKS, label, span, table
-from analysis.page import limits, over_seeds, provenance, warnings, write_folder
+from analysis.figures import TASKS, label, table
+from analysis.page import (
+    limits,
+    mean,
+    over_seeds,
+    provenance,
+    spread,
+    warnings,
+    write_folder,
+)
 from eval import stats
 
+SHIFTS = ("task", "template", "content")
 KINDS = {"query": "queries", "document": "documents", "pair": "pairs"}
 PAGE = """# {title}
 
@@ -26,14 +35,15 @@ PAGE = """# {title}
 
 ## Does routing follow the task?
 
-Mean over layers and seeds ({texts} texts a kind). Information: what the expert, drawn with a text's
-weights, tells about its task, in bits of at most 1, beside its mean when the labels are
-shuffled; sure: the share of layers and seeds in which chance is ruled out ({shuffles:,} shuffles,
-Holm over layers and seeds). Read off: how often a linear reader of the weights tells the task of a
-text that it has not seen, 50 % by chance; soft weights can be read without fail and still hardly
-act on the task. Shift: total variation between mean weights: of the two tasks; of the pair with
-and without its template (`template`, the same words); of the bare pair and the document alone
-(`content`, no template in either).
+Means over layers and {seeds} seeds, ± the standard deviation over seeds, with the 95 % interval
+over seeds ({texts} texts a kind). Information: what the expert, drawn with a text's weights, tells
+about its task, in bits of at most 1, beside its mean when the labels are shuffled; sure: the share
+of layers and seeds in which chance is ruled out ({shuffles:,} shuffles, Holm over layers and
+seeds). Read off: how often a linear reader of the weights tells the task of a text that it has not
+seen, 50 % by chance; soft weights can be read without fail and still hardly act on the task. Shift:
+total variation between mean weights: of the two tasks; of the pair with and without its template
+(`template`, the same words); of the bare pair and the document alone (`content`, no template in
+either).
 
 {task}## Expert by expert
 
@@ -73,15 +83,11 @@ def write(folder: Path) -> dict[str, Any]:
     """
     folder = folder.resolve()
     baselines, arms = judge.load(folder)
-    measured = {
-        arm: {seed: judge.read(path) for seed in trials
-              if (path := folder / arm / f"routing-seed{seed}.json").exists()}
-        for arm, trials in arms.items()
-    }  # fmt: skip
-    measured = {arm: found for arm, found in measured.items() if found}
+    measured = judge.measured(folder, arms, "routing")
     if not measured:
         raise ValueError(f"{folder} has no measured routing yet: `make routing` makes it")
     found = compare.compare(folder, baselines, arms)
+    found["files"] += judge.measure_files(measured, "routing")
     found["measured"] = {arm: summarise(trials) for arm, trials in measured.items()}
     drawn = {"layers": draw(found, measured)}
     with matplotlib.rc_context(figures.STYLE):
@@ -97,14 +103,14 @@ def summarise(trials: dict[int, dict[str, Any]]) -> dict[str, Any]:
     first = next(iter(trials.values()))
     every = list(trials.values())
 
-    def told(rows: Callable[[dict[str, Any]], list[dict[str, float]]]) -> dict[str, float]:
-        flat = [row for trial in every for row in rows(trial)]
-        adjusted = stats.holm([row["p"] for row in flat])
-        return {
-            "nats": float(np.mean([row["nats"] for row in flat])),
-            "by_chance": float(np.mean([row["by_chance"] for row in flat])),
-            "sure": float(np.mean([p <= stats.ALPHA for p in adjusted])),
-        }
+    def told(rows: Callable[[dict[str, Any]], list[dict[str, float]]]) -> dict[str, Any]:
+        adjusted = stats.holm([row["p"] for trial in every for row in rows(trial)])
+        of = {name: over_seeds([mean([row[name] for row in rows(trial)]) for trial in every])
+              for name in ("nats", "by_chance")}  # fmt: skip
+        return {**of, "sure": float(np.mean([p <= stats.ALPHA for p in adjusted]))}
+
+    def means(value: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
+        return over_seeds([value(trial) for trial in every])
 
     dead = [name for trial in every for layer in trial["dead"] for name in layer]
     depth = sum(len(trial["dead"]) for trial in every)
@@ -115,17 +121,22 @@ def summarise(trials: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "texts": first["texts"],
         "shuffles": first["shuffles"],
         "task": told(lambda trial: trial["task"]),
-        "decoded": over_seeds([float(np.mean(trial["decoded"])) for trial in every]),
+        "decoded": means(lambda trial: float(np.mean(trial["decoded"]))),
         "domain": {kind: told(lambda trial, k=kind: trial["domain"][k]) for kind in KINDS},
         "shift": {
-            name: float(np.mean([trial["shift"][name] for trial in every]))
+            name: means(lambda trial, of=name: float(np.mean(trial["shift"][of])))
             for name in first["shift"]
         },
-        "entropy": {t: float(np.mean([trial["entropy"][t] for trial in every])) for t in TASKS},
-        "within": float(np.mean([trial["within"] for trial in every])),
-        "between": float(np.mean([trial["between"] for trial in every])),
+        "entropy": {
+            t: means(lambda trial, t=t: float(np.mean(trial["entropy"][t]))) for t in TASKS
+        },
+        "within": means(lambda trial: float(np.mean(trial["within"]))),
+        "between": means(lambda trial: float(np.mean(trial["between"]))),
         "weights": {
-            kind: np.mean([np.mean(trial["means"][kind], 0) for trial in every], 0).tolist()
+            kind: [
+                means(lambda trial, kind=kind, e=e: float(np.mean(trial["means"][kind], 0)[e]))
+                for e in range(len(first["experts"]))
+            ]
             for kind in first["means"]
         },
         "dead": {name: dead.count(name) / depth for name in first["experts"]},
@@ -142,13 +153,13 @@ BIT = float(np.log(2))
 def reading(v: dict[str, Any]) -> str:
     said = []
     for arm, found in v["measured"].items():
-        task, shift = found["task"], found["shift"]
+        task, shift = found["task"], {name: row["mean"] for name, row in found["shift"].items()}
         text = (
-            f"{label(arm)}'s routing tells {task['nats'] / BIT:.4f} bits of the task's 1 "
-            f"({task['by_chance'] / BIT:.4f} by chance), sure in {100 * task['sure']:.0f} % of the "
-            f"layers and seeds; a linear reader of the weights tells the task in "
-            f"{100 * found['decoded']['mean']:.0f} % of the texts (50 % by chance); the mean "
-            f"weights of the two tasks lie {100 * shift['task']:.1f} % apart"
+            f"{label(arm)}'s routing tells {task['nats']['mean'] / BIT:.4f} bits of the task's 1 "
+            f"({task['by_chance']['mean'] / BIT:.4f} by chance), sure in "
+            f"{100 * task['sure']:.0f} % of the layers and seeds; a linear reader of the weights "
+            f"tells the task in {100 * found['decoded']['mean']:.0f} % of the texts (50 % by "
+            f"chance); the mean weights of the two tasks lie {100 * shift['task']:.1f} % apart"
         )
         found_in = {name: f"{100 * shift[name]:.1f} %" for name in ("template", "content")}
         if found_in["template"] == found_in["content"]:
@@ -168,16 +179,16 @@ def reading(v: dict[str, Any]) -> str:
 def markdown(v: dict[str, Any], curves: bool) -> str:
     task, experts, domain = [], [], []
     for arm, found in v["measured"].items():
-        shift = [f"{100 * found['shift'][name]:.1f} %" for name in ("task", "template", "content")]
+        shift = [_scaled(found["shift"][name], 100, ".1f") for name in SHIFTS]
         task.append([
-            label(arm), *_told(found["task"]), _percent(found["decoded"]), *shift,
-            *(f"{found['entropy'][t]:.2f}" for t in TASKS),
-            f"{found['within']:.4f}", f"{found['between']:.4f}",
+            label(arm), *_told(found["task"]), _scaled(found["decoded"], 100, ".0f"), *shift,
+            *(spread(found["entropy"][t]) for t in TASKS),
+            spread(found["within"], ".4f"), spread(found["between"], ".4f"),
         ])  # fmt: skip
         for at, name in enumerate(found["experts"]):
             roles = [f"{t} {n}" for t, n in found["roles"][name].items() if n]
             experts.append([
-                label(arm), name, *(f"{found['weights'][kind][at]:.3f}" for kind in KINDS),
+                label(arm), name, *(spread(found["weights"][kind][at]) for kind in KINDS),
                 f"{100 * found['dead'][name]:.0f} %", ", ".join(roles) or "-",
             ])  # fmt: skip
         for kind, text in KINDS.items():
@@ -193,8 +204,9 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
         notes=warnings(v),
         reading=reading(v),
         texts=next(iter(one["texts"].values())),
+        seeds=" or ".join(map(str, sorted({len(f["seeds"]) for f in v["measured"].values()}))),
         shuffles=one["shuffles"],
-        task=table([*head, "read off", "shift: task", "template", "content",
+        task=table([*head, "read off (%)", "shift: task (%)", "template (%)", "content (%)",
                     "entropy, retrieval (nats)", "entropy, reranking", "variance within a task",
                     "between tasks"], task),
         experts=table(["arm", "expert", *KINDS.values(), "dead", "role (seeds)"], experts),
@@ -211,13 +223,13 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
     )  # fmt: skip
 
 
-def _percent(found: dict[str, Any]) -> str:
-    around = found["interval"] and [100 * x for x in found["interval"]]
-    return f"{100 * found['mean']:.0f} % {span(around, 1, '', 0)}"
+def _scaled(found: dict[str, Any], factor: float, form: str) -> str:
+    """`page.spread` in another unit."""
+    return spread(over_seeds([factor * value for value in found["seeds"]]), form)
 
 
-def _told(found: dict[str, float]) -> list[str]:
-    return [f"{found['nats'] / BIT:.4f}", f"{found['by_chance'] / BIT:.4f}",
+def _told(found: dict[str, Any]) -> list[str]:
+    return [_scaled(found["nats"], 1 / BIT, ".4f"), f"{found['by_chance']['mean'] / BIT:.4f}",
             f"{100 * found['sure']:.0f} %"]  # fmt: skip
 
 

@@ -39,7 +39,8 @@ PAGE = """# {title}
 I = 100 (specialist - joint) / specialist, in % of nDCG@10, with its 95 % interval over seeds and
 queries. Holm: over all {family} rows with an interval. A size at which training gained the
 specialist less than 5.00 over its own untrained base is not measurable, which is not "no
-interference". Detectable: with 80 % power at Holm's first step.
+interference". Detectable: with 80 % power at Holm's first step. Of the same queries BM25 has
+{bm25}; no order of its candidates has more than {ceiling}.
 
 {sizes}{picture}## Slopes
 
@@ -72,10 +73,10 @@ def write(folder: Path) -> dict[str, Any]:
     Raises ValueError as `judge.load`, and for a size without its baselines.
     """
     folder = folder.resolve()
-    _, arms = judge.load(folder)
+    baselines, arms = judge.load(folder)
     if not arms:
         raise ValueError(f"{folder} has no trial yet: `make scale-study` makes them")
-    found = study(folder, arms)
+    found = study(folder, baselines, arms)
     drawn = {"scale": draw(found)} if any(row.get("interval") for row in found["rows"]) else {}
     write_folder(folder, {"scale.json": found}, markdown(found), drawn)
     return found
@@ -147,7 +148,7 @@ def _alike(mine: dict, theirs: dict) -> bool:
     return all(mine.get(k) == theirs.get(k) for k in mine.keys() | theirs.keys() if k not in FREE)
 
 
-def study(folder: Path, arms: dict[str, dict[int, dict]]) -> dict[str, Any]:
+def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
     """Every number of the report."""
     experiment = experiments.EXPERIMENTS[folder.parent.name]
     ladder = Ladder()
@@ -168,6 +169,7 @@ def study(folder: Path, arms: dict[str, dict[int, dict]]) -> dict[str, Any]:
         "expected": experiment.expected,
         "split": first["config"]["split"],
         "seeds_planned": experiments.seeds(folder.parent.name, folder.name),
+        "references": judge.references(baselines),
         "rows": rows,
         "slopes": slopes.fits(rows, ladder.scores, ladder.labels),
         "seconds": sum(sum(file["seconds"].values()) for file in files.values()),
@@ -319,6 +321,7 @@ def markdown(v: dict[str, Any]) -> str:
         "detectable",
         "flattest without one size",
     ]
+    bm25 = v["references"]["bm25"]
     drawn = any(row["interval"] for row in v["rows"] if not row.get("missing"))
     return PAGE.format(
         v=v,
@@ -326,6 +329,8 @@ def markdown(v: dict[str, Any]) -> str:
         notes=warnings(v),
         reading=reading(v),
         family=sum(row.get("p") is not None for row in v["rows"]),
+        bm25=" and ".join(f"{100 * bm25[task]:.2f} on {name}" for task, name in TASKS.items()),
+        ceiling=f"{100 * v['references']['ceiling']['reranking']:.2f}",
         sizes=table(head, rows),
         picture=f"![scale](scale.png)\n\n*{CAPTION}*\n\n" if drawn else "",
         slopes=table(top, slopes) if slopes else "Fewer than two sizes are measurable.\n\n",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from analysis.figures import table
 from analysis.gradients import task_gradient
+from analysis.page import over_seeds, spread
 from analysis.subspace import between, ratio
 from model.lora import LinearGroup
 from model.unimoer import UniMoER
@@ -20,6 +21,7 @@ from train.batches import TrainingData
 from train.start import Piece, pieces
 
 SIDES = ("inputs", "outputs")
+MEANS = ("cross", "within", "null", "k")
 BATCHES = 2  # of each task in each half of the probe set
 Rows = list[dict[str, Any]]  # of one linear and side each
 
@@ -89,23 +91,25 @@ def _between(e: tuple[Tensor, Tensor], r: tuple[Tensor, Tensor]) -> dict[str, An
 
 
 def summarise(trials: list[dict[str, Any]], what: str) -> dict[str, dict[str, Any]]:
-    """side -> means over linears and seeds of what `between` gives, STIR from these means."""
+    """side -> over seeds, the means over linears of what `between` gives, and STIR of these."""
     found = {}
     for side in SIDES:
-        rows = [row for trial in trials for row in trial[what] if row["side"] == side]
-        if rows:
-            mean = {k: float(np.mean([row[k] for row in rows]))
-                    for k in ("cross", "within", "null", "k")}  # fmt: skip
-            stir = ratio(mean["cross"], mean["within"], mean["null"])
-            found[side] = {"stir": stir, **mean, "linears": len(rows)}
+        of = [[row for row in trial[what] if row["side"] == side] for trial in trials]
+        means = [
+            {k: float(np.mean([row[k] for row in rows])) for k in MEANS} for rows in of if rows
+        ]
+        if means:
+            stir = [ratio(m["cross"], m["within"], m["null"]) for m in means]
+            rows = {k: over_seeds([m[k] for m in means]) for k in MEANS}
+            found[side] = {"stir": over_seeds(stir), **rows, "linears": sum(map(len, of))}
     return found
 
 
 TEXT = """The same of the gradients behind the last step (halves: two of the probe set) and of the
 weights' changes (of the embedding and the reranking expert, or of the specialists, in the row of
-Rank-Only; halves: two seeds), by what a linear reads and where it writes. Means over linears and
-seeds, STIR from these means; none where Within is less than 0.05 above Null: there a task does not
-share its directions with itself.
+Rank-Only; halves: this seed and the one before, so that neighbouring seeds share a model), by what
+a linear reads and where it writes. Means over linears, STIR from a seed's means; none where Within
+is less than 0.05 above Null: there a task does not share its directions with itself.
 
 """
 
@@ -116,11 +120,11 @@ def markdown(measured: dict[str, dict[str, Any]], label) -> str:
     for name in ("gradients", "deltas"):
         for arm, found in measured.items():
             for side, row in found[name].items():
-                cells = [f"{row[k]:.2f}" for k in ("cross", "within", "null")]
-                stir = "-" if row["stir"] is None else f"{row['stir']:+.2f}"
-                rows.append([name.replace("deltas", "changes"), label(arm), side, stir, *cells,
-                             f"{row['k']:.0f}", str(row["linears"])])  # fmt: skip
+                cells = [spread(row["stir"], "+.2f"), spread(row["cross"]), spread(row["within"]),
+                         f"{row['null']['mean']:.2f}", f"{row['k']['mean']:.0f}"]  # fmt: skip
+                counts = [str(row["linears"]), str(len(row["k"]["seeds"]))]
+                rows.append([name.replace("deltas", "changes"), label(arm), side, *cells, *counts])
     if not rows:
         return ""
-    head = ["of", "arm", "side", "STIR", "cross", "within", "null", "k", "linears"]
+    head = ["of", "arm", "side", "STIR", "cross", "within", "null", "k", "linears", "seeds"]
     return TEXT + table(head, rows)

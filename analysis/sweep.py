@@ -13,7 +13,7 @@ import numpy as np
 
 import experiments
 from analysis import judge
-from analysis.figures import METRIC, TASKS, label, table
+from analysis.figures import METRIC, REFERENCE_ROWS, TASKS, label, table
 
 SWEPT = ("learning_rate", "clip")
 PAGE = """# {title}
@@ -108,8 +108,13 @@ def _markdown(choice: dict[str, Any], baselines: dict, config: dict) -> str:
             ]
             for row in sorted(rows, key=lambda row: [row[key] for key in SWEPT])
         ]
+        known = [
+            [REFERENCE_ROWS[name], "-", *(f"{100 * of[t]:.2f}" if t in of else "-" for t in tasks),
+             "-", "-"]
+            for name, of in judge.references(baselines).items() if of.keys() & set(tasks)
+        ]  # fmt: skip
         head = ["learning rate", "clip", *(TASKS[task] for task in tasks), "mean", "gradient norm"]
-        tables += f"**{label(arm)}**\n\n{table(head, cells)}"
+        tables += f"**{label(arm)}**\n\n{table(head, [*known, *cells])}"
     if choice["missing"]:
         tables += f"Missing: {', '.join(choice['missing'])}.\n\n"
     queries = {task: len(baselines["untrained"][task]) for task in TASKS}
@@ -136,8 +141,11 @@ def _literal(choice: dict[str, Any]) -> str:
 
 
 def summary(choice: dict[str, Any]) -> str:
-    """The choice for a terminal."""
-    lines = [f"sweep {choice['setting']}: chosen for experiments.TUNED", _literal(choice)]
-    if choice["missing"]:
-        lines.append(f"missing: {', '.join(choice['missing'])}")
-    return "\n".join(lines)
+    """The choice for a terminal; the report has it as it stands in `experiments.TUNED`."""
+    chosen = "; ".join(
+        f"{label(arm)} {values['learning_rate']:g} and {values['clip']:g}"
+        for arm, values in choice["chosen"].items()
+    )
+    text = f"sweep {choice['setting']}: learning rate and clipping of each arm: {chosen}."
+    missing = f"\nmissing: {', '.join(choice['missing'])}"
+    return text + missing if choice["missing"] else text

@@ -9,7 +9,7 @@ from pathlib import Path
 from eval import hub, metrics
 from eval.collections import Collection, load, missing
 from eval.files import write_json, write_text
-from eval.metrics import METRICS
+from eval.metrics import METRICS, MRR_10
 from eval.protocol import EvaluationSet, Scores
 from model import bases
 from model.heads import truncate
@@ -136,31 +136,35 @@ def rows_of(result: dict) -> dict[str, Scores]:
 def show(result: dict) -> None:
     """A table of one collection's means."""
     print(f"{result['data']['name']}, {result['split']}, {result['model']}")
-    print(f"{'':28}" + "".join(f"{name:>13}" for name in METRICS))
+    shown = (*METRICS, MRR_10)
+    print(f"{'':28}" + "".join(f"{name:>19}" for name in shown))
     for name, scores in rows_of(result).items():
-        cells = "".join(f"{metrics.mean(scores, m):13.4f}" for m in METRICS)
+        cells = "".join(f"{metrics.mean(scores, m):19.4f}" for m in shown)
         print(f"{name:28}{cells}")
 
 
 def summary(title: str, found: dict[str, list[dict] | str]) -> str:
-    """nDCG@10 of each row (of several results: their mean), and the mean of the measured rows.
+    """Each row (of several results: their mean), and the mean of the measured rows.
+
+    nDCG@10; of mMARCO MRR@10, which its authors measure.
 
     Args:
         found: row -> its results, or why there is none.
     """
+    metric, name_of = ("ndcg_cut_10", "nDCG@10") if title != "mmarco" else (MRR_10, "MRR@10")
     means: dict[str, list[float]] = {}
     columns: list[str] = []
     for name, results in found.items():
         if isinstance(results, str):
             continue
         each = [
-            {what: metrics.mean(scores, "ndcg_cut_10") for what, scores in rows_of(result).items()}
+            {what: metrics.mean(scores, metric) for what, scores in rows_of(result).items()}
             for result in results
         ]
         columns = list(each[0])
         means[name] = [sum(row[c] for row in each) / len(each) for c in columns]
     lines = [
-        f"| {title}, nDCG@10 | {' | '.join(columns)} |",
+        f"| {title}, {name_of} | {' | '.join(columns)} |",
         f"| --- |{' ---: |' * len(columns)}",
     ]
     for name, results in found.items():

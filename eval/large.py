@@ -1,8 +1,8 @@
 """`python -m eval encode | search`: retrieval over a corpus that no memory holds.
 
 encode: a saved model's vectors of a collection's documents (a BEIR folder, or a name that
-eval/hub.py knows) in shards on disk; goes on where it was stopped. Under torchrun every rank
-encodes its share of the shards.
+eval/hub.py knows), or the first --dimensions of them, in shards on disk; goes on where it was
+stopped. Under torchrun every rank encodes its share of the shards.
 search: the judged queries of a split against all of them, exactly, within --memory; through FAISS
 as well where --index asks for it. What the collection excludes for a query is taken out, and its
 own prompt for queries replaces the model's. A JSON with per-query scores, and a table.
@@ -31,6 +31,7 @@ from eval.retrieval import Ids, cut, exact, plan, to_run
 from eval.sources import Qrels, Sources, lacking, read_qrels, read_queries, read_splits
 from eval.vectors import DTYPES, WINDOW, Vectors, encode
 from model import bases
+from model.heads import truncate
 from model.unimoer import UniMoER
 from model.weights import revision
 
@@ -72,7 +73,7 @@ def run_encode(args: argparse.Namespace) -> None:
     stored = encode(
         UniMoER.from_pretrained(args.model, args.device), sources, folder,
         revision=revision(args.model), window=args.window, dtype=args.dtype,
-        rank=rank, world=world, progress=rank == 0,
+        dimension=args.dimensions, rank=rank, world=world, progress=rank == 0,
     )  # fmt: skip
     left = f", {len(missing)} still missing" if (missing := stored.missing()) else ""
     print(
@@ -97,6 +98,11 @@ def run_search(args: argparse.Namespace) -> None:
                 f"{stored.folder} is of another model or data ({what}: {found!r} there, "
                 f"{expected!r} now): give its --model and --data, or encode into another --vectors"
             )
+    if args.dimensions not in (0, stored.dimension):
+        raise ValueError(
+            f"{stored.folder} holds vectors of {stored.dimension} dimensions, not of "
+            f"{args.dimensions}: leave out --dimensions, or encode with it into another --vectors"
+        )
     ids = stored.ids()
     block = plan(
         args.memory * 1e9, len(judged.qrels), len(ids), stored.dimension,
@@ -125,9 +131,10 @@ def run_search(args: argparse.Namespace) -> None:
         },
         "vectors": {k: stored.manifest[k] for k in ("dtype", "dimension", "document_tokens")},
     }  # fmt: skip
-    name = f"{sources.name.lower()}-{judged.split}" + (
-        "" if args.index == "exact" else f"-{args.index}"
-    )
+    name = "-".join([
+        sources.name.lower(), judged.split, *[f"{args.dimensions}d"] * bool(args.dimensions),
+        *[args.index] * (args.index != "exact"),
+    ])  # fmt: skip
     place = Path(args.out) / "search" / args.name / f"{name}.json"
     result = json.loads(place.read_text()) if place.exists() else None
     if result is not None and {k: result[k] for k in origin} != origin:
@@ -187,7 +194,7 @@ def _measure(
         if judged.prompt:
             model.tokenizer = model.tokenizer.with_query(judged.prompt)
         prompts = vars(model.tokenizer.prompts)
-        asked = model.encode_query(list(judged.queries.values()))
+        asked = truncate(model.encode_query(list(judged.queries.values())), stored.dimension)
         del model  # its memory is the search's
     found: dict = {"prompts": prompts, "device": device_name(args.device), "seconds": seconds}
     rankings: dict[str, Tensor] = {}
@@ -268,7 +275,8 @@ def _find(data: str) -> Sources:
 
 
 def _folder(args: argparse.Namespace, data: str) -> Path:
-    return Path(args.vectors or f"{args.out}/vectors/{args.name}/{data.lower()}")
+    short = f"-{args.dimensions}d" if args.dimensions else ""
+    return Path(args.vectors or f"{args.out}/vectors/{args.name}/{data.lower()}{short}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -279,6 +287,8 @@ def parser() -> argparse.ArgumentParser:
                         "msmarco, scifact, bright/biology, miracl/sw, mmarco/es")  # fmt: skip
     common.add_argument("--out", default="runs/eval", help="folder of the results")
     common.add_argument("--vectors", default="", help="their folder; default: under --out")
+    common.add_argument("--dimensions", type=int, default=0, help="how many of the vectors' first "
+                        "ones are kept and compared (Matryoshka); 0: all")  # fmt: skip
     common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
     commands = made.add_subparsers(dest="command", required=True)

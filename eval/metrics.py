@@ -60,17 +60,19 @@ def _value(row: Mapping[str, float], metric: str) -> float:
 
 
 def mean(per_query: Mapping[str, Mapping[str, float]], metric: str) -> float:
-    """The metric's mean over queries.
+    """The metric's mean over queries; recip_rank_cut_10 is read off recip_rank where it is absent.
 
     Raises:
         ValueError: there is no query, or no such metric.
     """
     if not per_query:
         raise ValueError(f"no query to average {metric!r} over: the split has no judged query")
-    absent = [query for query, row in per_query.items() if metric not in row]
-    if absent:
-        raise ValueError(f"metric {metric!r} is absent for query {absent[0]!r}: use {METRICS}")
-    return float(np.mean([row[metric] for row in per_query.values()]))
+    values = []
+    for query, row in per_query.items():
+        if metric not in row and not (metric == MRR_10 and "recip_rank" in row):
+            raise ValueError(f"metric {metric!r} is absent for query {query!r}: use {METRICS}")
+        values.append(row[metric] if metric in row else _value(row, metric))
+    return float(np.mean(values))
 
 
 def ideal(

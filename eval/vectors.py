@@ -24,6 +24,7 @@ from tqdm import tqdm
 from eval.files import write_array, write_json
 from eval.machine import trim_heap
 from eval.sources import Sources, documents
+from model.heads import truncate
 from model.unimoer import UniMoER
 
 FORMAT = 1
@@ -86,6 +87,7 @@ def encode(
     revision: str,
     window: int = WINDOW,
     dtype: str = "float16",
+    dimension: int = 0,
     rank: int = 0,
     world: int = 1,
     progress: bool = False,
@@ -101,6 +103,8 @@ def encode(
             bound what is in memory.
         dtype: of the vectors on disk. Components of unit vectors lose at most 2^-11 of their size
             in float16 (below 6e-5: 3e-8).
+        dimension: how many of their first components are kept, at unit length again (Matryoshka);
+            0: all.
     Returns:
         what lies in the folder; `missing` names the shards that other ranks still have to encode.
     Raises:
@@ -113,6 +117,8 @@ def encode(
             f"dtype={dtype!r}, window={window}, rank={rank} of {world}: expected a dtype of "
             f"{DTYPES}, a window of at least 1 and 0 <= rank < world"
         )
+    if not 0 <= dimension <= (width := model.decoder.config.hidden_size):
+        raise ValueError(f"dimension={dimension}: expected 1 to {width}, or 0 for all")
     with _alone(folder, f"{rank}-of-{world}"):
         count, mark = survey(sources)
         manifest = {
@@ -120,7 +126,7 @@ def encode(
             "prompt": model.config.prompts.document,
             "document_tokens": model.config.document_tokens, "data": sources.name,
             "documents": count, "fingerprint": mark, "window": window, "dtype": dtype,
-            "dimension": model.decoder.config.hidden_size,
+            "dimension": dimension or width,
         }  # fmt: skip
         _begin(folder, manifest, f".{rank}-of-{world}")
         stored = Vectors(folder)
@@ -131,7 +137,8 @@ def encode(
             bar = tqdm(total=sum(map(stored.size, own)), unit="document", disable=not progress)
             for shard, (ids, texts) in enumerate(windows(sources, window)):
                 if shard in own:
-                    vectors = model.encode_document(texts, progress=False).numpy()
+                    vectors = model.encode_document(texts, progress=False)
+                    vectors = truncate(vectors, dimension or None).numpy()
                     if not np.isfinite(vectors).all():
                         bad = ids[int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])]
                         raise ValueError(f"document {bad!r}: its vector is not finite")

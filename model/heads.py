@@ -59,14 +59,14 @@ def run_pooled(
 
 
 def truncate(vectors: Tensor, dimensions: int | None) -> Tensor:
-    """The first `dimensions` of unit vectors (n, D), at length 1 again; None: all, as they are.
+    """The first `dimensions` of unit vectors (n, D), at length 1 again; None or D: as they are.
 
     Matryoshka, arXiv 2205.13147.
 
     Raises:
         ValueError: fewer than 1, or more than D.
     """
-    if dimensions is None:
+    if dimensions is None or dimensions == vectors.shape[1]:
         return vectors
     if not 1 <= dimensions <= vectors.shape[1]:
         raise ValueError(f"dimensions must be 1 to {vectors.shape[1]}, got {dimensions}")

@@ -155,8 +155,9 @@ class TrainingData:
         asked = {q: collection.queries[q] for q in self.queries}
         pool = collection.pools["train"]
         found = bm25_negatives(
-            asked, self.relevant, collection.corpus, pool, c.negatives_depth, count
-        )
+            asked, self.relevant, collection.corpus, pool, c.negatives_depth, count,
+            collection.language,
+        )  # fmt: skip
         return Mined(found, {})
 
     def _teacher(self, groups: list[tuple[str, list[str]]]) -> Tensor | None:

@@ -264,7 +264,8 @@ def _ordered(row: Mapping[str, float]) -> dict[str, float]:
 
 
 def _lexical(collection: Collection, pool: Sequence[str]) -> tuple[Search, Score]:
-    index = BM25(list(pool), [collection.corpus[d] for d in pool])
+    texts = [collection.corpus[d] for d in pool]
+    index = BM25(list(pool), texts, language=collection.language)
 
     def search(queries: list[str], k: int) -> Run:
         return index.search({q: collection.queries[q] for q in queries}, k)

@@ -50,6 +50,7 @@ def bm25_negatives(
     pool: Sequence[str],
     depth: int,
     count: int,
+    language: str = "en",
 ) -> dict[str, list[str]]:
     """`count` documents per query from BM25's top `depth`, none of them relevant.
 
@@ -59,10 +60,11 @@ def bm25_negatives(
 
     Args:
         relevant: query id -> document id -> grade. pool: the documents to draw from.
+        language: of the texts, by which BM25 cuts and stems words.
     Raises:
         ValueError: the pool is too small to draw from.
     """
-    bm25 = BM25(pool, [corpus[d] for d in pool])
+    bm25 = BM25(pool, [corpus[d] for d in pool], language=language)
     longest = max((len(relevant[q]) for q in queries), default=0)
     runs = bm25.search(dict(queries), depth + longest)
     chosen = {}

@@ -18,12 +18,12 @@ def published(tmp_path: Path) -> Path:
     maker.baselines()
     for arm in ("sparsegen", "uniform"):
         maker.arm(arm, {"embedding": 0.5, "reranking": 0.4})
-    compare.write(maker.folder)
+    overview.write(tmp_path / "results", "smoke", rewrite)
     return tmp_path / "results"
 
 
-def rewrite(experiment: str, folder: Path) -> None:
-    compare.write(folder)
+def rewrite(experiment: str, folder: Path) -> str:
+    return compare.summary(compare.write(folder))
 
 
 def test_what_this_repository_publishes_follows_from_its_trials() -> None:
@@ -45,8 +45,17 @@ def test_a_trial_that_was_added_makes_the_report_stale(published: Path) -> None:
     folder = published / "soft_vs_hard" / "smoke"
     Maker(folder).arm("task", {"embedding": 0.5, "reranking": 0.4})
     assert {Path(path).name for path in overview.stale(published, rewrite)} == {
-        "report.md", "comparison.json"
+        "report.md", "comparison.json", "smoke.md"
     }  # fmt: skip
+
+
+def test_an_overview_that_is_missing_or_says_something_else_is_stale(published: Path) -> None:
+    path = published / "smoke.md"
+    assert "[Soft vs hard](soft_vs_hard/smoke/report.md)" in path.read_text()
+    path.write_text(path.read_text().replace("points", "pints"))
+    assert overview.stale(published, rewrite) == [str(path)]
+    path.unlink()
+    assert overview.stale(published, rewrite) == [str(path)]
 
 
 def test_a_report_that_is_missing_is_stale(published: Path) -> None:
@@ -56,8 +65,9 @@ def test_a_report_that_is_missing_is_stale(published: Path) -> None:
 
 
 def test_the_overview_names_what_was_not_run() -> None:
-    page = overview.markdown("small", {"kill_gate": "Proceed.\nSupported: no."})
-    assert "[kill_gate](kill_gate/small/report.md)" in page and "Proceed. Supported: no." in page
+    page = overview.markdown("small", {"kill_gate": "kill_gate small, x: Proceed.\nSupported: no."})
+    assert "## [Kill gate](kill_gate/small/report.md)" in page
+    assert "\nProceed.\n- Supported: no.\n" in page
     assert "Not run in this setting: scale_study" in page
 
 

@@ -302,7 +302,7 @@ def test_changes_of_two_seeds(tiny_base: Path, data: Path, tmp_path: Path) -> No
     rows = subspaces.of_changes(tmp_path / "rank-only" / "seed1")
     assert len(rows) == 28 and {row["side"] for row in rows} == {"inputs", "outputs"}
     found = subspaces.summarise([{"deltas": rows}], "deltas")
-    assert found["outputs"]["linears"] == 14 and 0 <= found["outputs"]["null"] < 1
+    assert found["outputs"]["linears"] == 14 and 0 <= found["outputs"]["null"]["mean"] < 1
 
 
 def test_features_of_many_texts_do_not_fill_memory(

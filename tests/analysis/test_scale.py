@@ -79,7 +79,7 @@ def test_the_interval_of_the_slope_covers(tmp_path: Path) -> None:
     missed = 0
     for seed in range(60):
         folder = make(tmp_path / str(seed), dict.fromkeys(SIZES, 0.0), seed=seed, noise=0.01)
-        row = scale.study(folder, scale.judge.load(folder)[1])["slopes"][0]
+        row = scale.study(folder, *scale.judge.load(folder))["slopes"][0]
         missed += not row["interval"][0] <= 0 <= row["interval"][1]
     assert missed <= 8
 
@@ -172,10 +172,14 @@ def test_a_setting_with_other_queries_or_data_stays_out(whole: None, tmp_path: P
 def test_published_bases_that_take_each_other_in_are_not_stale(whole: None, tmp_path: Path) -> None:
     make_bases(tmp_path, {"Qwen3-0.6B-Base": 9.0, "Qwen3-1.7B-Base": 6.0})
     settings = sorted((tmp_path / "scale_study").iterdir())
+
+    def report(experiment: str, folder: Path) -> str:
+        return scale.summary(scale.write(folder))
+
     for _ in range(2):  # the first report is written before the second setting has one
         for setting in settings:
-            scale.write(setting)
-    assert overview.stale(tmp_path, lambda name, folder: scale.write(folder)) == []
+            overview.write(tmp_path, setting.name, report)
+    assert overview.stale(tmp_path, report) == []
 
 
 def test_sizes_may_be_missing_before_the_first_that_is_there(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def folder(tmp_path: Path) -> Path:
             path.parent.mkdir(parents=True)
             path.write_text(json.dumps(trial(name, scores)))
     base = trial("joint-single-lr0.001-clip1", {"embedding": 0.1, "reranking": 0.1})
-    base |= {"untrained": base["scores"]}
+    base |= {"untrained": base["scores"], "bm25": base["scores"]}
+    base["ceiling"] = {"reranking": {"q": {"ndcg_cut_10": 0.8}, "r": {"ndcg_cut_10": 0.8}}}
     (place / "baselines.json").write_text(json.dumps(base))
     return place
 
@@ -69,11 +70,14 @@ def test_the_report(folder):
     text = (folder / "report.md").read_text()
     assert "| 0.001 | 0.1 | 50.00 | **50.00** | 2.00 |" in text  # emb-only: one task and the mean
     assert "| 0.003 | 1 | 40.00 | 70.00 | **55.00** | 2.00 |" in text
+    assert "| BM25 | - | 10.00 | - | - |" in text  # emb-only's table
+    assert "| ceiling of the BM25 candidates | - | - | 80.00 | - | - |" in text
     assert "dev split (2 queries for retrieval, 2 queries for reranking)" in text
     assert "Missing: rank-only-lr0.0003-clip1" in text and "**Rank-Only**" not in text
     literal = text.split("```python\n")[1].split("```")[0]
     assert eval("{" + literal + "}") == {"small": choice["chosen"]}
-    assert literal.strip() in sweep.summary(choice) and "missing" in sweep.summary(choice)
+    said = sweep.summary(choice)
+    assert "Emb-Only 0.001 and 0.1; Joint-Single 0.003 and 1" in said and "\nmissing: " in said
 
 
 def test_without_a_trial(folder):

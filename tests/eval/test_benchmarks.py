@@ -9,7 +9,7 @@ import torch
 from eval import __main__ as program
 from eval import hub as H
 from eval import metrics
-from eval.benchmarks import tables
+from eval.benchmarks import summary, tables
 from eval.collections import load
 from eval.retrieval import search
 from model.tokens import Prompts, Tokenizer
@@ -147,6 +147,9 @@ def test_languages(hub, run, tmp_path: Path) -> None:
         assert cells(out, name) == [f"{value:.4f}" for value in means(found)]
         assert metrics.mean(found["bm25"]["embedding"], "ndcg_cut_10") > 0.7, word
     assert cells(out, "**mean of 4 of 4**")
+    text, rows = summary("mmarco", {"mmarco/es": [found]}), found["scores"]["embedding"]
+    assert text.startswith("| mmarco, MRR@10 |")  # as its authors measure it
+    assert cells(text, "mmarco-es")[1] == f"{metrics.mean(rows, metrics.MRR_10):.4f}"
     code, _, err = run("--data", "miracl/sw", "--split", "test")
     assert code == 2 and "miracl-sw has no test split (it has dev)" in err
 

@@ -16,6 +16,7 @@ from eval.collections import find, load
 from eval.retrieval import search
 from eval.sources import COLUMNS
 from eval.vectors import Vectors
+from model.heads import truncate
 from model.unimoer import UniMoER
 from model.weights import revision
 from tests.eval import published as P
@@ -91,6 +92,33 @@ def test_it_ranks_as_the_search_in_memory(
     assert result["data"]["documents"] == 42 and result["asked"]["relevant"] == 1
     assert result["vectors"] == {"dtype": "float32", "dimension": 32, "document_tokens": 24}
     assert str(data) not in place.read_text() and set(result["seconds"]) == {"queries", "exact"}
+
+
+def test_the_first_dimensions_alone(
+    line: list[str], folder: Path, data: Path, tmp_path: Path, capsys
+) -> None:
+    """Shorter vectors on disk, at unit length; the queries are cut alike (Matryoshka)."""
+    given = [*line, "--out", str(tmp_path), "--dimensions", "8"]
+    assert program.main(["encode", *given, "--dtype", "float32"]) == 0
+    stored = Vectors(tmp_path / "vectors" / "arm-seed0" / "tiny-8d")
+    model, collection = UniMoER.from_pretrained(folder), load(str(data))
+    documents = truncate(model.encode_document(list(collection.corpus.values())), 8)
+    assert torch.equal(torch.from_numpy(stored.shard(0).copy()), documents)
+    trec = tmp_path / "run.trec"
+    assert program.main(["search", *given, "--depth", "12", "--trec", str(trec)]) == 0
+    asked = {q: collection.queries[q] for q in collection.qrels["test"]}
+    queries = truncate(model.encode_query(list(asked.values())), 8)
+    expected = search(queries, documents, list(asked), list(collection.corpus), 12)
+    with open(trec) as file:
+        run = pytrec_eval.parse_run(file)
+    assert {q: list(row) for q, row in run.items()} == {q: list(r) for q, r in expected.items()}
+    result = json.loads((tmp_path / "search" / "arm-seed0" / "tiny-test-8d.json").read_text())
+    assert result["vectors"]["dimension"] == 8
+    there = ["--vectors", str(stored.folder), "--dimensions", "16"]
+    assert program.main(["search", *line, *there]) == 2
+    assert "holds vectors of 8 dimensions, not of 16" in capsys.readouterr().err
+    assert program.main(["encode", *line, "--dimensions", "33"]) == 2
+    assert "dimension=33: expected 1 to 32" in capsys.readouterr().err
 
 
 def test_a_result_is_computed_once_and_never_mixed(line: list[str], tmp_path: Path, capsys) -> None:

@@ -101,6 +101,7 @@ def test_ms_marcos_mrr_is_cut_at_ten():
     assert [row[MRR_10] for row in rows.values()] == [1, 1 / 3, 1 / 10, 0, 0]
     assert rows["q11"]["recip_rank"] == pytest.approx(1 / 11)
     assert mean(rows, MRR_10) == pytest.approx((1 + 1 / 3 + 1 / 10) / 5, abs=1e-12)
+    assert mean(evaluate(qrels, run), MRR_10) == mean(rows, MRR_10)  # from what is stored always
 
 
 def test_the_deep_learning_track_counts_from_grade_two():

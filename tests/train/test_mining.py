@@ -146,6 +146,21 @@ def test_bm25_by_the_definition(collection: Collection, tmp_path: Path) -> None:
     assert "copy4" not in rows(tmp_path / "out")["q4"]["negatives"]  # it has the positive's text
 
 
+def test_bm25_cuts_words_as_the_collections_language_has_it(
+    collection: Collection, tmp_path: Path
+) -> None:
+    foreign = replace(collection, language="zh")
+    mine(tmp_path / "out", foreign, Settings(depth=20, ranks=(1, 12)), LEXICAL)
+    texts = list(collection.corpus.values())
+    for query, row in rows(tmp_path / "out").items():
+        asked = collection.queries[query], [row["positive"]]
+        there, english = (
+            BM25(list(collection.corpus), texts, language=language).score(*asked)
+            for language in ("zh", "en")
+        )
+        assert [row["score"]] == there != english
+
+
 def test_copies_of_each_other_count_once(tmp_path: Path) -> None:
     folder = write_collection(tmp_path / "copies")
     with open(folder / "corpus.jsonl", "a") as file:

@@ -64,6 +64,17 @@ def test_they_are_drawn_not_the_top_few():
     assert len({d for row in found.values() for d in row}) > 10
 
 
+def test_words_are_cut_as_the_language_has_it():
+    """Japanese puts no spaces between words: as English, each text would be one word."""
+    corpus = {"other": "犬が好き", "near": "東京の天気予報", "right": "東京は晴れ", "far": "猫"}
+    asked, relevant = {"q": "東京の晴れ"}, {"q": {"right": 1}}
+    found = bm25_negatives(asked, relevant, corpus, list(corpus), 10, 1, "ja")
+    assert found == {"q": ["near"]}
+    blind = {bm25_negatives({q: asked["q"]}, {q: relevant["q"]}, corpus, list(corpus), 10, 1)[q][0]
+             for q in map(str, range(20))}  # fmt: skip
+    assert len(blind) > 1  # nothing is found, so it is drawn from the pool
+
+
 def test_a_document_outside_the_pool_is_never_drawn():
     pool = [d for d in POOL if d != "near1"]
     assert all("near1" not in row for row in negatives(6, pool=pool).values())
