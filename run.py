@@ -20,6 +20,7 @@ from analysis import (
     compare,
     conflict,
     gradients,
+    leaderboard,
     order,
     overview,
     pareto,
@@ -152,8 +153,10 @@ def command_run(args: argparse.Namespace) -> None:
         if value
     }
     overrides |= dict(override(text) for text in args.set)
-    if args.evaluate and experiments.EXPERIMENTS[args.experiment].report != "verdict":
-        raise ValueError(f"--evaluate: {args.experiment} has no verdict to be given elsewhere")
+    for option in ("evaluate", "mteb"):
+        if getattr(args, option) and experiments.EXPERIMENTS[args.experiment].report != "verdict":
+            raise ValueError(f"--{option}: {args.experiment} has no verdict to be given elsewhere")
+    tasks = leaderboard.named(args.mteb) if args.mteb else []
     if args.wandb:
         tracking.wandb_init(args.wandb)  # what cannot work is said at once
     chosen = experiments.arms(args.experiment, args.controls, args.aa, args.scale)
@@ -222,6 +225,9 @@ def command_run(args: argparse.Namespace) -> None:
     folders = [evaluate(d, there, args, plain, trials) for d, there in elsewhere.items()]
     if folders and parallel.rank() == 0:
         print(across.write(folder, folders))
+    if tasks and parallel.rank() == 0:
+        with parallel.alone():
+            print(leaderboard.write(folder, tasks, device, folders))
     parallel.wait()
 
 
@@ -362,6 +368,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--arms", nargs="*", default=[], help="only these")
             sub.add_argument("--evaluate", nargs="+", default=[], metavar="DATA",
                              help="measure what was trained on these as well")  # fmt: skip
+            sub.add_argument("--mteb", nargs="+", default=[], metavar="NAME", help="tasks and "
+                             "benchmarks of mteb that decide for the embedding side")  # fmt: skip
             sub.add_argument("--split", default="", help="what is measured: test (default) or dev")
             sub.add_argument("--device", default="", help="cpu or cuda; default: what there is")
             sub.add_argument(

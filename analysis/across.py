@@ -89,6 +89,7 @@ def judge(folders: Sequence[Path]) -> dict[str, Any]:
             "measurable": round(float(np.mean(gains[task])), 9) >= stats.MEASURABLE_GAIN,
             "interference": mean.value,
             "interval": mean.interval,
+            "p": known[task],
             "p_holm": p if sure else None,
             "p_equivalence": stats.tost(mean.value, mean.se, mean.df, stats.PROCEED_FROM)
             if sure

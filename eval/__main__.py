@@ -18,7 +18,6 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,9 +35,7 @@ from model.weights import revision
 
 def through_mteb(args: argparse.Namespace) -> None:
     """Tasks of mteb, or a collection as tasks; the results lie in --out/mteb."""
-    import mteb  # of the development set, and slow to import
-
-    from eval import mteb_adapter
+    from eval import mteb_adapter  # of the development set, and slow to import
 
     model = UniMoER.from_pretrained(args.model, args.device)
     version = revision(args.model)
@@ -48,37 +45,19 @@ def through_mteb(args: argparse.Namespace) -> None:
         split = split_of(args, data)
         candidates = evaluation_set(model, collection, split, args).candidates
         made += mteb_adapter.tasks(collection, split, candidates)
-    try:
-        if args.tasks:
-            made += mteb.get_tasks(tasks=args.tasks)
-        if args.benchmark:
-            made += mteb.get_benchmark(args.benchmark).tasks
-    except KeyError as error:  # with the names that are near
-        raise ValueError(f"mteb knows no such task or benchmark: {error.args[0]}") from error
+    made += mteb_adapter.named([*args.tasks, *[args.benchmark] * bool(args.benchmark)])
     if not made:
         raise ValueError("nothing to evaluate: give --tasks, --benchmark or --data")
-    cache = mteb.ResultCache(Path(args.out) / "mteb")
+    cache = mteb_adapter.results(Path(args.out) / "mteb")
     encoder = mteb_adapter.Encoder(model, f"unimoer/{args.name}", version)
     reranker = mteb_adapter.CrossEncoder(model, f"unimoer/{args.name}-reranker", version)
     # Leaderboards of embedders have reranking tasks too, which their vectors order.
     both = [(encoder, " by vectors"), (reranker, "")]
-    todo: list[tuple[Any, Any, str]] = [
-        (task, side, how)
-        for task in made
-        for side, how in (both if "Reranking" in task.metadata.type else [(encoder, "")])
-    ]
-    for task, side, how in todo:
-        # By default mteb keeps a stored result whatever the revision of the data it was made on.
-        place = cache.get_task_result_path(task.metadata.name, side.mteb_model_meta)
-        known = json.loads(place.read_text())["dataset_revision"] if place.exists() else None
-        same = known in (None, task.metadata.revision)
-        found = mteb.evaluate(
-            side, task, cache=cache, encode_kwargs={"batch_size": 32},
-            overwrite_strategy="only-missing" if same else "always",
-        )  # fmt: skip
-        for result in found.task_results:
-            score = result.get_score(splits=task.metadata.eval_splits)
-            print(f"{result.task_name}{how}: {score:.4f} ({task.metadata.main_score})")
+    for task in made:
+        about = task.metadata
+        for side, how in both if "Reranking" in about.type else [(encoder, "")]:
+            score = mteb_adapter.main_score(side, task, cache)
+            print(f"{about.name}{how}: {score:.4f} ({about.main_score})")
     print(f"results: {cache.cache_path}")
 
 

@@ -6,8 +6,10 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
+import mteb
 import torch
 from datasets import Dataset
 from mteb.abstasks.retrieval import AbsTaskRetrieval
@@ -111,6 +113,46 @@ class CrossEncoder:
         pairs = list(zip(texts_of(inputs1), texts_of(inputs2), strict=True))
         bar = bool(kwargs.get("show_progress_bar"))
         return self.model.score_pairs(pairs, progress=bar)
+
+
+def named(names: Iterable[str]) -> list[Any]:
+    """Tasks by the names of tasks and of whole benchmarks ("MTEB(eng, v2)"), each once.
+
+    Raises:
+        ValueError: mteb knows no such task or benchmark.
+    """
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            made = mteb.get_benchmark(name).tasks
+        except KeyError:
+            try:
+                made = [mteb.get_task(name)]
+            except KeyError as error:  # with the names that are near
+                why = f"mteb knows no such task or benchmark: {error.args[0]}"
+                raise ValueError(why) from error
+        found |= {task.metadata.name: task for task in made}
+    return list(found.values())
+
+
+def results(folder: Path) -> mteb.ResultCache:
+    """Where results lie, in mteb's own layout."""
+    return mteb.ResultCache(folder)
+
+
+def main_score(side: Encoder | CrossEncoder, task: Any, cache: mteb.ResultCache) -> float:
+    """A task's main score by one side, measured or, where that has been done, read from the cache.
+
+    By default mteb keeps a stored result whatever the revision of the data that it was made on;
+    here another revision of the data is measured anew, as is another revision of the model.
+    """
+    place = cache.get_task_result_path(task.metadata.name, side.mteb_model_meta)
+    known = json.loads(place.read_text())["dataset_revision"] if place.exists() else None
+    found = mteb.evaluate(
+        cast(Any, side), task, cache=cache, encode_kwargs={"batch_size": 32},
+        overwrite_strategy="only-missing" if known in (None, task.metadata.revision) else "always",
+    )  # fmt: skip
+    return float(found.task_results[0].get_score(splits=task.metadata.eval_splits))
 
 
 def tasks(

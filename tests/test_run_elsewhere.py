@@ -101,9 +101,49 @@ def test_the_mean_is_of_what_is_asked(go: Callable[..., int], data: list[Path], 
     assert row["embedding"]["specialist"] == pytest.approx(score)
 
 
+@pytest.mark.filterwarnings("ignore")  # mteb's own
+def test_mteb_decides_for_the_embedding_side(
+    go: Callable[..., int], data: list[Path], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Two of mteb's mock tasks: the table's numbers are mteb's, and nothing is measured twice."""
+    from mteb.mocks.mock_tasks import reranking, retrieval
+
+    from eval import mteb_adapter
+
+    made = [retrieval.MockRetrievalTask(), reranking.MockRerankingTask()]
+    names = [task.metadata.name for task in made]
+    monkeypatch.setattr(mteb_adapter, "named", lambda asked: made if asked == names else [])
+    assert go("--seeds", "2", "--mteb", *names) == 0
+    home = tmp_path / "runs" / "kill_gate"
+    (home,) = home.iterdir()
+    found = read(home / "mteb.json")
+    said = capsys.readouterr().out
+    assert "Reranking on `smoke-" in said and (home / "mteb.md").read_text() in said
+    model = UniMoER.from_pretrained(home / "joint-single" / "seed1.model")
+    side = mteb_adapter.Encoder(model, "some/name", "1")
+    cache = mteb_adapter.results(tmp_path / "other")
+    mine = {name: mteb_adapter.main_score(side, task, cache)
+            for name, task in zip(names, made, strict=True)}  # fmt: skip
+    assert found["scores"]["joint-single"]["1"] == mine
+    assert found["scores"].keys() == {"base", "emb-only", "joint-single"}
+    p, j = (
+        sum(sum(row.values()) for row in found["scores"][arm].values()) / 4
+        for arm in ("emb-only", "joint-single")
+    )
+    row = found["tasks"]["embedding"]
+    assert row["interference"] == pytest.approx(100 * (p - j) / p, abs=1e-9) and row["interval"]
+    assert row["joint"] == pytest.approx(j)
+    monkeypatch.setattr(UniMoER, "encode", lambda *_, **__: pytest.fail("it is there already"))
+    assert go("--seeds", "2", "--mteb", *names, "--evaluate", str(data[1])) == 0
+    assert "-on-other`" in read(home / "mteb.json")["reranking_on"]
+    assert read(home / "mteb.json")["scores"] == found["scores"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--mteb", "STS12"], "one task, but an interval over tasks needs two or more"),
+        (["--mteb", "STS12", "SciFakt"], "mteb knows no such task or benchmark"),
         (["--evaluate", "nowhere"], "nowhere: neither a collection nor a folder"),
         (["--evaluate", "scifact+fiqa"], "measured_on is one collection, got 'scifact+fiqa'"),
     ],
@@ -126,8 +166,10 @@ def test_a_split_that_the_other_lacks(go: Callable[..., int], data: list[Path], 
 
 
 def test_only_a_verdict_is_given_elsewhere(capsys) -> None:
-    assert run.main(["run", "probing", "--evaluate", "scifact"]) == 2
-    assert "--evaluate: probing has no verdict to be given elsewhere" in capsys.readouterr().err
+    for option in ("--evaluate", "--mteb"):
+        assert run.main(["run", "probing", option, "scifact"]) == 2
+        message = f"{option}: probing has no verdict to be given elsewhere"
+        assert message in capsys.readouterr().err
 
 
 def test_a_model_of_another_config_is_not_measured(

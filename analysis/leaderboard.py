@@ -1,0 +1,173 @@
+"""MTEB for the embedding side of the kill gate: interference over its tasks -> mteb.json, mteb.md.
+
+An arm's score is what leaderboards show: the mean over tasks of each task's main score. So a task
+stands where a query does elsewhere: I = 100 (P - J) / P of these means, with the interval of
+`eval.stats` over seeds and tasks, each task a cluster of its own. The reranking side is that of the
+collections that the models were measured on, or of the one that they were trained on.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis import across, judge
+from analysis.figures import label, percent, span, table
+from eval import stats
+from eval.files import write_json, write_text
+from model.unimoer import UniMoER
+from model.weights import revision
+from train.trial import model_config
+from trials import Config
+
+Scores = dict[str, dict[int, dict[str, float]]]  # arm -> seed -> task of MTEB -> main score
+BASE = "base"  # the untrained one, whose only seed is 0
+PAGE = """# {setting}: MTEB for the embedding side
+
+Trained in `{setting}`, seeds {seeds}; vectors measured on {count} tasks through `mteb`. Main scores
+× 100: mean over seeds ± their standard deviation. I = 100 (specialist - joint) / specialist, in %;
+of the mean with its 95 % interval over seeds and tasks, each task a cluster of its own.
+
+{table}{against}Reranking on {v[reranking_on]}: I {other}.
+
+**{v[decision]}**, supported by the statistics: **{supported}**.
+
+{v[reason]}
+"""
+
+
+def named(names: Sequence[str]) -> list[Any]:
+    """Tasks of mteb by name; raises ValueError for an unknown one, and for fewer than two."""
+    from eval import mteb_adapter  # of the development set, and slow to import
+
+    tasks = mteb_adapter.named(names)
+    if len(tasks) < 2:
+        raise ValueError(
+            f"--mteb {' '.join(names)}: one task, but an interval over tasks needs two or more"
+        )
+    return tasks
+
+
+def measure(folder: Path, tasks: Sequence[Any], device: str) -> Scores:
+    """The main scores of every trained model that embeds, and of the untrained base.
+
+    Whatever has been measured is read from <folder>/mteb, which is in mteb's own layout.
+    """
+    from eval import mteb_adapter
+
+    cache = mteb_adapter.results(folder / "mteb")
+    found: Scores = {}
+
+    def score(arm: str, seed: int, model: UniMoER, version: str) -> None:
+        side = mteb_adapter.Encoder(model, f"unimoer/{arm}-seed{seed}", version)
+        found.setdefault(arm, {})[seed] = {
+            task.metadata.name: mteb_adapter.main_score(side, task, cache) for task in tasks
+        }
+
+    baselines, arms = judge.load(folder)
+    base = UniMoER(model_config(Config.from_json(baselines["config"])), device=device)
+    score(BASE, 0, base, baselines["base"]["fingerprint"])  # untrained experts add nothing
+    del base
+    for arm, trials in arms.items():
+        for seed in (seed for seed, trial in trials.items() if "embedding" in trial["scores"]):
+            saved = folder / arm / f"seed{seed}.model"
+            score(arm, seed, UniMoER.from_pretrained(saved, device), revision(saved))
+    return found
+
+
+def decide(folder: Path, scores: Scores, elsewhere: Sequence[Path] = ()) -> dict[str, Any]:
+    """What mteb.json holds: by arm and task, and by `stats.decide` the decision on both sides.
+
+    Args:
+        folder: the setting that the models were trained in. elsewhere: those on other collections.
+    Raises:
+        ValueError: see `analysis.judge.load` and `analysis.across.judge`; an arm is missing.
+    """
+    pair = (stats.SPECIALIST["embedding"], judge.JOINT)
+    if missing := [arm for arm in pair if arm not in scores]:
+        raise ValueError(f"{folder}: no trained model of {', '.join(missing)} was measured on MTEB")
+    seeds = sorted(set.intersection(*(set(scores[arm]) for arm in pair)))
+    names = list(scores[BASE][0])
+    y = {
+        arm: np.array([[rows[seed][name] for name in names] for seed in rows if seed in seeds])
+        for arm, rows in scores.items() if arm != BASE
+    }  # fmt: skip
+    y = {arm: rows for arm, rows in y.items() if len(rows)}
+    base = np.array([scores[BASE][0][name] for name in names])
+    embedding = stats.verdict({"embedding": y}, {"embedding": base}, {"embedding": None})
+    if elsewhere:
+        reranking = across.judge(elsewhere)["tasks"]["reranking"]
+        where = ", ".join(f"`{place.name}`" for place in elsewhere)
+    else:
+        baselines, arms = judge.load(folder)
+        own = judge.judge(folder, baselines, arms)
+        if own["decision"] is None:
+            raise ValueError(f"{folder}: {own['reason']}")
+        reranking, where = own["tasks"]["reranking"], f"`{folder.name}`"
+    both = {"embedding": embedding["tasks"]["embedding"], "reranking": reranking}
+    adjusted = stats.holm([1.0 if row["p"] is None else row["p"] for row in both.values()])
+    for row, p in zip(both.values(), adjusted, strict=True):
+        row["p_holm"] = None if row["p"] is None else p
+    differences = {
+        arm: stats.arm_difference(y, None, arm, judge.JOINT)
+        for arm in y if arm not in (*pair, "emb-only-aa")
+    }  # fmt: skip
+    return {
+        **stats.decide(both, len(seeds)),
+        "seeds": seeds,
+        "scores": {arm: {str(s): row for s, row in rows.items()} for arm, rows in scores.items()},
+        "tasks": both,
+        "reranking_on": where,
+        "differences": {
+            arm: {"difference": e.value, "interval": e.interval, "p": e.p if e.interval else None}
+            for arm, e in differences.items()
+        },
+    }
+
+
+def write(folder: Path, tasks: Sequence[Any], device: str, elsewhere: Sequence[Path] = ()) -> str:
+    """Measure, decide, and put mteb.json and mteb.md into the setting; what they say."""
+    found = decide(folder, measure(folder, tasks, device), elsewhere)
+    write_json(folder / "mteb.json", found)
+    text = markdown(folder.name, found)
+    write_text(folder / "mteb.md", text)
+    return f"{text}\nwritten to {folder / 'mteb.md'}"
+
+
+def markdown(setting: str, v: Mapping[str, Any]) -> str:
+    arms = {arm: rows for arm, rows in v["scores"].items() if arm != BASE}
+    names, pair = list(v["scores"][BASE]["0"]), (stats.SPECIALIST["embedding"], judge.JOINT)
+
+    def line(title: str, of: Sequence[str], loss: str) -> list[str]:
+        """One row of the table, of a task or of the mean over tasks."""
+        cells = [f"{100 * np.mean([v['scores'][BASE]['0'][name] for name in of]):.2f}"]
+        for rows in arms.values():
+            seeds = [100 * float(np.mean([row[name] for name in of])) for row in rows.values()]
+            sd = f" ± {np.std(seeds, ddof=1):.2f}" if len(seeds) > 1 else ""
+            cells.append(f"{np.mean(seeds):.2f}{sd}")
+        return [title, *cells, loss]
+
+    rows = []
+    for name in names:
+        p, j = (np.mean([row[name] for row in arms[arm].values()]) for arm in pair)
+        rows.append(line(name, [name], percent(float(100 * (p - j) / p)) if p > 0 else "-"))
+    mine, other = v["tasks"]["embedding"], v["tasks"]["reranking"]
+    total = f"**{percent(mine['interference'])}** {span(mine['interval'])}"
+    rows.append(line(f"**mean of {len(names)}**", names, total))
+    against = [
+        f"{label(arm)} {row['difference']:+.2f} {span(row['interval'])}"
+        for arm, row in v["differences"].items()
+    ]
+    return PAGE.format(
+        v=v,
+        setting=setting,
+        seeds=", ".join(map(str, v["seeds"])),
+        count=len(names),
+        table=table(["task", "untrained", *map(label, arms), "I"], rows),
+        against=f"Against {label(judge.JOINT)}, in points of the mean: {'; '.join(against)}.\n\n"
+        if against
+        else "",
+        other=f"{percent(other['interference'])} {span(other['interval'])}",
+        supported="yes" if v["supported"] else "no",
+    )
