@@ -200,7 +200,7 @@ def memories(plans: list[Plan]) -> str:
         index = counts.documents * shape.hidden_size
         columns.append(column | {"index in fp32": 4.0 * index, "index in fp16": 2.0 * index})
     cells = [[what, *(f"{column[what] / 1e9:,.2f}" for column in columns)] for what in columns[0]]
-    text = "Of Joint-MoE on one card. The index lies in the host's memory, in fp32 today.\n\n"
+    text = "Of Joint-MoE on one card. The index lies in the host's memory, once a process.\n\n"
     return "## Memory\n\n" + text + table(["GB", *(plan.name for plan in plans)], cells)
 
 

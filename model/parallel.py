@@ -16,6 +16,7 @@ from torch import Tensor
 # Of one wait for the others. Rank 0 alone looks into trained models and writes reports meanwhile;
 # that a process is gone is seen at once by its closed connection, and by torchrun.
 PATIENCE = timedelta(hours=6)
+CHUNK = 2**26  # bytes
 _alone = False
 
 
@@ -136,12 +137,14 @@ def add(tensors: Sequence[Tensor]) -> None:
 
 
 def together(rows: Tensor, device: torch.device) -> Tensor:
-    """The sum over all processes, on the CPU: each has filled in its own rows and left zeros."""
-    if world() == 1:
-        return rows
-    there = rows.to(device)
-    add([there])
-    return there.cpu()
+    """`rows` (on the CPU) with the sum over all processes, of which each has filled in its own rows
+    and left zeros elsewhere. At most CHUNK bytes at a time are on the device."""
+    if world() > 1 and len(rows):
+        for part in rows.split(max(1, CHUNK * len(rows) // rows.nbytes)):
+            there = part.to(device, copy=True)
+            add([there])
+            part.copy_(there)
+    return rows
 
 
 @torch.no_grad()
