@@ -61,8 +61,8 @@ def load(data: str, cache: Path | None = None) -> Collection:
 
     Args:
         data: "stdlib", a name of eval/hub.py ("scifact", "cqadupstack/android", "bright/biology",
-            "miracl/sw", "mmarco/es", "triviaqa"), or the path of a BEIR folder. A name wins over a
-            folder of that name: write ./scifact for the folder.
+            "miracl/sw", "mmarco/es", "triviaqa", "nq-train"), or the path of a BEIR folder. A name
+            wins over a folder of that name: write ./scifact for the folder.
         cache: where hub files are kept, by default huggingface_hub's own cache; and stored texts,
             by default ours. What the hub may not have ("bioasq") is a BEIR folder of that name in
             it. "stdlib" is built anew each time (3.5 s on one core).
@@ -96,9 +96,9 @@ def find(data: str, cache: Path | None = None) -> Sources:
     if not Path(data).is_dir():
         raise ValueError(
             f"DATA={data}: neither a collection nor a folder; expected 'stdlib', one of "
-            f"{', '.join(hub.HUB_SPLITS)}, triviaqa, one of {', '.join(hub.FAMILIES)} with its "
-            "part (bright/biology, miracl/sw), or the path of a BEIR folder (corpus.jsonl, "
-            "queries.jsonl, qrels/test.tsv)"
+            f"{', '.join([*hub.HUB_SPLITS, 'triviaqa', *hub.PAIRS])}, one of "
+            f"{', '.join(hub.FAMILIES)} with its part (bright/biology, miracl/sw), or the path of "
+            "a BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv)"
         )
     return folder(Path(data))
 

@@ -113,6 +113,14 @@ ANSWERS = {
         "distractor/validation-00000-of-00001.parquet", "id", "answer", "test",
     ),
 }  # fmt: skip
+# Questions with a passage that answers each, for training: repository, file, columns. BEIR's nq has
+# no train split; these are the questions of Natural Questions' own.
+PAIRS = {
+    "nq-train": (
+        "sentence-transformers/natural-questions", "pair/train-00000-of-00001.parquet",
+        "query", "answer",
+    )
+}  # fmt: skip
 FAMILIES = {"cqadupstack": CQADUPSTACK, "bright": BRIGHT, "miracl": MIRACL, "mmarco": MMARCO}
 GROUPS = {"all": BEIR} | {
     name: tuple(f"{name}/{part}" for part in parts) for name, parts in FAMILIES.items()
@@ -122,13 +130,13 @@ GROUPS = {"all": BEIR} | {
 def known(data: str) -> bool:
     """Whether the hub has it as one collection: "scifact", "bright/biology", "miracl/sw"."""
     family, _, part = data.partition("/")
-    return data in (*HUB_SPLITS, *ANSWERS) or part in FAMILIES.get(family, ())
+    return data in (*HUB_SPLITS, *ANSWERS, *PAIRS) or part in FAMILIES.get(family, ())
 
 
 def own_split(data: str) -> str:
     """The split that the benchmark's authors measure; test for whatever is not one."""
     # Whose judgments of test are few, not public, or none.
-    dev = ("msmarco", "miracl", "mmarco", "triviaqa")
+    dev = ("msmarco", "miracl", "mmarco", "triviaqa", *PAIRS)
     return "dev" if data.partition("/")[0] in dev and known(data) else "test"
 
 
@@ -145,6 +153,11 @@ def find(data: str, cache: Path | None) -> Sources:
         return _beir(data, cache)
     if data == "triviaqa":
         return _triviaqa(cache)
+    if data in PAIRS:
+        repo, name, query, document = PAIRS[data]
+        files, at = _each(repo, [name], None, cache)
+        return Sources(data, files, [], {}, {repo: at}, document=document, query=query,
+                       beside="train", pairs=True, published=True)  # fmt: skip
     family, _, part = data.partition("/")
     make = {"cqadupstack": _forum, "bright": _bright, "miracl": _miracl, "mmarco": _mmarco}
     return make[family](part, cache)

@@ -30,6 +30,8 @@ class Sources:
             and of what is taken out; "" for none.
         key, document, query: the columns of an id, of a document's and of a query's text;
             query_key: of a query's id, where it has another name.
+        pairs: a row of the corpus is a query and a document that answers it, in these columns; ids
+            are hashes of the texts, and rows of one text are one.
         published: it is as its authors publish it, and cannot be mended: a judgment of a document
             that the corpus lacks (ArguAna has some) then counts as one that nobody finds, as in
             trec_eval, where in a folder of one's own it is an error.
@@ -50,6 +52,7 @@ class Sources:
     beside: str = ""
     gold: str = "gold_ids"
     excluded: str = "excluded_ids"
+    pairs: bool = False
     published: bool = False
     own_document: bool = False
     language: str = "en"
@@ -111,11 +114,21 @@ def documents(sources: Sources) -> Iterator[tuple[str, str, str]]:
     Raises:
         ValueError: a row that is no document, by file and line.
     """
+    seen: set[str] = set()
     for file in sources.corpus:
         for where, row in rows(file, sources.key, sources.document):
-            title = text_of(where, row, "title", optional=True)
             text = text_of(where, row, sources.document)
+            if sources.pairs:
+                if (key := _hash(text)) not in seen:
+                    seen.add(key)
+                    yield where, key, text
+                continue
+            title = text_of(where, row, "title", optional=True)
             yield where, text_of(where, row, sources.key), f"{title}\n{text}" if title else text
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,8 @@ def read_queries(sources: Sources, corpus: Container[str] | None = None) -> Quer
         ValueError: a row that is no query, an empty text, an id for the second time, or a document
             that is both right and excluded; by file and line.
     """
+    if sources.pairs:
+        return _pairs(sources)
     found, column = Queries(), sources.query_key or sources.key
     for where, row in chain.from_iterable(
         rows(file, column, sources.query) for file in sources.queries
@@ -164,6 +179,18 @@ def read_queries(sources: Sources, corpus: Container[str] | None = None) -> Quer
                 raise ValueError(f"{where}: document id {both[0]!r} is both gold and excluded")
         elif sources.own_document and (corpus is None or key in corpus):
             found.excluded[key] = [key]
+    return found
+
+
+def _pairs(sources: Sources) -> Queries:
+    found = Queries()
+    for where, row in chain.from_iterable(map(rows, sources.corpus)):
+        text, answer = (text_of(where, row, key) for key in (sources.query, sources.document))
+        if not text.strip():
+            raise ValueError(f"{where}: the query is empty; expected a text")
+        key = f"q{_hash(text)}"  # never the id of a document, though that may have its text
+        found.texts[key] = text
+        found.qrels.setdefault(key, {})[_hash(answer)] = 1
     return found
 
 

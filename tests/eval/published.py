@@ -189,6 +189,15 @@ def triviaqa(files: Files) -> None:
     files["Tevatron/wikipedia-trivia-corpus"] = {"corpus.jsonl.gz": gzip.compress(jsonl(passages))}
 
 
+def nq_train(files: Files) -> None:
+    """sentence-transformers/natural-questions: one question has two answers, one answers two."""
+    chosen = functions()[:12]
+    rows = [{"query": pair.query, "answer": pair.document} for pair in chosen]
+    rows += [{"query": chosen[0].query, "answer": chosen[1].document}]
+    name = "pair/train-00000-of-00001.parquet"
+    files["sentence-transformers/natural-questions"] = {name: as_parquet(rows)}
+
+
 def nq_answers(files: Files, answers: dict[str, list[str]]) -> None:
     """google-research-datasets/nq_open: questions without ids, and their answers."""
     rows = [{"question": question, "answer": gold} for question, gold in answers.items()]

@@ -23,13 +23,14 @@ def test_the_benchmarks_have_their_known_sizes() -> None:
 
 
 def test_known_names_and_their_splits() -> None:
-    names = ("scifact", "cqadupstack/tex", "bright/pony", "miracl/sw", "mmarco/es", "triviaqa")
+    names = ("scifact", "cqadupstack/tex", "bright/pony", "miracl/sw", "mmarco/es", "triviaqa",
+             "nq-train")  # fmt: skip
     for name in names:
         assert H.known(name)
     for name in ("bright", "bright/", "bright/law", "miracl/xx", "folder/sw", "all", "bioasq"):
         assert not H.known(name)
-    dev = ("msmarco", "miracl/sw", "mmarco/es", "triviaqa")
-    assert [H.own_split(name) for name in dev] == ["dev"] * 4
+    dev = ("msmarco", "miracl/sw", "mmarco/es", "triviaqa", "nq-train")
+    assert [H.own_split(name) for name in dev] == ["dev"] * 5
     assert {H.own_split(n) for n in ("scifact", "bright/pony", "miracl", "x/y")} == {"test"}
 
 
@@ -108,6 +109,27 @@ def test_triviaqa(hub) -> None:
         "Tevatron/wikipedia-trivia": "commit-of-wikipedia-trivia",
         "Tevatron/wikipedia-trivia-corpus": "commit-of-wikipedia-trivia-corpus",
     }
+
+
+def test_pairs_are_a_collection_to_train_on(hub) -> None:
+    """Rows of one text are one; the dev split is taken from train."""
+    P.nq_train(hub[0])
+    data, chosen = C.load("nq-train"), P.functions()[:12]
+    assert sorted(data.corpus.values()) == sorted(pair.document for pair in chosen)
+    assert sorted(data.queries.values()) == sorted(pair.query for pair in chosen)
+    assert {s: len(rows) for s, rows in data.qrels.items()} == {"train": 11, "dev": 1}
+    found = {
+        data.queries[query]: {data.corpus[document] for document in row}
+        for rows in data.qrels.values() for query, row in rows.items()
+    }  # fmt: skip
+    expected = {pair.query: {pair.document} for pair in chosen}
+    expected[chosen[0].query].add(chosen[1].document)
+    assert found == expected and not data.queries.keys() & data.corpus.keys()
+    hub[0]["sentence-transformers/natural-questions"] = {
+        "pair/train-00000-of-00001.parquet": P.as_parquet([{"query": " ", "answer": "a"}])
+    }
+    with pytest.raises(ValueError, match=r"parquet: row 1: the query is empty; expected a text"):
+        C.load("nq-train")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +234,7 @@ def test_a_grade_between_two_is_named(hub) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cqadupstack/tex", "bright/pony", "miracl/sw", "mmarco/es", "triviaqa"]
+    "name", ["cqadupstack/tex", "bright/pony", "miracl/sw", "mmarco/es", "triviaqa", "nq-train"]
 )
 def test_without_the_hub_the_error_says_what_to_do(hub, name: str) -> None:
     with pytest.raises(ValueError, match=r"/.*: neither in the cache.*no network.*DATA=path"):
