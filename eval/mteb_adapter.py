@@ -21,6 +21,15 @@ from torch import Tensor
 from eval.collections import Collection, require_split
 from model.unimoer import UniMoER
 
+# ISO 639-1 -> mteb's name of a language and its script, of those that eval/hub.py has.
+LANGUAGES = {
+    "ar": "ara-Arab", "bn": "ben-Beng", "de": "deu-Latn", "en": "eng-Latn", "es": "spa-Latn",
+    "fa": "fas-Arab", "fi": "fin-Latn", "fr": "fra-Latn", "hi": "hin-Deva", "id": "ind-Latn",
+    "it": "ita-Latn", "ja": "jpn-Jpan", "ko": "kor-Hang", "nl": "nld-Latn", "pt": "por-Latn",
+    "ru": "rus-Cyrl", "sw": "swa-Latn", "te": "tel-Telu", "th": "tha-Thai", "vi": "vie-Latn",
+    "yo": "yor-Latn", "zh": "zho-Hans",
+}  # fmt: skip
+
 
 def meta(model: UniMoER, name: str, version: str, *, cross: bool) -> ModelMeta:
     """What mteb keeps beside the scores (`model_meta.json`): with base, prompts and lengths."""
@@ -207,8 +216,8 @@ def _task(
     }
     metadata = TaskMetadata(
         name=name, description=f"{collection.name}, {split} split, from files of one's own",
-        type=kind, category="t2t", eval_splits=[split], eval_langs=["eng-Latn"],
-        main_score="ndcg_at_10",
+        type=kind, category="t2t", eval_splits=[split],
+        eval_langs=[LANGUAGES[collection.language]], main_score="ndcg_at_10",
         dataset={"path": collection.name, "revision": version},
     )  # fmt: skip
 

@@ -24,6 +24,7 @@ from mteb.models.models_protocols import CrossEncoderProtocol, EncoderProtocol
 from eval import __main__ as program
 from eval import metrics, mteb_adapter
 from eval.collections import load
+from eval.hub import MIRACL, MMARCO
 from eval.protocol import EvaluationSet
 from experiments import Config
 from model.unimoer import UniMoER
@@ -107,6 +108,14 @@ def test_queries_and_documents_take_their_templates(model: UniMoER) -> None:
     torch.testing.assert_close(side.similarity(3 * vectors, vectors), vectors @ vectors.t())
     pairs = side.similarity_pairwise(vectors, 2 * vectors)
     torch.testing.assert_close(pairs, torch.ones(3))
+
+
+def test_a_task_is_of_the_collections_language(data: Path) -> None:
+    """mteb knows the name of each language that the hub's collections have."""
+    collection = load(str(data))
+    for language in {*MIRACL, *MMARCO}:
+        (task,) = mteb_adapter.tasks(replace(collection, language=language), "test")
+        assert task.metadata.eval_langs == [mteb_adapter.LANGUAGES[language]]
 
 
 def test_the_command(folder: Path, data: Path, tmp_path: Path, capsys) -> None:
