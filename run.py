@@ -225,10 +225,10 @@ def command_run(args: argparse.Namespace) -> None:
     folders = [evaluate(d, there, args, plain, trials) for d, there in elsewhere.items()]
     if folders and parallel.rank() == 0:
         print(across.write(folder, folders))
+    parallel.wait()  # the last time: what follows takes hours, and the others are not needed
     if tasks and parallel.rank() == 0:
         with parallel.alone():
-            print(leaderboard.write(folder, tasks, device, folders))
-    parallel.wait()
+            print(leaderboard.write(folder, tasks, device, args.kernels, folders))
 
 
 def evaluate(
@@ -308,7 +308,8 @@ def command_check(args: argparse.Namespace) -> None:
     if found := overview.stale(ROOT / "results", write_report):
         raise ValueError(
             f"published reports do not follow from their trials: {', '.join(found)}. Write them "
-            "again with `python -m run report EXPERIMENT --runs results`, and look at what changed"
+            "again with `python -m run report --runs results`, with the setting's --scale, --base "
+            "and --data, and look at what changed"
         )
     print("published reports follow from their trials")
 
@@ -329,7 +330,6 @@ def command_publish(args: argparse.Namespace) -> None:
     # A report of sizes takes in the settings of other bases, so theirs change too.
     together = experiments.EXPERIMENTS[args.experiment].report == "scale"
     for place in sorted(target.parent.iterdir()) if together else [target]:
-        write_report(args.experiment, place)
         overview.write(ROOT / "results", place.name, write_report)
     print(f"published to {target}")
 

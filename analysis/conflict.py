@@ -5,29 +5,20 @@ them. Intervals are over seeds alone (t, mean +- t s / sqrt n): the probe texts 
 """
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 
-from analysis import compare, figures, judge
+from analysis import compare, judge
+from analysis.conflict_figures import CAPTIONS, NAMES, draw_along, draw_heat
 from analysis.figures import label, p_value, span, table
 from analysis.gradients import SPACES, pooled, statistics
-from analysis.page import limits, mean, over_seeds, provenance, warnings, write_folder
+from analysis.page import limits, mean, over_seeds, provenance, spread, warnings, write_folder
 from eval import stats
 from model.lora import PROJECTIONS
 
-NAMES = {
-    "ab": "(A, B), as trained",
-    "w": "the induced gradient on W",
-    "along": "of it, along the frozen rows",
-    "across": "of it, across the frozen rows",
-}
+STATISTICS = ("cosine", "corrected", "reliability", "ratio", "similarity", "removed")
 Rows = list[dict[str, Any]]
 PAGE = """# {title}
 
@@ -48,13 +39,20 @@ of the probe set), in the probes whose reliability is 0.3 or more: how many thes
 cosine of the same ones, stand behind it. Reliability: the mean where it exists, so it flatters the
 noisiest probes. Conflicts: the share of (layer, projection) pairs with a negative cosine.
 Removed: the share of the norm that PCGrad would drop. Ratio: |embedding| / |reranking|, each task's
-loss at its weight of 1. Holm: over the {family} rows, which are not independent of each other: the
-gradient on W lies nearly whole across the frozen rows. Detectable: the smallest cosine that so many
-seeds with this spread find with 80 % power at Holm's first step.
+loss at its weight of 1. Holm: over the {family} rows of this table and the next, which are not
+independent of each other: the gradient on W lies nearly whole across the frozen rows. Detectable:
+the smallest cosine that so many seeds with this spread find with 80 % power at Holm's first step.
 
-{overall}{along}## Where?
+{overall}{along}## Does it differ between the arms?
 
-Cosine of the gradients induced on W, at the last probe, mean over seeds.
+The arm's cosine less that of {reference} at the same seed; of an expert, its own cosine on W less
+that of {reference} there.
+
+{between}## Where?
+
+Of the gradients induced on W, at the last probe: mean over seeds ± their standard deviation, with
+the 95 % interval over seeds. Conflicts: the share of its linears, over all probes and seeds, in
+which the cosine is negative.
 
 {where}{heat}## What the arms score
 
@@ -67,13 +65,6 @@ Cosine of the gradients induced on W, at the last probe, mean over seeds.
 
 {provenance}
 """
-CAPTIONS = {
-    "along": "Cosine between the tasks' gradients (induced on W, all layers and projections) after "
-    "a number of steps: mean over seeds in a band from lowest to highest; dashed: corrected for "
-    "noise.",
-    "heat": "Cosine between the tasks' gradients (induced on W) by layer and projection at the "
-    "last probe, mean over seeds; orange: conflict, blue: agreement.",
-}
 
 
 def write(folder: Path) -> dict[str, Any]:
@@ -90,16 +81,22 @@ def write(folder: Path) -> dict[str, Any]:
         )
     found = compare.compare(folder, baselines, arms)
     found["gradients"] = {arm: summarise(trials) for arm, trials in watched.items()}
+    found["between"] = between(found["gradients"], found["reference"])
     rows = [
-        space
+        row
         for arm in found["gradients"].values()
-        for space in arm["spaces"].values()
-        if space["cosine"]["p"] is not None
+        for row in (
+            *(space["cosine"] for space in arm["spaces"].values()),
+            *arm["experts"].values(),
+        )
     ]
-    for row, p in zip(rows, stats.holm([row["cosine"]["p"] for row in rows]), strict=True):
-        values = row["cosine"]["seeds"]
+    rows += [row["difference"] for row in found["between"]]  # fmt: skip
+    rows = [row for row in rows if row["p"] is not None]
+    found["family"] = len(rows)
+    for row, p in zip(rows, stats.holm([row["p"] for row in rows]), strict=True):
+        values = row["seeds"]
         se, df = float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1
-        row["cosine"] |= {
+        row |= {
             "p_holm": p,
             "detectable": stats.smallest_detectable_effect(se, df, stats.ALPHA / len(rows)),
         }
@@ -139,7 +136,8 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
 
     def averaged(space: str, name: str, expert: str = "all") -> dict[str, Any]:
         by_step = curve(space, name, expert)
-        return over_seeds([mean([row[i] for row in by_step]) for i in range(len(probes))])
+        values = [mean([row[i] for row in by_step]) for i in range(len(probes))]
+        return {**over_seeds(values), "by_seed": values}
 
     def corrected(space: str) -> dict[str, Any]:
         """Over the probes that have one, with the raw cosine of the same probes."""
@@ -155,11 +153,12 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
             "raw": same["mean"],
         }
 
-    def conflicts(space: str) -> float:
+    def conflicts(space: str, **where: Any) -> float:
         """Share of negative cosines over layers, projections, probes and seeds."""
         cosines = [
             statistics(row["gram"])["cosine"]
-            for found in probes.values() for rows in found.values() for row in pick(rows, space)
+            for found in probes.values() for rows in found.values()
+            for row in pick(rows, space, **where)
         ]  # fmt: skip
         return float(np.mean([c < 0 for c in cosines if c is not None]))
 
@@ -169,8 +168,11 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
     projections = [p for p in PROJECTIONS if any(row["projection"] == p for row in one)]
     experts = sorted({row["expert"] for row in one} - {"all"})
 
-    def at_last(**where: Any) -> float | None:
-        return mean([statistics(pooled(pick(rows, "w", **where)))["cosine"] for rows in last])
+    def at_last(**where: Any) -> dict[str, Any]:
+        of = [statistics(pooled(pick(rows, "w", **where))) for rows in last]
+        return {name: over_seeds([row[name] for row in of]) for name in STATISTICS} | {
+            "conflicts": conflicts("w", **where)
+        }
 
     return {
         "steps": steps,
@@ -183,7 +185,10 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
             | {"corrected": corrected(space), "conflicts": conflicts(space)}
             for space in SPACES
         },
-        "curve": {name: curve("w", name) for name in ("cosine", "corrected")},
+        "curve": {
+            space: {name: curve(space, name) for name in ("cosine", "corrected")}
+            for space in SPACES
+        },
         "cells": {
             f"{layer}": {p: at_last(layer=layer, projection=p) for p in projections}
             for layer in layers
@@ -192,6 +197,27 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
         "projections": {p: at_last(projection=p) for p in projections},
         "experts": {expert: averaged("w", "cosine", expert) for expert in experts},
     }
+
+
+def between(measured: dict[str, dict[str, Any]], reference: str) -> list[dict[str, Any]]:
+    """The cosine of each other arm, by space and expert, less the reference's at the same seed."""
+    if reference not in measured:
+        return []
+    base, rows = measured[reference], []
+    for arm, found in measured.items():
+        if arm == reference:
+            continue
+        sides = [(NAMES[s], row["cosine"], base["spaces"][s]["cosine"])
+                 for s, row in found["spaces"].items()]  # fmt: skip
+        theirs = base["spaces"]["w"]["cosine"]
+        sides += [(f"expert {name}", row, theirs) for name, row in found["experts"].items()]
+        for where, mine, other in sides:
+            of, to = (dict(zip(side["seeds"], cosines["by_seed"], strict=True))
+                      for side, cosines in ((found, mine), (base, other)))  # fmt: skip
+            both = [(of[s], to[s]) for s in of if s in to]
+            difference = over_seeds([None if None in pair else pair[0] - pair[1] for pair in both])
+            rows.append({"arm": arm, "in": where, "difference": difference})
+    return rows
 
 
 def reading(v: dict[str, Any]) -> str:
@@ -217,34 +243,38 @@ def reading(v: dict[str, Any]) -> str:
             text += f"; what could have been seen is {cosine['detectable']:.2f}"
         share = 100 * found["spaces"]["w"]["conflicts"]
         said.append(f"{text}; {share:.0f} % of the layers and projections conflict.")
+    sure = [row for row in v["between"] if row["difference"].get("p_holm", 1) <= stats.ALPHA]
+    said += [
+        f"In {label(row['arm'])} ({row['in']}) the cosine is "
+        f"{row['difference']['mean']:+.3f} {span(row['difference']['interval'], 1, '', 3)} from "
+        f"that in {label(v['reference'])}."
+        for row in sure
+    ]
+    if v["between"] and not sure:
+        said.append(f"No arm's cosine can be told from {label(v['reference'])}'s.")
     said.append(compare.reading(v))
     return " ".join(said)
 
 
 def markdown(v: dict[str, Any]) -> str:
-    rows = []
+    rows, where = [], []
     for arm, found in v["gradients"].items():
         for space, row in found["spaces"].items():
-            cosine = row["cosine"]
             rows.append([
-                label(arm), NAMES[space], _signed(cosine["mean"], cosine["interval"]),
-                p_value(cosine["p"]), p_value(cosine.get("p_holm")),
-                _plain(cosine.get("detectable")),
-                _corrected(row["corrected"]), _plain(row["reliability"]["mean"]),
-                f"{100 * row['conflicts']:.0f} %", _plain(row["removed"]["mean"]),
-                _plain(row["ratio"]["mean"]), _plain(row["similarity"]["mean"]),
+                label(arm), NAMES[space], *_tested(row["cosine"]), _corrected(row["corrected"]),
+                *_rest(row),
             ])  # fmt: skip
         for expert, cosine in found["experts"].items():
-            rows.append([
-                label(arm), f"induced on W, expert {expert}",
-                _signed(cosine["mean"], cosine["interval"]), p_value(cosine["p"]), *"-" * 8,
-            ])  # fmt: skip
-    head = ["arm", "in", "cosine", "p", "Holm p", "detectable", "corrected", "reliability",
-            "conflicts", "removed", "ratio", "similarity"]  # fmt: skip
-    where = []
-    for arm, found in v["gradients"].items():
+            rows.append([label(arm), f"induced on W, expert {expert}", *_tested(cosine), *"-" * 6])
         cells = {**{f"layer {k}": x for k, x in found["layers"].items()}, **found["projections"]}
-        where += [[label(arm), name, _signed(x, None)] for name, x in cells.items()]
+        where += [
+            [label(arm), name, *(spread(x[key], "+.3f") for key in ("cosine", "corrected")),
+             *_rest(x)]
+            for name, x in cells.items()
+        ]  # fmt: skip
+    rest = ["reliability", "conflicts", "removed", "ratio", "similarity"]
+    between = [[label(row["arm"]), row["in"], *_tested(row["difference"])] for row in v["between"]]
+    test = ["p", "Holm p", "detectable", "seeds"]
     missing = [arm for arm in v["arms"] if arm not in v["gradients"]]
     unsure = limits(v)
     if missing:
@@ -257,10 +287,14 @@ def markdown(v: dict[str, Any]) -> str:
         title=f"{v['experiment'].replace('_', ' ').capitalize()}: {v['setting']}",
         notes=warnings(v),
         reading=reading(v),
-        family=sum(len(found["spaces"]) for found in v["gradients"].values()),
-        overall=table(head, rows),
+        reference=label(v["reference"]),
+        family=v["family"],
+        overall=table(["arm", "in", "cosine", *test, "corrected", *rest], rows),
+        between=table(["arm", "in", "difference", *test], between)
+        if between
+        else "Nothing to compare with.\n\n",
         along=f"![along](along.png)\n\n*{CAPTIONS['along']}*\n\n",
-        where=table(["arm", "where", "cosine"], where),
+        where=table(["arm", "where", "cosine", "corrected", *rest], where),
         heat=f"![heat](heat.png)\n\n*{CAPTIONS['heat']}*\n\n",
         scores=compare.scores_table(v),
         differences=compare.differences_table(v),
@@ -269,10 +303,16 @@ def markdown(v: dict[str, Any]) -> str:
     )
 
 
-def _signed(value: float | None, interval: list[float] | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:+.3f}" + (f" {span(interval, 1, '', 3)}" if interval else "")
+def _tested(found: dict[str, Any]) -> list[str]:
+    """Mean ± standard deviation [interval], p, Holm p, what is detectable, seeds."""
+    return [spread(found, "+.3f"), p_value(found["p"]), p_value(found.get("p_holm")),
+            _plain(found.get("detectable")), str(len(found["seeds"]))]  # fmt: skip
+
+
+def _rest(row: dict[str, Any]) -> list[str]:
+    """The cells beside the cosines."""
+    return [spread(row["reliability"]), f"{100 * row['conflicts']:.0f} %",
+            *(spread(row[name]) for name in ("removed", "ratio", "similarity"))]  # fmt: skip
 
 
 def _corrected(found: dict[str, Any]) -> str:
@@ -284,68 +324,6 @@ def _corrected(found: dict[str, Any]) -> str:
 
 def _plain(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def draw_along(v: dict[str, Any]) -> Figure:
-    """The cosine after each probe, a line an arm."""
-    with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(figures.WIDTH, 2.4), layout="constrained")
-        axes = figure.subplots()
-        spare = iter(figures.SPARE)
-        for arm, found in v["gradients"].items():
-            colour = figures.COLOURS.get(arm) or next(spare)
-            steps = np.array(found["steps"])
-            _line(axes, steps, found["curve"]["cosine"], colour, "-", label(arm))
-            _line(axes, steps, found["curve"]["corrected"], colour, (0, (4, 1.5)), None)
-        axes.axhline(0, color="black", linewidth=0.6, zorder=0)
-        axes.set_xlabel("training step")
-        axes.set_ylabel("cosine of the tasks' gradients")
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        return figure
-
-
-def _line(
-    axes: Axes, steps: np.ndarray, rows: Any, colour: str, dash: Any, name: str | None
-) -> None:
-    known = [i for i, row in enumerate(rows) if all(value is not None for value in row)]
-    if not known:
-        return
-    values = np.array([rows[i] for i in known], dtype=float)  # (steps, seeds)
-    axes.plot(steps[known], values.mean(1), color=colour, linestyle=dash, label=name)
-    if dash == "-" and values.shape[1] > 1:
-        axes.fill_between(steps[known], values.min(1), values.max(1), color=colour, alpha=0.15,
-                          linewidth=0)  # fmt: skip
-
-
-def draw_heat(v: dict[str, Any]) -> Figure:
-    """Layer by projection, a panel an arm."""
-    read: Callable[[float | None], float] = lambda x: math.nan if x is None else x  # noqa: E731
-    with matplotlib.rc_context(figures.STYLE):
-        arms = list(v["gradients"])
-        deep = max(len(v["gradients"][arm]["cells"]) for arm in arms)
-        size = (figures.WIDTH, 0.17 * deep + 1.35)
-        figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
-        grids = {
-            arm: np.array([[read(x) for x in row.values()]
-                           for row in v["gradients"][arm]["cells"].values()])
-            for arm in arms
-        }  # fmt: skip
-        top = max(0.05, *(float(np.nanmax(np.abs(grid))) for grid in grids.values()))
-        colours = LinearSegmentedColormap.from_list("conflict", ["#D55E00", "#ffffff", "#0072B2"])
-        images = []
-        for axes, arm in zip(panels, arms, strict=True):
-            cells = v["gradients"][arm]["cells"]
-            images.append(axes.imshow(grids[arm], cmap=colours, vmin=-top, vmax=top,
-                                      aspect="auto", origin="lower"))  # fmt: skip
-            names = [name.removesuffix("_proj") for name in next(iter(cells.values()))]
-            axes.set_xticks(range(len(names)), names, rotation=60)
-            axes.set_yticks(range(len(cells)), list(cells))
-            axes.set_title(label(arm), fontweight="bold")
-            axes.tick_params(length=0)
-        panels[0].set_ylabel("layer")
-        figure.colorbar(images[0], ax=list(panels), label="cosine", fraction=0.05, pad=0.01)
-        return figure
 
 
 def summary(v: dict[str, Any]) -> str:

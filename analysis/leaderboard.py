@@ -6,7 +6,10 @@ stands where a query does elsewhere: I = 100 (P - J) / P of these means, with th
 collections that the models were measured on, or of the one that they were trained on.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,86 +52,106 @@ def named(names: Sequence[str]) -> list[Any]:
     return tasks
 
 
-def measure(folder: Path, tasks: Sequence[Any], device: str) -> Scores:
+def measure(folder: Path, tasks: Sequence[Any], device: str, kernels: str) -> Scores:
     """The main scores of every trained model that embeds, and of the untrained base.
 
     Whatever has been measured is read from <folder>/mteb, which is in mteb's own layout.
     """
     from eval import mteb_adapter
 
-    cache = mteb_adapter.results(folder / "mteb")
     found: Scores = {}
 
     def score(arm: str, seed: int, model: UniMoER, version: str) -> None:
         side = mteb_adapter.Encoder(model, f"unimoer/{arm}-seed{seed}", version)
         found.setdefault(arm, {})[seed] = {
-            task.metadata.name: mteb_adapter.main_score(side, task, cache) for task in tasks
+            task.metadata.name: mteb_adapter.main_score(side, task, folder / "mteb")
+            for task in tasks
         }
 
     baselines, arms = judge.load(folder)
-    base = UniMoER(model_config(Config.from_json(baselines["config"])), device=device)
-    score(BASE, 0, base, baselines["base"]["fingerprint"])  # untrained experts add nothing
+    config = model_config(Config.from_json(baselines["config"]))
+    # Its vectors follow from the weights and from how they are read, wherever the weights lie.
+    how = [baselines["base"]["fingerprint"], asdict(replace(config, base="", revision=None))]
+    mark = hashlib.sha256(json.dumps(how, default=str).encode()).hexdigest()[:16]
+    base = UniMoER(config, device=device, kernels=kernels)
+    score(BASE, 0, base, mark)  # untrained experts add nothing
     del base
     for arm, trials in arms.items():
         for seed in (seed for seed, trial in trials.items() if "embedding" in trial["scores"]):
             saved = folder / arm / f"seed{seed}.model"
-            score(arm, seed, UniMoER.from_pretrained(saved, device), revision(saved))
+            model = UniMoER.from_pretrained(saved, device, kernels=kernels)
+            score(arm, seed, model, revision(saved))
     return found
 
 
 def decide(folder: Path, scores: Scores, elsewhere: Sequence[Path] = ()) -> dict[str, Any]:
     """What mteb.json holds: by arm and task, and by `stats.decide` the decision on both sides.
 
+    Compared are the seeds that both sides have; an arm without one of them is left out.
+
     Args:
         folder: the setting that the models were trained in. elsewhere: those on other collections.
     Raises:
-        ValueError: see `analysis.judge.load` and `analysis.across.judge`; an arm is missing.
+        ValueError: see `analysis.judge.load` and `analysis.across.judge`; an arm is missing, or no
+            seed is on both sides.
     """
     pair = (stats.SPECIALIST["embedding"], judge.JOINT)
     if missing := [arm for arm in pair if arm not in scores]:
         raise ValueError(f"{folder}: no trained model of {', '.join(missing)} was measured on MTEB")
-    seeds = sorted(set.intersection(*(set(scores[arm]) for arm in pair)))
-    names = list(scores[BASE][0])
-    y = {
-        arm: np.array([[rows[seed][name] for name in names] for seed in rows if seed in seeds])
-        for arm, rows in scores.items() if arm != BASE
-    }  # fmt: skip
-    y = {arm: rows for arm, rows in y.items() if len(rows)}
-    base = np.array([scores[BASE][0][name] for name in names])
-    embedding = stats.verdict({"embedding": y}, {"embedding": base}, {"embedding": None})
     if elsewhere:
-        reranking = across.judge(elsewhere)["tasks"]["reranking"]
-        where = ", ".join(f"`{place.name}`" for place in elsewhere)
+        other = across.judge(elsewhere)
+        known, where = other["seeds"], ", ".join(f"`{place.name}`" for place in elsewhere)
     else:
-        baselines, arms = judge.load(folder)
-        own = judge.judge(folder, baselines, arms)
-        if own["decision"] is None:
-            raise ValueError(f"{folder}: {own['reason']}")
-        reranking, where = own["tasks"]["reranking"], f"`{folder.name}`"
-    both = {"embedding": embedding["tasks"]["embedding"], "reranking": reranking}
+        other = judge.judge(folder, *judge.load(folder))
+        if other["decision"] is None:
+            raise ValueError(f"{folder}: {other['reason']}")
+        known, where = other["seeds_compared"], f"`{folder.name}`"
+    seeds = sorted(set(known).intersection(*(scores[arm] for arm in pair)))
+    if not seeds:
+        raise ValueError(f"{folder}: no seed of {', '.join(pair)} is on both sides")
+    used = {
+        arm: kept for arm, rows in scores.items()
+        if (kept := {s: row for s, row in rows.items() if arm == BASE or s in seeds})
+    }  # fmt: skip
+    names = list(used[BASE][0])
+    y = {
+        arm: np.array([[row[name] for name in names] for row in rows.values()])
+        for arm, rows in used.items()
+    }
+    base = y.pop(BASE)[0]
+    found = stats.verdict({"embedding": y}, {"embedding": base}, {"embedding": None})
+    both = {"embedding": found["tasks"]["embedding"], "reranking": other["tasks"]["reranking"]}
     adjusted = stats.holm([1.0 if row["p"] is None else row["p"] for row in both.values()])
     for row, p in zip(both.values(), adjusted, strict=True):
         row["p_holm"] = None if row["p"] is None else p
-    differences = {
+    mine = both["embedding"]
+    mine["detectable_alpha"] = found["alpha"] / len(both)
+    mine["smallest_detectable_effect"] = mine["se"] and stats.smallest_detectable_effect(
+        mine["se"], mine["df"], mine["detectable_alpha"]
+    )
+    against = {
         arm: stats.arm_difference(y, None, arm, judge.JOINT)
         for arm in y if arm not in (*pair, "emb-only-aa")
     }  # fmt: skip
     return {
         **stats.decide(both, len(seeds)),
         "seeds": seeds,
-        "scores": {arm: {str(s): row for s, row in rows.items()} for arm, rows in scores.items()},
+        "alpha": found["alpha"],
+        "scores": {arm: {str(s): row for s, row in rows.items()} for arm, rows in used.items()},
         "tasks": both,
         "reranking_on": where,
         "differences": {
             arm: {"difference": e.value, "interval": e.interval, "p": e.p if e.interval else None}
-            for arm, e in differences.items()
+            for arm, e in against.items()
         },
     }
 
 
-def write(folder: Path, tasks: Sequence[Any], device: str, elsewhere: Sequence[Path] = ()) -> str:
+def write(
+    folder: Path, tasks: Sequence[Any], device: str, kernels: str, elsewhere: Sequence[Path] = ()
+) -> str:
     """Measure, decide, and put mteb.json and mteb.md into the setting; what they say."""
-    found = decide(folder, measure(folder, tasks, device), elsewhere)
+    found = decide(folder, measure(folder, tasks, device, kernels), elsewhere)
     write_json(folder / "mteb.json", found)
     text = markdown(folder.name, found)
     write_text(folder / "mteb.md", text)

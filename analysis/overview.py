@@ -60,12 +60,10 @@ def stale(results: Path, report: Callable[[str, Path], str]) -> list[str]:
     found = []
     with tempfile.TemporaryDirectory() as place:
         folders = sorted(path for path in results.glob("*/*") if path.is_dir())
+        unwritten = shutil.ignore_patterns("report.md")
         for folder in folders:  # all of them first: a report may take in other settings
-            shutil.copytree(folder, Path(place) / folder.parent.name / folder.name)
-        for folder in folders:
-            copy = Path(place) / folder.parent.name / folder.name
-            for path in copy.glob("report.md"):
-                path.unlink()
+            copy = Path(place) / folder.relative_to(results)
+            shutil.copytree(folder, copy, ignore=unwritten)
         for setting in sorted({folder.name for folder in folders}):
             write(Path(place), setting, report)
         for folder in [results, *folders]:

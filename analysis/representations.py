@@ -1,15 +1,11 @@
 """Representations -> representation.json, report.md and figures; numbers of the measure's files."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from analysis import compare, figures, judge, subspaces
+from analysis import compare, judge, subspaces
 from analysis.figures import label, span, table
 from analysis.page import (
     limits,
@@ -20,8 +16,16 @@ from analysis.page import (
     warnings,
     write_folder,
 )
+from analysis.representation_figures import (
+    CAPTIONS,
+    KINDS,
+    MAPS,
+    draw_layers,
+    draw_maps,
+    draw_spectra,
+    draw_stir,
+)
 
-KINDS = {"document": "documents (embedding)", "pair": "pairs (reranking)"}
 PAGE = """# {title}
 
 **Question.** {v[question]}
@@ -78,22 +82,7 @@ apart in it.
 
 {provenance}
 """
-MAPS = {"tsne": "t-SNE", "umap": "UMAP"}
-NONE = over_seeds([])
-CAPTIONS = {
-    "layers": "CKA with the untrained base by layer: mean over seeds in a band from lowest to "
-    "highest.",
-    "spectra": "Singular values of ΔW by expert, each over its linear's largest, mean over linears "
-    "and seeds.",
-    "stir": "What training added, by layer: STIR between documents and pairs, and the cosine of "
-    "the two mean changes; mean over seeds in a band from lowest to highest. Grey, for STIR: 1, as "
-    "much as a task's own other half, and 0, as random directions.",
-    **{
-        name: f"{method} of the features behind the last layer, first seed: documents and pairs in "
-        "one map for each view. Distances between clusters and their sizes mean little in a map."
-        for name, method in MAPS.items()
-    },
-}
+NONE = over_seeds([])  # of an arm that was not run
 
 
 def write(folder: Path) -> dict[str, Any]:
@@ -288,110 +277,6 @@ def markdown(v: dict[str, Any]) -> str:
 
 def _picture(name: str) -> str:
     return f"![{name}]({name}.png)\n\n*{CAPTIONS[name]}*\n\n"
-
-
-def draw_layers(v: dict[str, Any]) -> Figure:
-    """CKA with the base by layer, a panel a kind of text, a line an arm."""
-    titles = {kind: text.capitalize() for kind, text in KINDS.items()}
-    figure, panels = _by_layer(v, titles, lambda found, kind: found["base"][kind])
-    panels[0].set_ylabel("CKA with the base")
-    return figure
-
-
-def draw_stir(v: dict[str, Any]) -> Figure:
-    """STIR between the tasks' changes and the cosine of their means by layer, a line an arm."""
-    titles = {"stir": "Shared subspace", "direction": "Mean change"}
-    figure, panels = _by_layer(
-        v, titles, lambda found, key: [row[key]["seeds"] for row in found["stir"]]
-    )
-    for axes, name in zip(panels, ("STIR", "cosine"), strict=True):
-        axes.set_ylabel(name)
-        for level in (0, 1):
-            axes.axhline(level, color=figures.GREY, linewidth=0.6, zorder=0)
-    return figure
-
-
-def _by_layer(
-    v: dict[str, Any], titles: dict[str, str],
-    values: Callable[[dict[str, Any], str], list[list[float]]],
-) -> tuple[Figure, list[Axes]]:  # fmt: skip
-    """A panel a title, a line an arm over the layers: the mean over seeds in a band from lowest to
-    highest. values: (an arm's numbers, the title's key) -> by layer, the seeds' values."""
-    with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(figures.WIDTH, 2.4), layout="constrained")
-        panels = figure.subplots(1, len(titles), sharey=True)
-        spare = dict(zip([a for a in v["measured"] if a not in figures.COLOURS], figures.SPARE,
-                         strict=False))  # fmt: skip
-        for axes, (key, title) in zip(panels, titles.items(), strict=True):
-            for at, (arm, found) in enumerate(v["measured"].items()):
-                rows = values(found, key)
-                known = [i for i, row in enumerate(rows) if row]
-                colour = figures.COLOURS.get(arm, spare.get(arm, figures.GREY))
-                x = [found["first_layer"] + i for i in known]
-                axes.plot(x, [np.mean(rows[i]) for i in known], color=colour, marker="o",
-                          linestyle=figures.DASHES[at % 4], markersize=2.5,
-                          label=label(arm))  # fmt: skip
-                axes.fill_between(x, [min(rows[i]) for i in known], [max(rows[i]) for i in known],
-                                  color=colour, alpha=0.15, linewidth=0)  # fmt: skip
-                axes.set_xticks([found["first_layer"] + i for i in range(len(rows))])
-            axes.set_title(title, fontweight="bold")
-            axes.set_xlabel("layer")
-        panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        return figure, list(panels)
-
-
-def draw_spectra(measured: dict[str, dict[int, dict[str, Any]]]) -> Figure:
-    """Normalised singular values, a panel an arm, a line an expert."""
-    with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(figures.WIDTH, 2.1), layout="constrained")
-        panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
-        for axes, (arm, trials) in zip(panels, measured.items(), strict=True):
-            first = next(iter(trials.values()))
-            for at, expert in enumerate(first["experts"]):
-                values = [row["alone"][expert]["values"] for trial in trials.values()
-                          for row in trial["linears"]]  # fmt: skip
-                scaled = [np.array(x) / x[0] for x in values if x[0] > 0]
-                if scaled:
-                    mean = np.mean(scaled, 0)
-                    axes.plot(np.arange(1, len(mean) + 1), mean, color=figures.EXPERTS[at],
-                              linestyle=figures.DASHES[at % 4], label=expert)  # fmt: skip
-            axes.set_title(label(arm), fontweight="bold")
-            axes.set_xlabel("index")
-            axes.legend(loc="upper right", fontsize=7)
-        panels[0].set_ylabel("singular value / largest")
-        panels[0].set_ylim(0, 1.02)
-        return figure
-
-
-def draw_maps(measured: dict[str, dict[int, dict[str, Any]]], method: str) -> Figure:
-    """The first seed's maps by one method, a panel an arm and view."""
-    maps, base = [], None
-    for arm, trials in measured.items():
-        found = next(iter(trials.values()))["maps"][method]
-        base = base or found["base"]
-        maps.append((label(arm), found["model"]))
-        if "uniform" in found and found["uniform"] != found["model"]:
-            maps.append((f"{label(arm)}, weights made equal", found["uniform"]))
-    maps.append(("untrained base", base))
-    with matplotlib.rc_context(figures.STYLE):
-        wide = min(3, len(maps))
-        deep = -(-len(maps) // wide)
-        figure = Figure(figsize=(figures.WIDTH, 2.2 * deep + 0.3), layout="constrained")
-        grid = figure.subplots(deep, wide, squeeze=False).flatten()
-        for axes in grid[len(maps) :]:
-            axes.axis("off")
-        for axes, (text, found) in zip(grid, maps, strict=False):
-            for at, kind in enumerate(KINDS):
-                x = np.array(found[kind])
-                axes.plot(x[:, 0], x[:, 1], "o^"[at], color=figures.EXPERTS[at], markersize=2,
-                          markeredgewidth=0, alpha=0.7, label=KINDS[kind])  # fmt: skip
-            axes.set_title(text, fontweight="bold", fontsize=7)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
-        handles, names = grid[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=2)
-        return figure
 
 
 def summary(v: dict[str, Any]) -> str:

@@ -48,7 +48,7 @@ def through_mteb(args: argparse.Namespace) -> None:
     made += mteb_adapter.named([*args.tasks, *[args.benchmark] * bool(args.benchmark)])
     if not made:
         raise ValueError("nothing to evaluate: give --tasks, --benchmark or --data")
-    cache = mteb_adapter.results(Path(args.out) / "mteb")
+    place = Path(args.out) / "mteb"
     encoder = mteb_adapter.Encoder(model, f"unimoer/{args.name}", version)
     reranker = mteb_adapter.CrossEncoder(model, f"unimoer/{args.name}-reranker", version)
     # Leaderboards of embedders have reranking tasks too, which their vectors order.
@@ -56,9 +56,9 @@ def through_mteb(args: argparse.Namespace) -> None:
     for task in made:
         about = task.metadata
         for side, how in both if "Reranking" in about.type else [(encoder, "")]:
-            score = mteb_adapter.main_score(side, task, cache)
+            score = mteb_adapter.main_score(side, task, place)
             print(f"{about.name}{how}: {score:.4f} ({about.main_score})")
-    print(f"results: {cache.cache_path}")
+    print(f"results: {place}")
 
 
 def answer(args: argparse.Namespace) -> None:

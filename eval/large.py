@@ -157,6 +157,7 @@ def _judged(args: argparse.Namespace, sources: Sources) -> Judged:
         given = Sources(sources.name, [], [Path(args.queries)], {}, {}, own_document=own)
     queries = read_queries(given)
     origin = {k: v for k, v in sources.provenance.items() if k != "path"}  # results name no folder
+    splits: dict[str, Qrels] = {}
     if args.qrels:
         split, qrels = Path(args.qrels).stem, read_qrels(Path(args.qrels), queries.texts)
     else:
@@ -164,7 +165,7 @@ def _judged(args: argparse.Namespace, sources: Sources) -> Judged:
         splits, said = read_splits(sources.only(split), queries)
         qrels, origin = splits.get(split, {}), origin | said
     if not qrels:
-        has = ", ".join(sources.qrels) or "test"
+        has = ", ".join({**sources.qrels, **splits})
         raise ValueError(
             f"{sources.name}: no judgments of {split} (it has {has}): choose one of these with "
             "--split, or give a file with --qrels"

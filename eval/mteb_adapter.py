@@ -1,6 +1,6 @@
 """A saved model as `mteb` sees it, and a BEIR folder as tasks of its own.
 
-`mteb` (2.26) pulls in transformers and is of the development set: nothing else imports this file.
+`mteb` (2.26) pulls in transformers and is of the development set: imported inside functions alone.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from datasets import Dataset
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.results import TaskResult
 from mteb.types import PromptType
 from torch import Tensor
 
@@ -128,40 +129,56 @@ def named(names: Iterable[str]) -> list[Any]:
     """Tasks by the names of tasks and of whole benchmarks ("MTEB(eng, v2)"), each once.
 
     Raises:
-        ValueError: mteb knows no such task or benchmark.
+        ValueError: mteb knows no such task or benchmark, one of them is not of text alone, or a
+            task is meant twice, with other languages or splits.
     """
     found: dict[str, Any] = {}
     for name in names:
         try:
             made = mteb.get_benchmark(name).tasks
-        except KeyError:
+        except KeyError as first:
             try:
                 made = [mteb.get_task(name)]
-            except KeyError as error:  # with the names that are near
-                why = f"mteb knows no such task or benchmark: {error.args[0]}"
-                raise ValueError(why) from error
-        found |= {task.metadata.name: task for task in made}
+            except KeyError as error:  # each with the names that are near
+                near = f"{first.args[0]} {error.args[0]}"
+                raise ValueError(f"mteb knows no such task or benchmark: {near}") from error
+        for task in made:
+            about = task.metadata
+            if other := set(about.modalities) - {"text"}:
+                raise ValueError(f"{about.name} is of {', '.join(sorted(other))}: expected text")
+            twin = found.setdefault(about.name, task)
+            if any(getattr(twin, k) != getattr(task, k) for k in ("hf_subsets", "eval_splits")):
+                raise ValueError(
+                    f"{about.name} is meant twice, with other languages or splits: name the "
+                    "benchmark or the task"
+                )
     return list(found.values())
 
 
-def results(folder: Path) -> mteb.ResultCache:
-    """Where results lie, in mteb's own layout."""
-    return mteb.ResultCache(folder)
-
-
-def main_score(side: Encoder | CrossEncoder, task: Any, cache: mteb.ResultCache) -> float:
-    """A task's main score by one side, measured or, where that has been done, read from the cache.
+def main_score(side: Encoder | CrossEncoder, task: Any, folder: Path) -> float:
+    """A task's main score by one side, over the splits and languages that the task asks for.
 
     By default mteb keeps a stored result whatever the revision of the data that it was made on;
     here another revision of the data is measured anew, as is another revision of the model.
+
+    Args:
+        folder: of the results, in mteb's own layout.
+    Raises:
+        ValueError: mteb could not evaluate it.
     """
+    cache = mteb.ResultCache(folder)
     place = cache.get_task_result_path(task.metadata.name, side.mteb_model_meta)
     known = json.loads(place.read_text())["dataset_revision"] if place.exists() else None
     found = mteb.evaluate(
         cast(Any, side), task, cache=cache, encode_kwargs={"batch_size": 32},
         overwrite_strategy="only-missing" if known in (None, task.metadata.revision) else "always",
     )  # fmt: skip
-    return float(found.task_results[0].get_score(splits=task.metadata.eval_splits))
+    if not found.task_results:
+        why = found.exceptions[0].exception if found.exceptions else "without a word why"
+        raise ValueError(f"{task.metadata.name}: mteb did not evaluate it ({why})")
+    # As it is stored, which rounds; and of the languages that are asked for: it may hold more.
+    result = TaskResult.from_disk(place).validate_and_filter_scores(task)
+    return float(result.get_score(splits=list(task.eval_splits)))
 
 
 def tasks(

@@ -16,7 +16,7 @@ from torch import Tensor
 # Of one wait for the others. Rank 0 alone looks into trained models and writes reports meanwhile;
 # that a process is gone is seen at once by its closed connection, and by torchrun.
 PATIENCE = timedelta(hours=6)
-CHUNK = 2**26  # bytes
+CHUNK = 2**25  # bytes of `together`
 _alone = False
 
 
@@ -138,7 +138,7 @@ def add(tensors: Sequence[Tensor]) -> None:
 
 def together(rows: Tensor, device: torch.device) -> Tensor:
     """`rows` (on the CPU) with the sum over all processes, of which each has filled in its own rows
-    and left zeros elsewhere. At most CHUNK bytes at a time are on the device."""
+    and left zeros elsewhere. CHUNK bytes at a time, or one row, are on the device, twice."""
     if world() > 1 and len(rows):
         for part in rows.split(max(1, CHUNK * len(rows) // rows.nbytes)):
             there = part.to(device, copy=True)

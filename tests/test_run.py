@@ -483,6 +483,8 @@ def test_publish_copies_what_is_quoted(copy, words, setting, tmp_path, monkeypat
     )
     assert there == overview.portable(here) and str(tmp_path) not in json.dumps(there)
     assert [path.name for path in target.parent.iterdir()] == [setting]
+    page = (tmp_path / "repository" / "results" / f"{setting}.md").read_text()
+    assert f"(kill_gate/{setting}/report.md)" in page
     assert str(target) in capsys.readouterr().out
 
 

@@ -121,8 +121,7 @@ def test_mteb_decides_for_the_embedding_side(
     assert "Reranking on `smoke-" in said and (home / "mteb.md").read_text() in said
     model = UniMoER.from_pretrained(home / "joint-single" / "seed1.model")
     side = mteb_adapter.Encoder(model, "some/name", "1")
-    cache = mteb_adapter.results(tmp_path / "other")
-    mine = {name: mteb_adapter.main_score(side, task, cache)
+    mine = {name: mteb_adapter.main_score(side, task, tmp_path / "other")
             for name, task in zip(names, made, strict=True)}  # fmt: skip
     assert found["scores"]["joint-single"]["1"] == mine
     assert found["scores"].keys() == {"base", "emb-only", "joint-single"}

@@ -9,9 +9,11 @@ import torch
 
 import experiments
 from analysis import gradients
-from analysis.conflict import pick, summarise
+from analysis.conflict import between, pick, summarise
+from analysis.conflict_figures import NAMES
 from analysis.gradients import HALVES, PAIRS, conflict, pooled, statistics
 from analysis.page import over_seeds
+from model.lora import LinearGroup
 from tests.train.tiny import build, tiny_config, write_collection
 from train.loop import train
 
@@ -117,10 +119,14 @@ def planted(angles: dict[int, float]) -> list[dict]:
 def test_conflict_is_found_in_the_layers_it_was_planted_in() -> None:
     rows = planted({0: 60, 1: 89, 2: 150})
     found = summarise({0: [(1, rows)], 1: [(1, rows)]})
-    cosines = [found["layers"][layer] for layer in ("0", "1", "2")]
+    cosines = [found["layers"][layer]["cosine"]["mean"] for layer in ("0", "1", "2")]
     assert cosines == pytest.approx([0.5, math.cos(math.radians(89)), -(3**0.5) / 2])
     assert found["spaces"]["w"]["conflicts"] == pytest.approx(1 / 3)
-    assert found["cells"]["2"] == {"q_proj": pytest.approx(cosines[2])}
+    assert [found["layers"][layer]["conflicts"] for layer in ("0", "1", "2")] == [0, 0, 1]
+    assert found["layers"]["2"]["removed"]["mean"] == pytest.approx(-cosines[2])
+    assert found["layers"]["2"]["ratio"]["mean"] == pytest.approx(1)
+    assert found["cells"]["2"]["q_proj"]["cosine"]["mean"] == pytest.approx(cosines[2])
+    assert found["projections"]["q_proj"]["reliability"]["seeds"] == pytest.approx([1, 1])
     together = statistics(pooled(pick(rows, "w")))["cosine"]
     assert found["spaces"]["w"]["cosine"]["mean"] == pytest.approx(together)
 
@@ -135,6 +141,82 @@ def test_the_corrected_cosine_stands_beside_the_raw_one_of_the_same_probes() -> 
     assert found["corrected"]["mean"] == found["corrected"]["raw"] == pytest.approx(0.5)
     assert (found["corrected"]["probes"], found["corrected"]["of"]) == (3, 4)
     assert found["cosine"]["mean"] < 0.3
+
+
+def test_arms_are_compared_at_the_same_seed() -> None:
+    """60, 70 and 80 degrees against 90: a seed that one arm lacks is left out."""
+    base = summarise({seed: [(1, planted({0: 90}))] for seed in (1, 2, 3)})
+    arm = summarise({seed: [(1, planted({0: 50 + 10 * seed}))] for seed in (0, 1, 2, 3)})
+    rows = between({"joint-single": base, "joint-moe": arm}, "joint-single")
+    assert [row["in"] for row in rows] == list(NAMES.values())
+    expected = [math.cos(math.radians(x)) for x in (60, 70, 80)]
+    for row in rows:
+        assert row["arm"] == "joint-moe"
+        assert row["difference"]["seeds"] == pytest.approx(expected, abs=1e-6)
+    assert between({"joint-moe": arm}, "joint-single") == []
+
+
+@pytest.mark.parametrize(
+    "angles",
+    [
+        {(2, "all"): 60, (3, "all"): 150},
+        {(2, "embedding"): 0, (2, "reranking"): 120, (2, "shared"): 90},
+    ],
+)
+def test_an_angle_planted_in_a_model_is_found_there(
+    angles: dict, tiny_base: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a model's own adapters: by layer, projection and expert, from gradients of A and B
+    that stand for two gradients of each weight at a known angle. Elsewhere they are the same."""
+    row = {**experiments.ARMS["joint-moe"], "ranks": (4, 3, 2)}
+    model, data = build(tiny_config(tiny_base, tiny_data, **row))
+    lora = model.config.lora
+    assert lora is not None
+    made: dict[str, dict[str, torch.Tensor]] = {"embedding": {}, "reranking": {}}
+    for number, (prefix, group) in enumerate(model.named_modules()):
+        if not isinstance(group, LinearGroup):
+            continue
+        for name in group.adapted_names:
+            a, b = group.lora_A[name].detach(), group.lora_B[name].detach()
+            b.normal_(generator=torch.Generator().manual_seed(number))
+            grads = {task: (torch.zeros(a.shape).double(), torch.zeros(b.shape).double())
+                     for task in made}  # fmt: skip
+            for (expert, at), alpha, rank in zip(
+                lora.slices().items(), lora.alphas, lora.ranks, strict=True
+            ):
+                layer, scale = int(prefix.split(".")[2]), alpha / rank
+                degrees = angles.get((layer, expert), angles.get((layer, "all"), 0))
+                one, two = tangent(a[at].double(), b[:, at].double(), seed=number)
+                turn = math.radians(degrees)
+                of = {"embedding": one, "reranking": math.cos(turn) * one + math.sin(turn) * two}
+                for task, g in of.items():
+                    grads[task][0][at] = scale * b[:, at].double().t() @ g
+                    grads[task][1][:, at] = scale * g @ a[at].double().t()
+            for task, (d_a, d_b) in grads.items():
+                made[task] |= {f"{prefix}.lora_A.{name}": d_a, f"{prefix}.lora_B.{name}": d_b}
+    monkeypatch.setattr(gradients, "task_gradient", lambda model, data, task, batches: made[task])
+    found = summarise({0: [(1, gradients.measure(model, data, 1))]})
+    if (3, "all") in angles:
+        for layer, cosine in (("2", 0.5), ("3", -(3**0.5) / 2)):
+            for cell in found["cells"][layer].values():
+                assert cell["cosine"]["mean"] == pytest.approx(cosine, abs=1e-4)
+            assert found["layers"][layer]["cosine"]["mean"] == pytest.approx(cosine, abs=1e-4)
+    else:
+        # Half of an expert's linears, those of layer 3, are at an angle of 0.
+        means = {name: row["mean"] for name, row in found["experts"].items()}
+        assert means == pytest.approx({"embedding": 1, "reranking": 0.25, "shared": 0.5}, abs=1e-4)
+        assert found["layers"]["3"]["cosine"]["mean"] == pytest.approx(1, abs=1e-4)
+
+
+def tangent(a: torch.Tensor, b: torch.Tensor, seed: int) -> list[torch.Tensor]:
+    """Two orthonormal changes that the adapter B A can make to first order: U A + B V."""
+    found: list[torch.Tensor] = []
+    for k in (0, 1):
+        g = normal(len(b), len(a), seed=2 * seed + k) @ a + b @ normal(*a.shape, seed=seed + k + 50)
+        for other in found:
+            g = g - (g * other).sum() * other
+        found.append(g / g.norm())
+    return found
 
 
 def test_over_seeds_is_students_interval() -> None:
@@ -172,7 +254,28 @@ def test_watching_changes_nothing_and_survives_in_the_log(
     torch.testing.assert_close(e, expected)
 
 
-def test_memory_does_not_grow_with_the_probes() -> None:
-    """At Qwen3-0.6B's size, 3 experts of rank 16, what is held beside the model: four gradients of
-    the adapters (630,784 parameters a unit of rank) and a fifth while one is made."""
-    assert 5 * 48 * 630_784 * 4 < 0.7e9
+def test_memory_does_not_grow_with_the_probes(tiny_base: Path, tiny_data: Path) -> None:
+    """What autograd keeps for four probe batches is what it keeps for the largest of them."""
+    model, data = build(tiny_config(tiny_base, tiny_data, **experiments.ARMS["joint-single"]))
+    model.eval()
+
+    def peak(batches: list[int]) -> int:
+        now = most = 0
+
+        class Kept:
+            def __init__(self, tensor: torch.Tensor):
+                nonlocal now, most
+                self.tensor = tensor
+                now += tensor.nbytes
+                most = max(most, now)
+
+            def __del__(self) -> None:
+                nonlocal now
+                now -= self.tensor.nbytes
+
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            gradients.task_gradient(model, data, "embedding", batches)
+        return most
+
+    alone = [peak([step]) for step in range(4)]
+    assert 0 < max(alone) == peak([0, 1, 2, 3])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from analysis import leaderboard
+from eval import stats
 from tests.analysis.made import Maker
 
 LEVELS = np.linspace(0.4, 0.9, 12)  # how hard each task is
@@ -57,6 +58,25 @@ def test_no_loss_on_either_side_is_a_pivot(folder: Path) -> None:
 def test_a_specialist_that_has_learnt_nothing_proves_nothing(folder: Path) -> None:
     found = leaderboard.decide(folder, scores(emb_only=0.55, joint_single=0.54))
     assert not found["tasks"]["embedding"]["measurable"] and found["decision"] == "inconclusive"
+
+
+def test_compared_are_the_seeds_of_both_sides(folder: Path) -> None:
+    """A fourth seed of the embedding side alone is in neither the table nor the decision."""
+    made = scores(emb_only=1.0, joint_single=0.9, joint_moe=0.9)
+    expected = leaderboard.decide(folder, made)
+    for arm in ("emb-only", "joint-single", "joint-moe"):
+        made[arm][3] = dict.fromkeys(made[arm][0], 0.0)
+    found = leaderboard.decide(folder, made)
+    assert found == expected and found["seeds"] == [0, 1, 2]
+    alpha = stats.alpha_at_look(3)
+    row = found["tasks"]["embedding"]
+    assert (found["alpha"], row["detectable_alpha"]) == (alpha, alpha / 2)
+    assert row["smallest_detectable_effect"] == stats.smallest_detectable_effect(
+        row["se"], row["df"], alpha / 2
+    )
+    other = {arm: {s + 5: rows[s] for s in rows if s < 3} for arm, rows in made.items()}
+    with pytest.raises(ValueError, match="no seed of emb-only, joint-single is on both sides"):
+        leaderboard.decide(folder, {**other, "base": made["base"]})
 
 
 def test_both_arms_have_to_be_there(folder: Path) -> None:

@@ -118,6 +118,33 @@ def test_a_task_is_of_the_collections_language(data: Path) -> None:
         assert task.metadata.eval_langs == [mteb_adapter.LANGUAGES[language]]
 
 
+def test_a_score_is_of_what_the_task_asks_for(model: UniMoER, tmp_path: Path) -> None:
+    """Not of its other splits, and not of further languages in a stored result."""
+    side = mteb_adapter.Encoder(model, "unimoer/x", "1")
+    task = sts.MockSTSTask()
+    task.metadata = task.metadata.model_copy(update={"eval_splits": ["test", "dev"]})
+    task.filter_eval_splits(["test"])
+    score = mteb_adapter.main_score(side, task, tmp_path)
+    (place,) = (path for path in tmp_path.rglob("*.json") if path.stem == task.metadata.name)
+    stored = json.loads(place.read_text())
+    (row,) = stored["scores"]["test"]
+    assert score == pytest.approx(row["main_score"])
+    more = {**row, "hf_subset": "other", "main_score": row["main_score"] + 1}
+    stored["scores"]["test"].append(more)
+    place.write_text(json.dumps(stored))
+    assert mteb_adapter.main_score(side, task, tmp_path) == score
+
+
+def test_what_cannot_be_named() -> None:
+    with pytest.raises(ValueError, match=r"Did you mean: MTEB\(eng, v2\)"):
+        mteb_adapter.named(["MTEB(eng, v3)"])
+    with pytest.raises(ValueError, match="STS17 is meant twice, with other languages or splits"):
+        mteb_adapter.named(["MTEB(eng, v2)", "STS17"])
+    with pytest.raises(ValueError, match="is of image"):
+        mteb_adapter.named(["CIFAR10"])
+    assert [task.metadata.name for task in mteb_adapter.named(["STS12", "STS12"])] == ["STS12"]
+
+
 def test_the_command(folder: Path, data: Path, tmp_path: Path, capsys) -> None:
     line = ["--model", str(folder), "--data", str(data), "--out", str(tmp_path), "--device", "cpu",
             "--candidates", "6"]  # fmt: skip

@@ -1,0 +1,94 @@
+"""The figures of gradient conflict: the cosine along training, and by layer and projection."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from analysis import figures
+from analysis.figures import label
+
+CAPTIONS = {
+    "along": "Cosine between the tasks' gradients (all layers and projections) after a number of "
+    "steps, by space: mean over seeds in a band from lowest to highest; dashed: corrected for "
+    "noise.",
+    "heat": "Cosine between the tasks' gradients (induced on W) by layer and projection at the "
+    "last probe, mean over seeds; orange: conflict, blue: agreement.",
+}
+NAMES = {
+    "ab": "(A, B), as trained",
+    "w": "the induced gradient on W",
+    "along": "of it, along the frozen rows",
+    "across": "of it, across the frozen rows",
+}
+
+
+def draw_along(v: dict[str, Any]) -> Figure:
+    """The cosine after each probe, a panel a space, a line an arm."""
+    with matplotlib.rc_context(figures.STYLE):
+        figure = Figure(figsize=(figures.WIDTH, 3.6), layout="constrained")
+        panels = figure.subplots(2, 2, sharex=True, sharey=True)
+        for axes, (space, title) in zip(panels.flat, NAMES.items(), strict=True):
+            spare = iter(figures.SPARE)
+            for arm, found in v["gradients"].items():
+                colour = figures.COLOURS.get(arm) or next(spare)
+                steps, curve = np.array(found["steps"]), found["curve"][space]
+                _line(axes, steps, curve["cosine"], colour, "-", label(arm))
+                _line(axes, steps, curve["corrected"], colour, (0, (4, 1.5)), None)
+            axes.axhline(0, color="black", linewidth=0.6, zorder=0)
+            axes.set_title(title[0].upper() + title[1:], fontweight="bold")
+        for axes in panels[1]:
+            axes.set_xlabel("training step")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("cosine")
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center")
+        return figure
+
+
+def _line(
+    axes: Axes, steps: np.ndarray, rows: Any, colour: str, dash: Any, name: str | None
+) -> None:
+    known = [i for i, row in enumerate(rows) if all(value is not None for value in row)]
+    if not known:
+        return
+    values = np.array([rows[i] for i in known], dtype=float)  # (steps, seeds)
+    axes.plot(steps[known], values.mean(1), color=colour, linestyle=dash, label=name)
+    if dash == "-" and values.shape[1] > 1:
+        axes.fill_between(steps[known], values.min(1), values.max(1), color=colour, alpha=0.15,
+                          linewidth=0)  # fmt: skip
+
+
+def draw_heat(v: dict[str, Any]) -> Figure:
+    """Layer by projection, a panel an arm."""
+    read: Callable[[float | None], float] = lambda x: math.nan if x is None else x  # noqa: E731
+    with matplotlib.rc_context(figures.STYLE):
+        arms = list(v["gradients"])
+        deep = max(len(v["gradients"][arm]["cells"]) for arm in arms)
+        size = (figures.WIDTH, 0.17 * deep + 1.35)
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
+        grids = {
+            arm: np.array([[read(x["cosine"]["mean"]) for x in row.values()]
+                           for row in v["gradients"][arm]["cells"].values()])
+            for arm in arms
+        }  # fmt: skip
+        top = max(0.05, *(float(np.nanmax(np.abs(grid))) for grid in grids.values()))
+        colours = LinearSegmentedColormap.from_list("conflict", ["#D55E00", "#ffffff", "#0072B2"])
+        images = []
+        for axes, arm in zip(panels, arms, strict=True):
+            cells = v["gradients"][arm]["cells"]
+            images.append(axes.imshow(grids[arm], cmap=colours, vmin=-top, vmax=top,
+                                      aspect="auto", origin="lower"))  # fmt: skip
+            names = [name.removesuffix("_proj") for name in next(iter(cells.values()))]
+            axes.set_xticks(range(len(names)), names, rotation=60)
+            axes.set_yticks(range(len(cells)), list(cells))
+            axes.set_title(label(arm), fontweight="bold")
+            axes.tick_params(length=0)
+        panels[0].set_ylabel("layer")
+        figure.colorbar(images[0], ax=list(panels), label="cosine", fraction=0.05, pad=0.01)
+        return figure
