@@ -15,24 +15,21 @@ import torch
 
 import experiments
 from analysis import (
-    ablation,
     across,
     compare,
     conflict,
     gradients,
     leaderboard,
+    measures,
     order,
     overview,
     pareto,
     probes,
-    probing,
     ranks,
     report,
-    representation,
     representations,
     reuse,
     routes,
-    routing,
     scale,
     sweep,
     tracking,
@@ -46,8 +43,6 @@ from eval.protocol import show_row
 from kernels.choice import KERNELS, use_triton
 from model import bases, parallel
 from model.config import DTYPES
-from model.unimoer import UniMoER
-from model.weights import revision
 from train.loop import NonFiniteLoss, forget
 from train.mixture import training_steps
 from train.start import check_starts
@@ -78,18 +73,6 @@ REPORTS = {  # each has write(folder) and summary(what it wrote)
     "order": order,
 }
 
-# name -> (model, evaluation set, training data of both tasks when called, the trial's config and
-# place) -> what <arm>/<name>-seed<k>.json holds
-MEASURES = {
-    "routing": lambda model, evaluation, data, config, place: routing.measure(
-        model, evaluation, config.measured
-    ),
-    "representation": representation.measure,
-    "probing": probing.measure,
-    "ablation": ablation.measure,
-    "order": order.measure,
-}
-
 
 def stored(path: Path, config: Config) -> dict | None:
     """An earlier result with this config, or None.
@@ -116,21 +99,6 @@ def finish(path: Path, result: dict) -> None:
     if parallel.rank() == 0:
         write_json(path, result)
     parallel.wait()
-
-
-def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
-    """Measure a trained model, unless that was done; nothing where there is nothing to measure."""
-    path = place.with_name(f"{name}-{place.name}.json")
-    saved = place.with_name(f"{place.name}.model")
-    mark = revision(saved)
-    if path.exists() and json.loads(path.read_text()).get("model", mark) == mark:
-        return
-    model = UniMoER.from_pretrained(saved, bench.device, kernels="torch")
-    both = replace(config, tasks=("embedding", "reranking"))
-    data = partial(bench.training, model, both)
-    found = MEASURES[name](model, bench.evaluation(model, config), data, config, place)
-    if found is not None:
-        write_json(path, {"sources": sources(), "model": mark, **found})
 
 
 def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> None:
@@ -217,7 +185,7 @@ def command_run(args: argparse.Namespace) -> None:
             with parallel.alone():
                 forget(place)
                 for name in experiments.EXPERIMENTS[args.experiment].measures:
-                    look_into(place, name, config, bench)
+                    measures.look_into(place, name, config, bench)
     if parallel.rank() == 0:
         print(write_report(args.experiment, folder))
         print(f"report: {folder / 'report.md'}")

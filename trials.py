@@ -192,8 +192,8 @@ class Experiment:
     report: what is made of the trials, a key of run.REPORTS.
 
     by_scale: scale -> the arms that take the place of `arms` there. measures: what is measured of
-    every trained model, keys of run.MEASURES. contrasts: (arm, against, task, what it would show),
-    the differences that are tested; none: every arm against `reference`.
+    every trained model, keys of analysis.measures.MEASURES. contrasts: (arm, against, task, what it
+    would show), the differences that are tested; none: every arm against `reference`.
 
     Three keys of an arm are not fields of Config: `steps_factor` multiplies the scale's number of
     steps, `tuned_as` names the arm whose row of TUNED it takes, if not its own, `width_by_rank`

@@ -51,8 +51,9 @@ CAPTIONS = {
 }
 AGAINST = (
     "The other arms against Joint-Single, in points of nDCG@10 with 95 % intervals; above 0 the "
-    "arm is the better one. p is not adjusted for the number of arms. Won back: what the arm is "
-    "above Joint-Single as a share of that loss, told only where the loss's interval excludes 0."
+    "arm is the better one. Holm: p adjusted over all differences of the table. Won back: what the "
+    "arm is above Joint-Single as a share of that loss, told only where the loss's interval "
+    "excludes 0."
 )
 STYLE: dict[Any, Any] = {
     **{f"{kind}size": 8 for kind in ("font.", "axes.title", "axes.label", "legend.font")},
@@ -384,12 +385,14 @@ def won_back(verdict: dict[str, Any]) -> str:
             found = row["against_joint"].get(task)
             cells += ["-", "-", "-"] if found is None else [
                 f"{found['difference']:+.2f} {span(found['interval'])}",
-                p_value(found["p"]),
+                f"{p_value(found['p'])} ({p_value(found['p_holm'])})",
                 back(found),
             ]  # fmt: skip
         if row["against_joint"]:
             rows.append([label(arm), *cells, f"{row['trainable_parameters']:,}"])
     if not rows:
         return text or "Not run.\n"
-    head = [f"{name}, {what}" for name in TASKS.values() for what in ("points", "p", "won back")]
+    head = [
+        f"{name}, {what}" for name in TASKS.values() for what in ("points", "p (Holm)", "won back")
+    ]
     return f"{text}\n{AGAINST}\n\n{table(['', *head, 'trainable parameters'], rows)}"

@@ -74,8 +74,19 @@ def measure_file(arm: str, name: str, seed: int) -> str:
     return f"{arm}/{name}-seed{seed}.json"
 
 
-def measure_files(measured: Trials, name: str) -> list[str]:
-    return [measure_file(arm, name, seed) for arm, rows in measured.items() for seed in rows]
+def add_measures(report: dict[str, Any], measured: Trials, name: str) -> None:
+    """Put the files of a measure into what a report says of its provenance."""
+    report["files"] += [measure_file(arm, name, s) for arm, rows in measured.items() for s in rows]
+    every = [row for rows in measured.values() for row in rows.values()]
+    known = {str(at): row for at, row in enumerate(every) if "git" in row}
+    made = origin(known)
+    report["origin"] |= {f"{key} of {name}": values for key, values in made["origin"].items()}
+    report["warnings"] += [f"{name}: {text}" for text in made["warnings"]]
+    report["seconds"] += sum(sum(row["seconds"].values()) for row in known.values())
+    if absent := len(every) - len(known):
+        report["warnings"].append(
+            f"{name}: {absent} of the {len(every)} measures do not say what they were made with."
+        )
 
 
 def _comparable(path: Path, other: Path, free: tuple[str, ...]) -> None:
@@ -151,6 +162,11 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
     files = {"baselines.json": baselines} | {
         f"{arm}/seed{seed}.json": trial for arm in used for seed, trial in used[arm].items()
     }
+    shown = {arm: row(arm) for arm in dict.fromkeys([*planned(folder, False), *arms])}
+    differences = [d for line in shown.values() for d in line["against_joint"].values()]
+    tested = [d for d in differences if d["p"] is not None]
+    for difference, p in zip(tested, stats.holm([d["p"] for d in tested]), strict=True):
+        difference["p_holm"] = p
     return {
         "experiment": experiment,
         "setting": folder.name,
@@ -159,7 +175,7 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         "seeds_compared": common,
         "seeds_planned": experiments.seeds(experiment, folder.name) if study else None,
         **{"tasks": found["tasks"], "aa": aa},
-        "arms": {arm: row(arm) for arm in dict.fromkeys([*planned(folder, False), *arms])},
+        "arms": shown,
         "references": {
             name: {task: _means(list(rows.values())) for task, rows in baselines[name].items()}
             for name in REFERENCE_ROWS
@@ -229,6 +245,7 @@ def _against(
     return {
         **{"difference": difference.value, "interval": difference.interval},
         "p": difference.p if difference.interval else None,
+        "p_holm": None,  # over all of the table
         "won_back": back and back.value,
         "won_back_interval": back and back.interval,
     }
@@ -236,6 +253,8 @@ def _against(
 
 def origin(files: dict[str, dict]) -> dict[str, Any]:
     """Where the results come from, and a warning where that is not one place."""
+    if not files:
+        return {"origin": {}, "warnings": []}
     facts = [{**file, "commit": file["git"]["commit"]} for file in files.values()]
     seen = {name: sorted({json.dumps(fact[name]) for fact in facts}) for name in ORIGIN}
     warnings = [

@@ -60,7 +60,7 @@ def write(folder: Path) -> dict[str, Any]:
 
     def add(v: dict[str, Any], baselines: dict, arms: Trials) -> Section:
         measured = judge.measured(folder, arms, "order")
-        v["files"] += judge.measure_files(measured, "order")
+        judge.add_measures(v, measured, "order")
         found = {arm: summarise(list(rows.values())) for arm, rows in measured.items()}
         gain = routing_gain(*judge.arrays(baselines, arms), arms)
         return section(found, gain)

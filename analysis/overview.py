@@ -3,10 +3,12 @@
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import experiments
+from analysis import judge
+from analysis.figures import TASKS, p_value, percent, span, table
 from eval.files import write_text
 from trials import parts
 
@@ -14,10 +16,21 @@ PAGE = """# The study: {setting}
 
 When does sharing one model between retrieval and reranking hurt, where, and does routing undo it?
 
-{sections}{missing}"""
+{sections}{missing}
+## What it took
+
+{cost}
+{collections}"""
+COLLECTIONS = """
+## On other collections
+
+Interference I with its 95 % interval over seeds and queries, Holm's p over the two tasks of each
+collection, none over the collections; `sources`: what made the trials.
+
+{table}"""
 
 
-def markdown(setting: str, readings: Mapping[str, str]) -> str:
+def markdown(setting: str, readings: Mapping[str, str], runs: Path) -> str:
     """readings: experiment -> what its report concludes; experiments without one are missing."""
     sections = []
     for name, text in readings.items():
@@ -28,7 +41,59 @@ def markdown(setting: str, readings: Mapping[str, str]) -> str:
         sections.append(f"## {title}\n\n*{experiments.EXPERIMENTS[name].question}*\n\n{said}\n")
     absent = [name for name in experiments.EXPERIMENTS if name not in readings]
     missing = f"\nNot run in this setting: {', '.join(absent)}.\n" if absent else ""
-    return PAGE.format(setting=setting, missing=missing, sections="\n".join(sections))
+    return PAGE.format(
+        setting=setting, missing=missing, sections="\n".join(sections),
+        cost=cost([runs / name / setting for name in readings]),
+        collections=collections(runs, setting),
+    )  # fmt: skip
+
+
+def cost(folders: Sequence[Path]) -> str:
+    """Trials and their time; one that stands for the same in several experiments counts once."""
+    took: dict[tuple, float] = {}  # the seconds of its evaluation tell a trial from every other
+    devices, count = set(), 0
+    for path in (p for folder in folders for p in folder.glob("*/seed[0-9]*.json")):
+        trial = judge.read(path)
+        seconds = trial["seconds"]
+        key = (trial["seed"], seconds["test"], seconds.get("prepare"))
+        # Watching gradients is part of one of them alone.
+        took[key] = max(took.get(key, 0.0), sum(seconds.values()))
+        devices.add(trial["device"])
+        count += 1
+    return (
+        f"{len(took)} trials, which {count} files hold, some of them in several experiments: "
+        f"{sum(took.values()) / 60:,.0f} minutes of training and evaluation on "
+        f"{'; '.join(sorted(devices))}. Baselines, measures of trained models and starting are not "
+        "in it.\n"
+    )
+
+
+def collections(runs: Path, setting: str) -> str:
+    """The kill gate of this setting beside that of its scale on other collections or bases."""
+    found = {path.parent.name: judge.read(path)
+             for path in sorted(runs.glob(f"kill_gate/{setting}*/verdict.json"))}  # fmt: skip
+    if len(found) < 2 or setting not in found:
+        return ""
+    rows = []
+    for name, verdict in found.items():
+        cells = []
+        for task in TASKS:
+            row = verdict["tasks"].get(task)
+            if row is None or row["interference"] is None:
+                cells += ["missing", "-"]
+                continue
+            unsure = "" if row["measurable"] else " (not measurable)"
+            cells += [f"{percent(row['interference'])} {span(row['interval'])}{unsure}",
+                      p_value(row["p_holm"])]  # fmt: skip
+        rows.append([
+            f"[{name}](kill_gate/{name}/report.md)", *cells, str(verdict["seeds"]),
+            str(verdict["decision"]), "yes" if verdict["supported"] else "no",
+            ", ".join(str(x)[:7] for x in verdict["origin"]["sources"]),
+            ", ".join(map(str, verdict["origin"]["device"])),
+        ])  # fmt: skip
+    head = ["setting", *(text for name in TASKS.values() for text in (f"I, {name}", "Holm p")),
+            "seeds", "decision", "supported", "sources", "device"]  # fmt: skip
+    return COLLECTIONS.format(table=table(head, rows))
 
 
 def write(runs: Path, setting: str, report: Callable[[str, Path], str]) -> dict[str, str]:
@@ -42,7 +107,7 @@ def write(runs: Path, setting: str, report: Callable[[str, Path], str]) -> dict[
         if any((folder := runs / name / setting).glob("*/seed[0-9]*.json"))
     }
     if readings:
-        write_text(runs / f"{setting}.md", markdown(setting, readings))
+        write_text(runs / f"{setting}.md", markdown(setting, readings, runs))
     return readings
 
 

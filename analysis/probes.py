@@ -71,13 +71,13 @@ def write(folder: Path) -> dict[str, Any]:
     if not measured:
         raise ValueError(f"{folder} has no probed model yet: `make probing` makes it")
     found = compare.compare(folder, baselines, arms)
-    found["files"] += judge.measure_files(measured, "probing")
+    judge.add_measures(found, measured, "probing")
     found["probed"] = {arm: summarise(list(trials.values())) for arm, trials in measured.items()}
     ablated = judge.measured(folder, arms, "ablation")
     found["ablated"] = {
         arm: ablation.summarise(list(trials.values())) for arm, trials in ablated.items()
     }
-    found["files"] += judge.measure_files(ablated, "ablation")
+    judge.add_measures(found, ablated, "ablation")
     drawn = {"probes": draw(found)}
     if found["ablated"]:
         drawn["ablation"] = ablation.draw(found["ablated"])

@@ -96,7 +96,7 @@ def write(folder: Path) -> dict[str, Any]:
     if not measured:
         raise ValueError(f"{folder} has no measured model yet: `make representation` makes it")
     found = compare.compare(folder, baselines, arms)
-    found["files"] += judge.measure_files(measured, "representation")
+    judge.add_measures(found, measured, "representation")
     found["measured"] = {arm: summarise(list(trials.values())) for arm, trials in measured.items()}
     drawn = {"layers": draw_layers(found), "spectra": draw_spectra(measured),
              "stir": draw_stir(found),

@@ -87,7 +87,7 @@ def write(folder: Path) -> dict[str, Any]:
     if not measured:
         raise ValueError(f"{folder} has no measured routing yet: `make routing` makes it")
     found = compare.compare(folder, baselines, arms)
-    found["files"] += judge.measure_files(measured, "routing")
+    judge.add_measures(found, measured, "routing")
     found["measured"] = {arm: summarise(trials) for arm, trials in measured.items()}
     drawn = {"layers": draw(found, measured)}
     with matplotlib.rc_context(figures.STYLE):

@@ -49,7 +49,8 @@ def inputs(evaluation: EvaluationSet, count: int) -> tuple[dict[str, list[list[i
         "query": tokenizer.queries(queries),
         "document": tokenizer.documents(documents),
         "pair": tokenizer.pairs(pairs),
-        "bare pair": tokenizer.documents([f"{q}\n{d}" for q, d in pairs]),
+        # Cut as the pair is, so that nothing but the template's words differs.
+        "bare pair": tokenizer.with_pair("{query}\n{document}").pairs(pairs),
     }
     return found, [evaluation.clusters[q] for q in order]
 

@@ -28,7 +28,7 @@ from eval.collections import load, require_split
 from eval.command import exit_status
 from eval.files import write_json
 from eval.machine import device_name
-from model import bases
+from model import bases, saved
 from model.unimoer import UniMoER
 from model.weights import revision
 
@@ -77,11 +77,13 @@ def answer(args: argparse.Namespace) -> None:
         origin = {
             "revision": version,
             "asked": {**asdict(settings), "queries": args.queries},
-            "data": {"name": collection.name, "fingerprint": collection.fingerprint},
+            "data": collection.identity,
+            "prompts": {**vars(saved.read_config(Path(args.model))[0].prompts),
+                        "generate": rag.PROMPT},
             "device": device_name(args.device),
             "specialists": [revision(of) for of in args.specialists] or None,
             **({"answers": of} if public else {}),
-        }
+        }  # fmt: skip
         found = []
         for side in args.sides:
             name = f"{collection.name.lower()}-{split}-{side}.json"
@@ -127,6 +129,8 @@ def parser() -> argparse.ArgumentParser:
                       "cqadupstack, bright, miracl, mmarco")  # fmt: skip
     made.add_argument("--dimensions", nargs="+", type=int, default=[], help="beir: retrieval by so "
                       "many of the vectors' first dimensions too, e.g. 64 128")  # fmt: skip
+    made.add_argument("--untrained", action="store_true", help="beir: the bare base beside it, "
+                      "its reranking the mean of 20 random heads; takes as long again")  # fmt: skip
     made.add_argument("--tasks", nargs="*", default=[], help="mteb: tasks by name")
     made.add_argument("--benchmark", default="", help="mteb: such as 'MTEB(eng, v2)'")
     made.add_argument("--split", default="", help="default: test, or what the benchmark measures")

@@ -130,7 +130,7 @@ def _one(
     bm25 = row.name == BM25
     result = {
         "row": row.name, "what": row.what, "split": split, "asked": asked,
-        "data": {"name": collection.name, "fingerprint": collection.fingerprint},
+        "data": collection.identity,
         **(_bm25(evaluation()) if bm25 else measure(row, at, evaluation(), args.device)),
     }  # fmt: skip
     write_json(place, result)

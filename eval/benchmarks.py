@@ -91,6 +91,8 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
     asked = {k: getattr(args, k) for k in ("depth", "candidates", "queries")}
     if args.dimensions:
         asked["dimensions"] = args.dimensions
+    if args.untrained:
+        asked["untrained"] = True
     if place.exists():
         result = json.loads(place.read_text())
         known = (result["data"]["fingerprint"], result["revision"], result["asked"])
@@ -110,10 +112,12 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
         result = {
             "model": args.name, "revision": revision(args.model), "base": model.identity,
             "prompts": vars(evaluation.tokenizer.prompts), "split": split, "asked": asked,
-            "data": {"name": collection.name, "fingerprint": collection.fingerprint},
+            "data": collection.identity,
             "bm25": evaluation.bm25_scores(), "scores": scores, "dimensions": shorter,
             "ceiling": {"reranking": evaluation.ceiling()},
         }  # fmt: skip
+        if args.untrained:
+            result["untrained"] = evaluation.untrained(model, progress=True)
         write_json(place, result)
     show(result)
     return result
@@ -123,8 +127,8 @@ def rows_of(result: dict) -> dict[str, Scores]:
     """A result's scores by what they are of: "retrieval, BM25", "retrieval, 64 dimensions"."""
     rows = {}
     for task, title in TITLES.items():
-        for who, of in (("BM25", result["bm25"]), ("model", result["scores"]),
-                        ("ceiling", result["ceiling"])):  # fmt: skip
+        for who, of in (("BM25", result["bm25"]), ("untrained base", result.get("untrained", {})),
+                        ("model", result["scores"]), ("ceiling", result["ceiling"])):  # fmt: skip
             if task in of:
                 rows[f"{title}, {who}"] = of[task]
         if task == "embedding":

@@ -55,6 +55,12 @@ class Collection:
     language: str = "en"
     query_prompt: str = ""
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a result says of it: name, content, and where it came from, but for a folder."""
+        origin = {k: v for k, v in self.provenance.items() if k != "path"}
+        return {"name": self.name, "fingerprint": self.fingerprint, **origin}
+
 
 def load(data: str, cache: Path | None = None) -> Collection:
     """Load a collection.

@@ -200,7 +200,7 @@ def measure(
         answer, read, seconds = pipeline.ask(query)
         relevant = collection.qrels[split].get(query, {})
         rows[query] = {
-            "answer": answer, "read": read, "seconds": seconds,
+            "answer": answer, "gold": gold, "read": read, "seconds": seconds,
             "exact_match": exact_match(answer, gold, normalise),
             "f1": f1(answer, gold, normalise, settings.rule == "hotpotqa"),
             "found": float(any(relevant.get(d, 0) > 0 for d in read)),

@@ -46,6 +46,9 @@ def cut(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[
     return [batch for batch in batches if batch]
 
 
+LIMIT = 8 << 30  # bytes on disk, of the cache and of what is held for one list of texts
+
+
 class Mapped:
     """A file of int16 (tokens, D), memory-mapped; `release` gives its pages back.
 
@@ -154,7 +157,7 @@ def prefix_states(
     folder: Path | None,
     *,
     budget: int = 4096,
-    limit_bytes: int = 8 << 30,
+    limit_bytes: int = LIMIT,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> PrefixStates:
     """The states of `ids` before the decoder's first adapted layer.
@@ -207,6 +210,8 @@ def prefix_states(
     os.close(handle)
     try:
         out = Mapped(path, shape, new=True)
+        if folder is None:
+            os.unlink(path)  # the mapping stays readable until it is dropped, or we are killed
         _compute(decoder, ids, first_layer, out, starts, budget, advance, below)
         if folder is not None:
             out.pages.flush()
@@ -218,8 +223,7 @@ def prefix_states(
             os.replace(part, note)
             os.replace(path, folder / f"{name}.states")
     finally:
-        if os.path.exists(path):
-            os.unlink(path)  # the mapping stays readable until it is dropped
+        Path(path).unlink(missing_ok=True)
     return PrefixStates(out, lengths, stored)
 
 

@@ -97,6 +97,12 @@ class Tokenizer:
         other.prompts = replace(self.prompts, query=template)
         return other
 
+    def with_pair(self, template: str) -> "Tokenizer":
+        """The same with another template for pairs."""
+        other = copy.copy(self)
+        other.prompts = replace(self.prompts, pair=template)
+        return other
+
     def id(self, token: str) -> int | None:
         return self.fast.token_to_id(token)
 

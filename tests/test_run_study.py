@@ -11,8 +11,11 @@ import pytest
 
 import experiments
 import run
+from analysis import measures
+from eval.machine import device_name
 from model.unimoer import UniMoER
 from tests.train.tiny import write_collection
+from train.trial import sources
 
 STEPS = ["--set", "steps=2", "--set", "dtype=float32", "--set", "measured=10"]
 
@@ -128,7 +131,9 @@ def test_a_look_into_a_model_is_kept(
     for arm in ("joint-moe", "bare-moe"):
         found = read(folder / arm / "routing-seed0.json")
         assert found["texts"]["pair"] == 10 and len(found["means"]["pair"]) == 1
-    monkeypatch.setattr(run, "MEASURES", {"routing": forbidden})
+    assert found["seconds"]["measure"] > 0 and found["device"].startswith(device_name("cpu"))
+    assert len(found["sources"]) == 64 and found["sources"] != sources()  # analysis counts too
+    monkeypatch.setattr(measures, "MEASURES", {"routing": forbidden})
     assert go("routing", "joint-moe") == folder
     # Of another model than the one that lies there now, it is made again.
     name = "seed0.model/adapters.safetensors"

@@ -20,7 +20,7 @@ from eval.protocol import EvaluationSet, Scores
 from model import parallel, sharding
 from model.layers import RMSNorm
 from model.lora import LinearGroup, LoRAConfig
-from model.prefix import TextSet, prefix_states
+from model.prefix import LIMIT, TextSet, prefix_states
 from model.router import SIMILARITY, RouterConfig
 from model.tokens import Prompts
 from model.unimoer import ModelConfig, UniMoER
@@ -153,11 +153,13 @@ class Workbench:
         def make(ids: list[list[int]], title: str) -> TextSet:
             if not config.prefix or config.adapter_layers == 0 or not ids:
                 return TextSet(ids)
+            tokens = sum(len(row) for row in ids)
+            if 2 * tokens * model.decoder.config.hidden_size > LIMIT:
+                return TextSet(ids)  # the lower layers are run again each time
             fields = (config.adapter_layers, config.dtype, config.causal)
             text = json.dumps([ids, *fields, model.identity])
             key = hashlib.sha256(text.encode()).hexdigest()
             if key not in self._sets:
-                tokens = sum(len(row) for row in ids)
                 with (
                     parallel.first(),  # it makes the file, the others find it
                     tqdm(total=tokens, desc=title, unit="token", leave=False) as bar,
@@ -335,15 +337,9 @@ def _record(config: Config, arm: str, bench: Workbench, model: UniMoER) -> dict:
             **bench.collection.provenance,
             **({"mixture": bench.mixture} if bench.mixture else {}),
         },
-        "git": _git(),
-        "sources": sources(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "numpy", "tokenizers", "bm25s")},
-        },
+        **made_by(bench.device),
         "body_parameters": _body_parameters(model),
         "width": model.decoder.config.hidden_size,
-        "device": device_name(bench.device),
         "processes": parallel.world(),
         "kernels": "triton" if model.decoder.fused else "torch",
     }
@@ -358,10 +354,23 @@ def _git() -> dict:
     return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(changed)}
 
 
-def sources() -> str:
-    """One hash over the modules that produce numbers."""
+def made_by(device: str, *more: str) -> dict:
+    """The commit, sources, versions and device that make a result. more: see `sources`."""
+    return {
+        "git": _git(),
+        "sources": sources(*more),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numpy", "tokenizers", "bm25s")},
+        },
+        "device": device_name(device),
+    }
+
+
+def sources(*more: str) -> str:
+    """One hash over the modules that produce the numbers of trials. more: folders beside theirs."""
     digest = hashlib.sha256()
-    for folder in ("kernels", "model", "eval", "train"):
+    for folder in ("kernels", "model", "eval", "train", *more):
         for path in sorted((ROOT / folder).glob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

@@ -1,11 +1,12 @@
 """One page for all experiments, published reports against their trials, tables for LaTeX."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 import run
-from analysis import compare, overview
+from analysis import compare, overview, report
 from tests.analysis.made import Maker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,11 +65,42 @@ def test_a_report_that_is_missing_is_stale(published: Path) -> None:
     assert overview.stale(published, rewrite) == [str(path)]
 
 
-def test_the_overview_names_what_was_not_run() -> None:
-    page = overview.markdown("small", {"kill_gate": "kill_gate small, x: Proceed.\nSupported: no."})
+def test_the_overview_names_what_was_not_run(tmp_path: Path) -> None:
+    said = {"kill_gate": "kill_gate small, x: Proceed.\nSupported: no."}
+    page = overview.markdown("small", said, tmp_path)
     assert "## [Kill gate](kill_gate/small/report.md)" in page
     assert "\nProceed.\n- Supported: no.\n" in page
     assert "Not run in this setting: scale_study" in page
+
+
+def test_a_trial_that_stands_in_two_experiments_took_its_time_once(tmp_path: Path) -> None:
+    for name, arm, train in (("kill_gate", "joint-moe", 60.0), ("soft_vs_hard", "sparsegen", 90.0)):
+        maker = Maker(tmp_path / name / "smoke")
+        maker.arm(arm, {"embedding": 0.5, "reranking": 0.4}, seeds=2)
+        for seed in (0, 1):
+            path = maker.folder / arm / f"seed{seed}.json"
+            seconds = {"prepare": 1.5 + seed, "train": train, "test": 30.25 + seed}
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": seconds}))
+    text = overview.cost([tmp_path / name / "smoke" for name in ("kill_gate", "soft_vs_hard")])
+    # One watched its gradients: that time was spent too.
+    assert "2 trials, which 4 files hold" in text and "4 minutes" in text  # 245.5 s
+
+
+def test_collections_stand_side_by_side(tmp_path: Path) -> None:
+    for name in ("smoke", "smoke-other"):
+        maker = Maker(tmp_path / "kill_gate" / name)
+        maker.baselines()
+        maker.arm("emb-only", {"embedding": 0.5})
+        maker.arm("rank-only", {"reranking": 0.5})
+        maker.arm("joint-single", {"embedding": 0.5, "reranking": 0.45})
+        assert overview.collections(tmp_path, "smoke") == ""
+        report.write(maker.folder)
+    found = overview.collections(tmp_path, "smoke")
+    verdict = json.loads((maker.folder / "verdict.json").read_text())
+    value = verdict["tasks"]["reranking"]["interference"]
+    assert "| [smoke-other](kill_gate/smoke-other/report.md) | " in found
+    assert f"{value:+.2f} % [" in found and found.count("| proceed | yes | sssssss |") == 2
+    assert overview.collections(tmp_path, "smoke-other") == ""
 
 
 def test_latex_tables() -> None:

@@ -162,6 +162,15 @@ def test_each_decision_has_its_words(
 
 
 @words_alone
+@pytest.mark.parametrize("loss", [0.0, 3.0])
+def test_a_planted_loss_lies_in_its_interval(make: Make, loss: float) -> None:
+    found = report.write(make((loss, loss)))["tasks"]
+    for task, row in found.items():
+        low, high = row["interval"]
+        assert low <= loss <= high and (low > 0) == (loss > 0), (task, low, high)
+
+
+@words_alone
 def test_won_back_is_told_only_of_a_loss(make: Make) -> None:
     verdict = report.write(make((5.0, 0.0), noise=1e-4))
     told = verdict["arms"]["joint-moe"]["against_joint"]
@@ -246,6 +255,8 @@ def test_controls_and_twins(make: Make) -> None:
     assert abs(verdict["aa"]["embedding"]["interference"]) < 1
     assert verdict["arms"]["joint-3r"]["against_joint"]["embedding"]["difference"] > 0
     assert verdict["arms"]["emb-only-aa"]["against_joint"] == {}
+    told = [d for row in verdict["arms"].values() for d in row["against_joint"].values()]
+    assert len(told) == 6 and [d["p_holm"] for d in told] == stats.holm([d["p"] for d in told])
     text = report.markdown(verdict, [])
     assert "| Emb-Only (A/A) |" in text and "| its twin, nDCG@10 |" in text
     assert "threefold size" not in text

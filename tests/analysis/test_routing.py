@@ -124,6 +124,36 @@ def test_weights_of_a_model_are_those_of_its_texts(
     np.testing.assert_allclose(together, np.stack(alone), atol=1e-5)
 
 
+@pytest.mark.parametrize(("router", "bits"), [("task", 1.0), ("uniform", 0.0)])
+def test_a_router_that_reads_the_task_and_one_that_cannot(
+    router: str, bits: float, tiny_base: Path, tmp_path: Path
+) -> None:
+    """Through a model: all of the task's one bit, or nothing of it."""
+    data = write_collection(tmp_path / "tiny")
+    config = tiny_config(
+        tiny_base, data, **{**experiments.SPARSEGEN, "ranks": (4, 4, 4), "router": router}
+    )
+    model, _ = build(config)
+    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only)
+    found = routing.measure(model, evaluation, 8)
+    assert found is not None and len(found["task"]) == 2
+    for row, read in zip(found["task"], found["decoded"], strict=True):
+        assert row["nats"] == pytest.approx(bits * math.log(2), abs=1e-6)
+        assert read == pytest.approx((1 + bits) / 2)
+    assert found["shift"]["task"] == pytest.approx([bits] * 2, abs=1e-6)
+    assert found["shift"]["content"] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_without_its_template_a_pair_has_the_same_words(tiny_base: Path, tmp_path: Path) -> None:
+    """Though its document is cut: under a bare template both are one."""
+    data = write_collection(tmp_path / "tiny")
+    config = tiny_config(tiny_base, data, document_tokens=2, pair_prompt="{query}\n{document}")
+    model, _ = build(config)
+    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only)
+    ids, _ = routing.inputs(evaluation, 6)
+    assert ids["bare pair"] == ids["pair"] and len({len(row) for row in ids["document"]}) == 1
+
+
 def test_a_model_without_a_router_has_no_routing(tiny_base: Path, tmp_path: Path) -> None:
     data = write_collection(tmp_path / "tiny")
     config = tiny_config(tiny_base, data)

@@ -12,6 +12,7 @@ from eval import metrics
 from eval.benchmarks import summary, tables
 from eval.collections import load
 from eval.retrieval import search
+from model.prefix import TextSet
 from model.tokens import Prompts, Tokenizer
 from model.unimoer import UniMoER
 from tests.eval import published as P
@@ -152,6 +153,28 @@ def test_languages(hub, run, tmp_path: Path) -> None:
     assert cells(text, "mmarco-es")[1] == f"{metrics.mean(rows, metrics.MRR_10):.4f}"
     code, _, err = run("--data", "miracl/sw", "--split", "test")
     assert code == 2 and "miracl-sw has no test split (it has dev)" in err
+
+
+def test_the_untrained_base_is_a_row_where_it_is_asked_for(
+    run, folder: Path, tmp_path: Path
+) -> None:
+    place = write_collection(tmp_path / "Tiny")
+    code, out, _ = run("--data", str(place), "--untrained", "--candidates", "5")
+    assert code == 0 and "retrieval, untrained base" in out and "reranking, untrained base" in out
+    found = result(tmp_path, "tiny-test")
+    data, model = load(str(place)), UniMoER.from_pretrained(folder)
+    queries, documents = list(data.qrels["test"]), data.pools["test"]
+    asked = model.embed_all(
+        TextSet(model.tokenizer.queries([data.queries[q] for q in queries])), base=True
+    )
+    read = model.embed_all(
+        TextSet(model.tokenizer.documents([data.corpus[d] for d in documents])), base=True
+    )
+    ranking = search(asked, read, queries, documents, 1000)
+    expected = metrics.evaluate(data.qrels["test"], ranking)
+    assert found["untrained"]["embedding"] == expected
+    assert found["data"] == data.identity and "path" not in found["data"]
+    assert run("--data", str(place), "--candidates", "5")[0] == 2  # another setting
 
 
 def test_fewer_dimensions_are_further_rows_of_one_run(

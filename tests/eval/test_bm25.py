@@ -1,18 +1,13 @@
 """eval/bm25.py: the formula, ties, odd inputs, and the scale on two public collections."""
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from eval import collections, metrics
 from eval.bm25 import BM25
-
-# Real collections, BEIR folders by name: beside the checkout, or where the variable says.
-BESIDE = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
-SHARED = Path(os.environ.get("UNIMOER_TEST_DATA") or BESIDE)
+from tests.eval.shared import real
 
 
 def test_scores_follow_the_formula():
@@ -136,9 +131,7 @@ def test_nothing_is_printed(capfd):
 @pytest.mark.parametrize(("name", "published"), [("scifact", 0.687), ("nfcorpus", 0.321)])
 def test_public_collections_score_as_published(name, published):
     """bm25s in mteb's results; Anserini's flat index has .679 and .322."""
-    if not (SHARED / name).is_dir():
-        pytest.skip(f"{SHARED / name} is not there: set UNIMOER_TEST_DATA to a folder that has it")
-    data = collections.load(str(SHARED / name))
+    data = collections.load(str(real(name)))
     qrels = data.qrels["test"]
     index = BM25(data.pools["test"], [data.corpus[i] for i in data.pools["test"]])
     run = index.search({query: data.queries[query] for query in qrels}, 100)

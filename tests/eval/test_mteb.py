@@ -29,6 +29,7 @@ from eval.protocol import EvaluationSet
 from experiments import Config
 from model.unimoer import UniMoER
 from model.weights import revision
+from tests.eval.shared import real
 from tests.train.tiny import NOISY_MOE, moved, tiny_config, tokens_only, write_collection
 from train.trial import model_config
 
@@ -65,8 +66,12 @@ def folder(model: UniMoER, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_the_scores_are_ours(model: UniMoER, config: Config, data: Path, tmp_path: Path) -> None:
-    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only)
+@pytest.mark.parametrize("name", ["Tiny", "fiqa-mini", "hotpotqa-mini"])
+def test_the_scores_are_ours(
+    name: str, model: UniMoER, config: Config, data: Path, tmp_path: Path
+) -> None:
+    place = data if name == "Tiny" else real(name)
+    evaluation = EvaluationSet(load(str(place)), model.tokenizer, config, tokens_only)
     sides = (mteb_adapter.Encoder(model, "unimoer/x", "1"),
              mteb_adapter.CrossEncoder(model, "unimoer/x-reranker", "1"))  # fmt: skip
     assert isinstance(sides[0], EncoderProtocol) and isinstance(sides[1], CrossEncoderProtocol)
@@ -75,12 +80,12 @@ def test_the_scores_are_ours(model: UniMoER, config: Config, data: Path, tmp_pat
     for side, task, mine in zip(sides, made, ours, strict=True):
         found = mteb.evaluate(cast(Any, side), task, cache=mteb.ResultCache(tmp_path))
         scores = found.task_results[0].scores["test"][0]
-        for theirs, name in METRICS.items():
-            rounded = round(metrics.mean(mine, name), 5)  # as mteb stores them
+        for theirs, metric in METRICS.items():
+            rounded = round(metrics.mean(mine, metric), 5)  # as mteb stores them
             assert scores[theirs] == pytest.approx(rounded, abs=1e-6), theirs
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.json")}
-    assert "results/unimoer__x/1/Tiny.json" in files
-    assert "results/unimoer__x-reranker/1/Tiny-reranking.json" in files
+    assert f"results/unimoer__x/1/{name}.json" in files
+    assert f"results/unimoer__x-reranker/1/{name}-reranking.json" in files
     kept = json.loads((tmp_path / "results/unimoer__x/1/model_meta.json").read_text())
     assert kept["loader_kwargs"]["prompts"]["query"] == config.query_prompt
     assert kept["loader_kwargs"]["base"]["fingerprint"] == model.identity["fingerprint"]

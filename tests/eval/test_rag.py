@@ -15,6 +15,7 @@ from model.generate import generate
 from model.unimoer import UniMoER
 from model.weights import revision
 from tests.eval import published
+from tests.eval.shared import real
 from tests.train.tiny import TEST, tiny_config, write_collection
 from train.trial import model_config
 
@@ -215,8 +216,11 @@ def test_a_set_by_name(hub_files, folder: Path, tmp_path: Path, monkeypatch, cap
     published.triviaqa(hub_files[0])
     published.beir(hub_files[0], "nq", 0)
     published.nq_answers(hub_files[0], {asked("nq")["q1"]: ["an answer"]})
-    line = ["rag", "--model", str(folder), "--data", "triviaqa", "nq", "--out", str(tmp_path),
-            "--device", "cpu", "--depth", "3", "--passages", "1", "--sides", "one"]  # fmt: skip
+    published.beir(hub_files[0], "hotpotqa", 1)
+    published.hotpotqa_answers(hub_files[0], {"q0": "yes", "q2": "no"})
+    line = ["rag", "--model", str(folder), "--data", "triviaqa", "nq", "hotpotqa",
+            "--out", str(tmp_path), "--device", "cpu", "--depth", "3", "--passages", "1",
+            "--sides", "one"]  # fmt: skip
     assert program.main(line) == 0
     assert "triviaqa, dev, arm-seed0" in (out := capsys.readouterr().out)
     assert "nq, test, arm-seed0" in out
@@ -227,8 +231,25 @@ def test_a_set_by_name(hub_files, folder: Path, tmp_path: Path, monkeypatch, cap
     nq = json.loads((place / "nq-test-one.json").read_text())
     assert (nq["asked"]["rule"], list(nq["questions"])) == ("nq", ["q1"])
     assert nq["answers"]["questions without an answer"] == "2"
+    hotpot = json.loads((place / "hotpotqa-test-one.json").read_text())
+    assert (hotpot["asked"]["rule"], list(hotpot["questions"])) == ("hotpotqa", ["q0", "q2"])
+    prompts = UniMoER.from_pretrained(folder).config.prompts
+    assert hotpot["prompts"] == {**vars(prompts), "generate": rag.PROMPT}
     assert program.main([*line, "--split", "test"]) == 2
     assert "triviaqa has no test split (it has dev)" in capsys.readouterr().err
+
+
+def test_real_questions_and_answers(folder: Path, tmp_path: Path, capsys) -> None:
+    """NQ's own questions and answers over 2,000 passages: all sides, to the end."""
+    line = ["rag", "--model", str(folder), "--data", str(real("nq-open-silver")), "--queries", "4",
+            "--out", str(tmp_path), "--device", "cpu", "--depth", "5"]  # fmt: skip
+    assert program.main(line) == 0
+    assert "the sides give the same answers: yes" in capsys.readouterr().out
+    for side in rag.SIDES:
+        place = tmp_path / "rag" / "arm-seed0" / f"nq-open-silver-test-{side}.json"
+        found = json.loads(place.read_text())
+        assert len(found["questions"]) == 4 and found["asked"]["rule"] == "nq"
+        assert all(row["gold"] for row in found["questions"].values())
 
 
 def test_settings_that_cannot_work() -> None:

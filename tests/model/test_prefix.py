@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -384,6 +385,16 @@ def test_what_is_larger_than_the_cache_is_not_kept(
     states = build(model, ids, tmp_path / "small", limit_bytes=100)
     assert torch.equal(all_rows(states), kept)
     assert not (tmp_path / "small").exists()
+
+
+def test_what_is_not_kept_leaves_no_file_however_the_process_ends(
+    model: UniMoER, ids: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has no name any more while it is written."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen = []
+    states = build(model, ids, None, advance=lambda tokens: seen.append(list(tmp_path.iterdir())))
+    assert seen and not any(seen) and torch.isfinite(all_rows(states)).all()
 
 
 def test_a_full_disk_is_an_error_and_no_bus_error(

@@ -53,6 +53,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # of the largest number that is compared
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 ONE = LoRAConfig(("only",), (3,), (6.0,))
+TWO = LoRAConfig(("embedding", "reranking"), (2, 3), (4.0, 6.0))
 THREE = LoRAConfig(("embedding", "reranking", "shared"), (2, 3, 1), (4.0, 6.0, 2.0))
 
 
@@ -179,22 +180,12 @@ def test_one_expert_is_peft_lora(
     fill_lora(decoder)
     config = PeftConfig(r=3, lora_alpha=6, target_modules=list(ONE.targets), lora_dropout=0.0)
     peft: Any = get_peft_model(theirs(checkpoint, dtype), config).to(dtype)
-    layers = peft.get_base_model().model.layers
 
     def pairs() -> Iterator[tuple[Tensor, Any]]:
         """Our master and their parameter, for each A and B of the model."""
-        for i, layer in enumerate(decoder.layers):
-            assert isinstance(layer, DecoderLayer)
-            attn, mlp = layer.self_attn, layer.mlp
-            for part, groups in (
-                ("self_attn", (attn.qkv, attn.o)),
-                ("mlp", (mlp.gate_up, mlp.down)),
-            ):
-                for group in groups:
-                    for name in group.outs:
-                        linear = getattr(getattr(layers[i], part), name)
-                        yield group.lora_A[name], linear.lora_A["default"].weight
-                        yield group.lora_B[name], linear.lora_B["default"].weight
+        for group, name, linear in linears(decoder, peft):
+            yield group.lora_A[name], linear.lora_A["default"].weight
+            yield group.lora_B[name], linear.lora_B["default"].weight
 
     assert len(list(pairs())) == SHAPE["num_hidden_layers"] * 7 * 2
     with torch.no_grad():
@@ -219,6 +210,54 @@ def test_one_expert_is_peft_lora(
         torch.testing.assert_close(
             master.grad, parameter.grad, rtol=0, atol=TOLERANCE[dtype] * max(1.0, largest)
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_switch_by_task_is_pefts_set_adapter(
+    checkpoint: Path, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    """The hard switch of jina-embeddings-v3: an adapter a task. Texts of both in one batch here,
+    an adapter set for each text there."""
+    if dtype == torch.float64:
+        request.getfixturevalue("no_islands")
+    decoder = load(checkpoint, TWO, RouterConfig("task"), dtype=dtype)
+    fill_lora(decoder)
+    configs = {
+        name: PeftConfig(r=r, lora_alpha=int(alpha), target_modules=list(TWO.targets))
+        for name, r, alpha in zip(TWO.experts, TWO.ranks, TWO.alphas, strict=True)
+    }
+    peft: Any = get_peft_model(theirs(checkpoint, dtype), configs["embedding"], "embedding")
+    peft.add_adapter("reranking", configs["reranking"])
+    peft = peft.to(dtype).eval()
+    with torch.no_grad():
+        for group, name, linear in linears(decoder, peft):
+            for expert, at in TWO.slices().items():
+                linear.lora_A[expert].weight.copy_(group.lora_A[name][at])
+                linear.lora_B[expert].weight.copy_(group.lora_B[name][:, at])
+        tasks = [0, 1, 0, 1, 1]
+        hidden, _ = decoder(pack(texts()), torch.tensor(tasks))
+        expected = []
+        for text, task in zip(texts(), tasks, strict=True):
+            peft.set_adapter(TWO.experts[task])
+            output = peft.get_base_model().model(torch.tensor([text]), use_cache=False)
+            expected.append(output.last_hidden_state[0])
+    check(hidden, torch.cat(expected), TOLERANCE[dtype])
+    other, _ = decoder(pack(texts()), 1 - torch.tensor(tasks))
+    assert (hidden - other).abs().max() > 0.1, "the task must matter here"
+
+
+def linears(decoder: Decoder, peft: Any) -> Iterator[tuple[LinearGroup, str, Any]]:
+    """Each adapted linear: our group and its name there, and peft's module."""
+    for ours, layer in zip(decoder.layers, peft.get_base_model().model.layers, strict=True):
+        assert isinstance(ours, DecoderLayer)
+        attn, mlp = ours.self_attn, ours.mlp
+        for part, groups in (
+            ("self_attn", (attn.qkv, attn.o)),
+            ("mlp", (mlp.gate_up, mlp.down)),
+        ):
+            for group in groups:
+                for name in group.outs:
+                    yield group, name, getattr(getattr(layer, part), name)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,50 @@
+"""What is measured of trained models beside their scores, and where it is kept."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from analysis import ablation, order, probing, representation, routing
+from eval.files import write_json
+from model.unimoer import UniMoER
+from model.weights import revision
+from train.trial import Workbench, made_by
+from trials import Config
+
+# name -> (model, evaluation set, training data of both tasks when called, the trial's config and
+# place) -> what <arm>/<name>-seed<k>.json holds
+MEASURES = {
+    "routing": lambda model, evaluation, data, config, place: routing.measure(
+        model, evaluation, config.measured
+    ),
+    "representation": representation.measure,
+    "probing": probing.measure,
+    "ablation": ablation.measure,
+    "order": order.measure,
+}
+
+
+def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
+    """Measure a trained model, unless that was done; nothing where there is nothing to measure.
+
+    Args:
+        place: runs/<experiment>/<setting>/<arm>/seed<k>, of the trial. name: of `MEASURES`.
+    """
+    path = place.with_name(f"{name}-{place.name}.json")
+    saved = place.with_name(f"{place.name}.model")
+    mark, made = revision(saved), made_by(bench.device, "analysis")
+    if path.exists() and (old := json.loads(path.read_text())).get("model", mark) == mark:
+        if old.get("sources") != made["sources"]:
+            print(f"warning: the source has changed since {path} was made", file=sys.stderr)
+        return
+    started = time.perf_counter()
+    model = UniMoER.from_pretrained(saved, bench.device, kernels="torch")
+    both = replace(config, tasks=("embedding", "reranking"))
+    data = partial(bench.training, model, both)
+    found = MEASURES[name](model, bench.evaluation(model, config), data, config, place)
+    if found is not None:
+        seconds = {"measure": time.perf_counter() - started}
+        write_json(path, {**made, "model": mark, "seconds": seconds, **found})
