@@ -1,8 +1,8 @@
 # Every command a user types. Each target first sets up what it needs and is fast once that is done.
 #
 #   SCALE=smoke|small|full  BASE=hub id or folder  DATA=name or folder  SEEDS=  ARMS=  CONTROLS=1  AA=1
-#   ARGS=          more arguments for pytest (test, test-gpu), bench, plan, eval, baselines, encode, search,
-#                  rag, mine and gpu-all
+#   ARGS=          more arguments for the experiments ("--set checkpointing=true"), pytest (test, test-gpu),
+#                  bench, plan, eval, baselines, encode, search, rag, mine and gpu-all
 #   RUNS=          where trials go; runs/ if not given
 #   EVALUATE=      for kill-gate: collections that the trained models are measured on as well
 #   MTEB=          for kill-gate: tasks of mteb that decide for the embedding side, by name
@@ -38,7 +38,7 @@ TRIALS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ARMS),--arms $(ARMS)) \
   $(if $(CONTROLS),--controls) $(if $(AA),--aa) $(if $(RUNS),--runs '$(RUNS)') \
   $(if $(WANDB),--wandb '$(WANDB)') $(if $(EVALUATE),--evaluate $(EVALUATE)) $(if $(MTEB),--mteb $(MTEB))
 TORCHRUN = torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m
-STUDY = $(PY) -m $(if $(PROCESSES),$(TORCHRUN) )run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS))
+STUDY = $(PY) -m $(if $(PROCESSES),$(TORCHRUN) )run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS) $(ARGS))
 
 help:  ## List the targets
 	@echo 'make TARGET [VARIABLE=value ...]'

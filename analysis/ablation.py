@@ -15,8 +15,8 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis import figures
-from analysis.figures import METRIC, TASKS, label, span, table
-from analysis.page import over_seeds
+from analysis.figures import METRIC, TASKS, label, table
+from analysis.page import over_seeds, spread
 from eval import metrics
 from eval.protocol import EvaluationSet
 from model.lora import LinearGroup
@@ -34,7 +34,8 @@ TEXT = """## Which part of the adapters does the work? (keep and omit)
 Points of nDCG@10 × 100 lost when a component's changes are taken back to the base, and the share of
 the whole gain over the base that is left when it alone is kept, on {queries} queries: reranking of
 their BM25 candidates, retrieval among the candidates and the relevant documents of all of them.
-Nothing is trained anew. Means over seeds with their 95 % intervals over seeds.
+Nothing is trained anew. Means over seeds ± their standard deviation, with 95 % intervals over
+seeds.
 
 {table}![ablation](ablation.png)
 
@@ -138,17 +139,15 @@ def markdown(ablated: dict[str, dict[str, Any]]) -> str:
     rows = []
     for arm, found in ablated.items():
         for task, gain in found["gains"].items():
-            cells = [f"{gain['mean']:+.2f} {span(gain['interval'])}", "1"]
+            cells = [spread(gain, "+.2f"), "1", str(len(gain["seeds"]))]
             rows.append([label(arm), TASKS[task], "everything", *cells])
         for name, tasks in found["components"].items():
             for task, row in tasks.items():
-                lost, kept = row["lost"], row["kept"]
-                rows.append([
-                    label(arm), TASKS[task], name, f"{lost['mean']:+.2f} {span(lost['interval'])}",
-                    "-" if kept["mean"] is None else f"{kept['mean']:.2f} {span(kept['interval'])}",
-                ])  # fmt: skip
+                cells = [spread(row["lost"], "+.2f"), spread(row["kept"])]
+                seeds = str(len(row["lost"]["seeds"]))
+                rows.append([label(arm), TASKS[task], name, *cells, seeds])
     queries = next(iter(ablated.values()))["queries"]
-    head = ["arm", "task", "component", "lost without it", "kept by it alone"]
+    head = ["arm", "task", "component", "lost without it", "kept by it alone", "seeds"]
     return TEXT.format(queries=queries, table=table(head, rows), caption=CAPTION)
 
 

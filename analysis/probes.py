@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis import ablation, compare, figures, judge
 from analysis.figures import label, span, table
-from analysis.page import limits, over_seeds, provenance, warnings, write_folder
+from analysis.page import limits, over_seeds, provenance, spread, warnings, write_folder
 
 NAMES = {
     "covered_terms": "covered query terms", "covered_share": "their share", "tf_sum": "sum of TF",
@@ -39,7 +39,7 @@ the one on a control task, in which each document has one value at random under 
 ({recurring:.0f} % of the pairs are of a document that recurs). Compression: the values' own code
 length over their online code length by the probe; 1 says that the features save no bits. At the
 layer with the highest mean score (of the base all layers are probed, of an arm the adapted ones:
-those below are the base's); mean over {seeds} seeds with its 95 % interval.
+those below are the base's); mean over seeds ± their standard deviation, with its 95 % interval.
 
 {table}{picture}{ablation}## What the arms score
 
@@ -185,9 +185,8 @@ def markdown(v: dict[str, Any]) -> str:
                     "untrained base" if view == "base" else label(arm),
                     "all layers" if view == "base" else view, NAMES[name],
                     str(first_layer(found, of["layers"]) + of["best"]),
-                    f"{row['score']['mean']:.2f} {span(row['score']['interval'])}",
-                    *("-" if row[k]["mean"] is None else f"{row[k]['mean']:.2f}"
-                      for k in ("selectivity", "compression")),
+                    *(spread(row[k]) for k in ("score", "selectivity", "compression")),
+                    str(len(row["score"]["seeds"])),
                 ])  # fmt: skip
     unsure = limits(v)
     unsure.insert(0, "Whether the model uses what a probe reads: that needs an intervention.")
@@ -200,11 +199,10 @@ def markdown(v: dict[str, Any]) -> str:
         queries=one["queries"],
         yes=", ".join(NAMES[name] for name in one["binary"]),
         recurring=100 * one["recurring"] / one["pairs"],
-        seeds=max(len(row["seeds"]) for row in v["arms"].values()),
         scores=compare.scores_table(v),
         differences=compare.differences_table(v),
-        table=table(["arm", "view", "property", "layer", "score", "selectivity", "compression"],
-                    rows),
+        table=table(["arm", "view", "property", "layer", "score", "selectivity", "compression",
+                     "seeds"], rows),
         picture=f"![probes](probes.png)\n\n*{CAPTION}*\n\n",
         ablation=ablation.markdown(v["ablated"]),
         limits="\n".join(f"- {text}" for text in unsure),

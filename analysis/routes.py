@@ -51,11 +51,14 @@ Mean weight over layers and seeds. Dead: layers whose mean weight over both task
 all layers and seeds. Role: the task that the expert is matched to (Hungarian, on the mean weight),
 in how many seeds.
 
-{experts}{layers}## Does routing follow the domain?
+{experts}{layers}By layer: information on the task, the shift between the tasks' mean weights and
+the entropy of the weights.
+
+{depth}## Does routing follow the domain?
 
 Information on the domain of a text ({domains}), in bits, by kind of text; else as above.
 
-{domain}## Along training
+{domain}{places}## Along training
 
 {along}## What the arms score
 
@@ -70,6 +73,7 @@ over seeds and queries.
 
 {provenance}
 """
+DOMAINS = "Mean weights, over texts and layers, in the domains with the most texts."
 LAYERS = (
     "Mean expert weights by layer and kind of text: mean over seeds in a band from the lowest to "
     "the highest; grey: uniform."
@@ -130,6 +134,21 @@ def summarise(trials: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "entropy": {
             t: means(lambda trial, t=t: float(np.mean(trial["entropy"][t]))) for t in TASKS
         },
+        "difference": over_seeds(
+            [
+                float(np.mean(trial["shift"]["template"]) - np.mean(trial["shift"]["content"]))
+                for trial in every
+            ]
+        ),
+        "layers": [
+            {
+                "nats": over_seeds([trial["task"][i]["nats"] for trial in every]),
+                "shift": over_seeds([trial["shift"]["task"][i] for trial in every]),
+                **{t: over_seeds([trial["entropy"][t][i] for trial in every]) for t in TASKS},
+            }
+            for i in range(len(first["task"]))
+        ],
+        "domains": _domains(every),
         "within": means(lambda trial: float(np.mean(trial["within"]))),
         "between": means(lambda trial: float(np.mean(trial["between"]))),
         "weights": {
@@ -147,6 +166,20 @@ def summarise(trials: dict[int, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _domains(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """domain -> texts, and by kind the weight of each expert over seeds; {} where not measured."""
+    return {
+        name: {
+            "texts": row["texts"],
+            **{kind: [over_seeds([t["domains"][name][kind][e] for t in trials])
+                      for e in range(len(row[kind]))]
+               for kind in KINDS},
+        }
+        for name, row in trials[0].get("domains", {}).items()
+        if all(name in t.get("domains", {}) for t in trials)
+    }  # fmt: skip
+
+
 BIT = float(np.log(2))
 
 
@@ -161,13 +194,11 @@ def reading(v: dict[str, Any]) -> str:
             f"tells the task in {100 * found['decoded']['mean']:.0f} % of the texts (50 % by "
             f"chance); the mean weights of the two tasks lie {100 * shift['task']:.1f} % apart"
         )
-        found_in = {name: f"{100 * shift[name]:.1f} %" for name in ("template", "content")}
-        if found_in["template"] == found_in["content"]:
-            text += f", which template and content shift alike ({found_in['content']})"
-        else:
-            more, less = sorted(found_in, key=shift.__getitem__, reverse=True)
-            text += f", the {more} shifting them more ({found_in[more]}) than the {less} "
-            text += f"({found_in[less]})"
+        text += (
+            f"; the template alone moves them by {100 * shift['template']:.1f} %, other words by "
+            f"{100 * shift['content']:.1f} % (difference "
+            f"{_scaled(found['difference'], 100, '+.1f')} points)"
+        )
         said.append(f"{text}.")
         idle = [name for name, share in found["dead"].items() if share > 0.5]
         if idle:
@@ -193,6 +224,16 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
             ])  # fmt: skip
         for kind, text in KINDS.items():
             domain.append([label(arm), text, *_told(found["domain"][kind])])
+    depth = [
+        [label(arm), str(found["first_layer"] + i), _scaled(row["nats"], 1 / BIT, ".4f"),
+         _scaled(row["shift"], 100, ".1f"), *(spread(row[t]) for t in TASKS)]
+        for arm, found in v["measured"].items() for i, row in enumerate(found["layers"])
+    ]  # fmt: skip
+    domains = [
+        [label(arm), name, str(row["texts"]), text, *map(spread, row[kind])]
+        for arm, found in v["measured"].items() for name, row in found["domains"].items()
+        for kind, text in KINDS.items()
+    ]  # fmt: skip
     one = next(iter(v["measured"].values()))
     unsure = limits(v)
     unsure.insert(0, "Whether an expert does what its name says: weights say who is used, not what "
@@ -214,6 +255,11 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
         domains=f"{v['clusters']['embedding']} of them among the queries",
         scores=compare.scores_table(v),
         differences=compare.differences_table(v),
+        depth=table(["arm", "layer", "information (bits)", "shift: task (%)",
+                     "entropy, retrieval (nats)", "entropy, reranking"], depth),
+        places=f"{DOMAINS}\n\n{table(['arm', 'domain', 'texts', 'of', *one['experts']], domains)}"
+        if domains
+        else "",
         domain=table([head[0], "texts", *head[1:]], domain),
         along="![along](along.png)\n\n*" + figures.CAPTIONS["routing"] + "*\n\n"
         if curves

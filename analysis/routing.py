@@ -10,6 +10,7 @@ next to nothing of the task: what routing does is I(Z; Y), what could be read of
 """
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from model.texts import in_batches
 from model.unimoer import UniMoER
 
 SHUFFLES = 2000  # Holm's first step over 4 layers and 3 seeds needs p below .0042
+DOMAINS = 6  # whose weights are kept
 # kind of input -> the task whose forward pass sees it
 KINDS = {
     "query": "embedding",
@@ -158,9 +160,28 @@ def summarise(
             kind: [information(weights[kind][:, i], domains) for i in layers]
             for kind in ("query", "document", "pair")
         },
+        "domains": by_domain(weights, domains),
         "shift": {name: values.tolist() for name, values in shift.items()},
         "roles": roles({t: m.mean(0) for t, m in by_task.items()}, experts),
     }
+
+
+def by_domain(weights: dict[str, np.ndarray], domains: Sequence[str]) -> dict[str, Any]:
+    """Of the DOMAINS domains with most texts: how many of a kind, and mean weights (E,) by kind.
+
+    Means over texts and layers. Domains of which there are equally many are taken by name.
+    """
+    counts = Counter(domains)
+    most = sorted(counts, key=lambda name: (-counts[name], name))[:DOMAINS]
+    labels = np.asarray(domains)
+    return {
+        name: {
+            "texts": counts[name],
+            **{kind: weights[kind][labels == name].mean((0, 1)).round(5).tolist()
+               for kind in ("query", "document", "pair")},
+        }
+        for name in most
+    }  # fmt: skip
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -36,11 +36,12 @@ PAGE = """# {title}
 
 ## Interference by size
 
-I = 100 (specialist - joint) / specialist, in % of nDCG@10, with its 95 % interval over seeds and
-queries. Holm: over all {family} rows with an interval. A size at which training gained the
-specialist less than 5.00 over its own untrained base is not measurable, which is not "no
-interference". Detectable: with 80 % power at Holm's first step. Of the same queries BM25 has
-{bm25}; no order of its candidates has more than {ceiling}.
+nDCG@10 × 100 as the mean over seeds ± their standard deviation, with its 95 % interval over seeds
+and queries; I = 100 (specialist - joint) / specialist, in %, with the same. Holm: over all {family}
+rows with an interval. A size at which training gained the specialist less than 5.00 over its own
+untrained base is not measurable, which is not "no interference". Detectable: with 80 % power at
+Holm's first step. Of the same queries BM25 has {bm25}; no order of its candidates has more than
+{ceiling}.
 
 {sizes}{picture}## Slopes
 
@@ -210,6 +211,10 @@ def _row(
         "base": base,
         "specialist": float(y[special].mean()) if special in y else None,
         "joint": float(y[joint].mean()) if joint in y else None,
+        "scores": {
+            side: judge.score_row(y, labels, arm, arms[arm], task)
+            for side, arm in (("specialist", special), ("joint", joint)) if arm in y
+        },
         "seeds": min((len(y[a]) for a in (special, joint) if a in y), default=0),
         "interference": None, "interval": None, "p": None, "measurable": None,
     }  # fmt: skip
@@ -295,7 +300,7 @@ def markdown(v: dict[str, Any]) -> str:
             continue
         rows.append([
             _size(row), TASKS[row["task"]],
-            *(f"{100 * row[key]:.2f}" for key in ("base", "specialist", "joint")),
+            f"{100 * row['base']:.2f}", *map(figures.score, row["scores"].values()),
             "yes" if row["measurable"] else "**no**",
             f"**{percent(row['interference'])}** {span(row['interval'])}",
             p_value(row["p"]), p_value(row.get("p_holm")), percent(row.get("detectable")),

@@ -99,6 +99,7 @@ def section() -> str:
         "## The analyses beside the model\n\nGB on the card at full scale, with the mean lengths "
         "of the stdlib collection; activations as autograd keeps them, counted on one layer. "
         "Nothing in it depends on the number of texts that are looked into: features go to disk "
-        "batch by batch and are read by layer and batch; probes are fitted on the host.\n\n"
+        "batch by batch and are read by layer and batch; probes are fitted on the host. "
+        'Checkpointing is asked for with `ARGS="--set checkpointing=true"`.\n\n'
         + table(["GB", *heads], cells)
     )

@@ -69,6 +69,22 @@ def test_domains_are_told_from_chance() -> None:
     assert all(row["p"] > 0.01 for row in found["document"])
 
 
+def test_weights_by_domain() -> None:
+    """Of the largest domains, in what they were planted with, and in the report's table."""
+    made, names = weights(), [f"m{min(i // 8, 7)}" for i in range(N)]  # m7 has 24 texts
+    made["query"][[name == "m7" for name in names]] = np.array([0.8, 0.1, 0.1])
+    found = routing.summarise(made, names, EXPERTS)["domains"]
+    assert list(found) == ["m7", "m0", "m1", "m2", "m3", "m4"]
+    assert found["m7"]["texts"] == 24 and found["m7"]["query"] == [0.8, 0.1, 0.1]
+    assert found["m0"]["query"] == pytest.approx([1 / 3] * 3, abs=0.02)
+    trial = {"first_layer": 2, **routing.summarise(made, names, EXPERTS)}
+    told = routes.summarise({0: trial, 1: trial})
+    assert told["domains"]["m7"]["query"][0]["mean"] == pytest.approx(0.8)
+    assert [row["nats"]["mean"] for row in told["layers"]] == [r["nats"] for r in trial["task"]]
+    without = {k: v for k, v in trial.items() if k != "domains"}
+    assert routes.summarise({0: trial, 1: without})["domains"] == {}
+
+
 def test_weights_that_differ_a_little_are_read_off_and_sure() -> None:
     """Half a point apart with a tenth of a point of spread: no bits, but no chance either."""
     apart = {"pair": (0.338, 0.331, 0.331), "query": (0.333,) * 3, "document": (0.333,) * 3}
