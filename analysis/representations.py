@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from analysis import compare, judge, subspaces
-from analysis.figures import label, span, table
+from analysis.figures import label, p_value, span, table
 from analysis.page import (
     limits,
     mean,
@@ -25,6 +25,7 @@ from analysis.representation_figures import (
     draw_spectra,
     draw_stir,
 )
+from eval import stats
 
 PAGE = """# {title}
 
@@ -47,7 +48,7 @@ Values are means over {seeds} seeds ± their standard deviation, with the 95 % i
 Unbiased linear CKA of an arm's features with those of another arm of the same seed and with the
 base's, behind the last layer; 1 is the same up to rotation and scale, 0 unrelated.
 
-{models}{layers}## How alike are the experts?
+{models}{layers}{tests}## How alike are the experts?
 
 CKA behind the last layer when one expert alone is on, on the same texts.
 
@@ -74,7 +75,12 @@ directions hold of the other's variance, 1 for as much as its own other half, 0 
 random directions. Direction: cosine of the two mean changes; tasks may share a subspace and pull
 apart in it.
 
-{stir}{overlap}{subspaces}{maps}## What could not be concluded
+{stir}{overlap}{subspaces}{maps}## What the arms score
+
+nDCG@10 × 100, {v[split]} split: mean over seeds ± their standard deviation, with the 95 % interval
+over seeds and queries.
+
+{scores}{differences}## What could not be concluded
 
 {limits}
 
@@ -82,6 +88,10 @@ apart in it.
 
 {provenance}
 """
+TESTS = """Tested, over seeds, with Holm's correction over this table:
+
+{table}"""
+SPECIALISTS = ("emb-only", "rank-only")
 NONE = over_seeds([])  # of an arm that was not run
 
 
@@ -98,6 +108,7 @@ def write(folder: Path) -> dict[str, Any]:
     found = compare.compare(folder, baselines, arms)
     judge.add_measures(found, measured, "representation")
     found["measured"] = {arm: summarise(list(trials.values())) for arm, trials in measured.items()}
+    found["tests"] = tests(found["measured"])
     drawn = {"layers": draw_layers(found), "spectra": draw_spectra(measured),
              "stir": draw_stir(found),
              **{name: draw_maps(measured, MAPS[name]) for name in MAPS}}  # fmt: skip
@@ -168,6 +179,31 @@ def _crosstalk(rows: list[dict[str, Any]], expert: str) -> float:
     return float(np.exp(np.mean(np.log(ratios))))
 
 
+def tests(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the reading claims, as differences over seeds with Holm's p over all of them.
+
+    Of each arm but the specialists: its CKA with Emb-Only less that with Rank-Only. Of each pair of
+    experts: how much more of each other's space they write into than random ones would.
+    """
+    rows = []
+    for arm, found in measured.items():
+        for kind, text in KINDS.items():
+            near = [found["arms"][kind].get(other, NONE)["seeds"] for other in SPECIALISTS]
+            if all(near) and len(near[0]) == len(near[1]):
+                gap = over_seeds([a - b for a, b in zip(*near, strict=True)])
+                what = f"CKA with Emb-Only less with Rank-Only, {text}"
+                rows.append({"arm": arm, "what": what, "difference": gap})
+        for name, row in found["pairs"].items():
+            of = [row[f"outputs_{key}"]["seeds"] for key in ("overlap", "by_chance")]
+            gap = over_seeds([a - b for a, b in zip(*of, strict=True)])
+            what = f"overlap of {name.replace(' | ', ' with ')} (write) less by chance"
+            rows.append({"arm": arm, "what": what, "difference": gap})
+    known = [row["difference"] for row in rows if row["difference"]["p"] is not None]
+    for row, p in zip(known, stats.holm([row["p"] for row in known]), strict=True):
+        row["p_holm"] = p
+    return rows
+
+
 def reading(v: dict[str, Any]) -> str:
     said = []
     for kind in KINDS:
@@ -181,16 +217,20 @@ def reading(v: dict[str, Any]) -> str:
     for arm, found in v["measured"].items():
         near = {
             other: [found["arms"][kind].get(other, NONE)["mean"] for kind in KINDS]
-            for other in ("emb-only", "rank-only")
+            for other in SPECIALISTS
         }
         if arm in near or None in (value for values in near.values() for value in values):
             continue
+        unsure = any(
+            row["difference"].get("p_holm", 1) > stats.ALPHA
+            for row in v["tests"] if row["arm"] == arm and row["what"].startswith("CKA")
+        )  # fmt: skip
         first, second = sorted(near, key=lambda other, near=near: -sum(near[other]))
         values = {o: " and ".join(f"{value:.2f}" for value in near[o]) for o in near}
         said.append(
             f"{label(arm)} is nearer to {label(first)} (CKA {values[first]} on "
             f"{' and '.join(text.split()[0] for text in KINDS.values())}) than to {label(second)} "
-            f"({values[second]})."
+            f"({values[second]}){', which cannot be told from chance' if unsure else ''}."
         )
     joint = v["measured"].get("joint-single") or next(iter(v["measured"].values()))
     last = joint["stir"][-1]
@@ -246,6 +286,13 @@ def markdown(v: dict[str, Any]) -> str:
                 f"{row['null']['mean']:.2f}", f"{row['k']['mean']:.0f}",
                 spread(row["direction"], "+.2f"),
             ])  # fmt: skip
+    tested = [
+        [label(row["arm"]), row["what"], spread(row["difference"], "+.2f"),
+         p_value(row["difference"]["p"]), p_value(row["difference"].get("p_holm")),
+         str(len(row["difference"]["seeds"]))]
+        for row in v["tests"]
+    ]  # fmt: skip
+    head = ["arm", "what", "difference", "p", "Holm p", "seeds"]
     one = next(iter(v["measured"].values()))
     unsure = limits(v)
     unsure.insert(0, "Whether what differs is used: CKA, overlaps and STIR describe, they do not "
@@ -260,6 +307,7 @@ def markdown(v: dict[str, Any]) -> str:
         seeds=" or ".join(map(str, sorted({found["seeds"] for found in v["measured"].values()}))),
         models=table(["arm", "texts", "base", "Emb-Only", "Rank-Only", "Joint-Single"], models),
         layers=_picture("layers"),
+        tests=TESTS.format(table=table(head, tested)) if tested else "",
         views=table(["arm", "experts", *KINDS.values()], views) if views else none,
         spectra=table(["arm", "expert", "norm", "effective rank", "stable rank"], spectra),
         pairs=table(["arm", "experts", "read", "by chance", "write", "by chance", "cosine of ΔW"],
@@ -269,6 +317,8 @@ def markdown(v: dict[str, Any]) -> str:
         stir=table(["arm", "layer", "STIR", "cross", "within", "null", "k", "direction"], stir),
         overlap=_picture("stir"),
         subspaces=subspaces.markdown(v["measured"], label),
+        scores=compare.scores_table(v),
+        differences=compare.differences_table(v),
         maps="".join(_picture(name) for name in MAPS),
         limits="\n".join(f"- {text}" for text in unsure),
         provenance=provenance(v),

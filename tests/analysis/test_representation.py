@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import experiments
-from analysis import representation, spectra, subspaces
+from analysis import representation, representations, spectra, subspaces
 from analysis.cka import CKA, cka, hsic
+from analysis.page import over_seeds
 from analysis.subspace import between, factor, rank_for, stir
+from eval import stats
 from eval.collections import load
 from eval.protocol import EvaluationSet
 from model.packed import pack
@@ -277,6 +279,25 @@ def test_measure_of_two_arms(tiny_base: Path, data: Path, tmp_path: Path) -> Non
     assert len(moe["gradients"]) == 28 and moe["deltas"] == []
     assert {"model | base", "embedding | shared"} <= moe["cka"]["pair"].keys()
     json.dumps(moe, allow_nan=False)
+
+
+def test_what_is_claimed_is_tested_over_seeds() -> None:
+    """1, 2, 3 and 4, 5, 6 percent nearer to Emb-Only; of the overlaps one is what chance has."""
+    cka = {"emb-only": over_seeds([0.91, 0.92, 0.93]), "rank-only": over_seeds([0.9] * 3)}
+    far = {"emb-only": over_seeds([0.94, 0.95, 0.96]), "rank-only": over_seeds([0.9] * 3)}
+    pair = {"outputs_overlap": over_seeds([0.25, 0.26, 0.27]),
+            "outputs_by_chance": over_seeds([0.26, 0.26, 0.26])}  # fmt: skip
+    measured = {
+        "emb-only": {"arms": {kind: {} for kind in representations.KINDS}, "pairs": {}},
+        "joint-moe": {"arms": {"document": cka, "pair": far}, "pairs": {"a | b": pair}},
+    }
+    rows = representations.tests(measured)
+    assert [row["arm"] for row in rows] == ["joint-moe"] * 3
+    means = [row["difference"]["mean"] for row in rows]
+    assert means == pytest.approx([0.02, 0.05, 0.0])
+    ps = [row["difference"]["p"] for row in rows]
+    assert [row["difference"]["p_holm"] for row in rows] == stats.holm(ps)
+    assert rows[2]["what"] == "overlap of a with b (write) less by chance"
 
 
 @pytest.mark.parametrize("method", representation.MAPS)
