@@ -41,7 +41,8 @@ noisiest probes. Conflicts: the share of (layer, projection) pairs with a negati
 Removed: the share of the norm that PCGrad would drop. Ratio: |embedding| / |reranking|, each task's
 loss at its weight of 1. Holm: over the {family} rows of this table and the next, which are not
 independent of each other: the gradient on W lies nearly whole across the frozen rows. Detectable:
-the smallest cosine that so many seeds with this spread find with 80 % power at Holm's first step.
+the smallest cosine that so many seeds with this spread find with 80 % power at Holm's first step;
+above 1, none.
 
 {overall}{along}## Does it differ between the arms?
 
@@ -240,7 +241,12 @@ def reading(v: dict[str, Any]) -> str:
                 f"{corrected['of']} probes that allow it, {corrected['raw']:+.3f} raw in these)"
             )
         if not sure and "detectable" in cosine:
-            text += f"; what could have been seen is {cosine['detectable']:.2f}"
+            least = cosine["detectable"]
+            text += (
+                f"; what could have been seen is {least:.2f}"
+                if least <= 1
+                else ("; with these seeds none could have been told from 0")
+            )
         share = 100 * found["spaces"]["w"]["conflicts"]
         said.append(f"{text}; {share:.0f} % of the layers and projections conflict.")
     sure = [row for row in v["between"] if row["difference"].get("p_holm", 1) <= stats.ALPHA]
