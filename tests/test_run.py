@@ -462,6 +462,52 @@ def test_killed_twice_it_ends_with_the_same_numbers(done, words, setting, tmp_pa
     assert left == {"seed0.json", "seed0.model"}
 
 
+DEADLY = """
+import os, signal, sys
+import run, train.trial
+
+when, *words = sys.argv[1:]
+replace = os.replace
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die_at_the_model(source, target):
+    die() if ".model" in str(target) else replace(source, target)
+
+if when == "the baselines":
+    run.run_baselines = die
+elif when == "an evaluation":
+    train.trial._scores = die
+elif when == "the saving of a model":
+    os.replace = die_at_the_model
+elif when == "the report":
+    run.write_report = die
+sys.exit(run.main(words))
+"""
+
+
+@pytest.mark.parametrize(
+    "when", ["the baselines", "an evaluation", "the saving of a model", "the report"]
+)
+def test_killed_beside_the_training_it_ends_with_the_same_numbers(
+    done, words, setting, tmp_path, cache, when
+):
+    line = words(tmp_path / "runs")
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run(
+        [sys.executable, "-c", DEADLY, when, *line],
+        cwd=ROOT, env=environment, capture_output=True, check=False,
+    )  # fmt: skip
+    assert killed.returncode == -9, killed.stderr.decode()
+    folder = tmp_path / "runs" / "kill_gate" / setting
+    there = {path.name for path in folder.rglob("*.json")} if folder.exists() else set()
+    assert ("seed0.json" in there) == (when == "the report")
+    assert run.main(line) == 0
+    assert_same_numbers(folder, done)
+    assert len(snapshot(folder)) == len(snapshot(done))
+
+
 # Published --------------------------------------------------------------------------------------
 
 

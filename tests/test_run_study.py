@@ -152,7 +152,14 @@ def test_a_look_into_a_model_is_kept(
         ("probing", ("rank-only", "joint-moe")),
         (
             "pointwise_vs_listwise",
-            ("pointwise-single", "listwise-single", "listwise-moe", "e2rank-single"),
+            (
+                "pointwise-single",
+                "pointwise-moe",
+                "listwise-single",
+                "listwise-moe",
+                "e2rank-single",
+                "e2rank-moe",
+            ),
         ),
         ("rank_sweep", ("all-r1", "all-r16", "shared-r1")),
         (
