@@ -81,7 +81,7 @@ BY_ARM = ("steps", "learning_rate", "clip")
 SIZE = ("layers", "adapter_layers")
 
 # setting -> arm -> what its sweep chose. For a setting that is absent the values of SCALES stand,
-# which no sweep has settled there: `make sweep` with the same SCALE, BASE and DATA prints its row.
+# which no sweep has settled there: `make sweep` with the same SCALE, BASE and DATA writes its row.
 TUNED: dict[str, dict[str, dict]] = {
     "small": {
         "emb-only": {"learning_rate": 0.003, "clip": 1.0},

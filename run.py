@@ -295,9 +295,10 @@ def command_publish(args: argparse.Namespace) -> None:
         write_json(path, overview.portable(json.loads(path.read_text())))
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
-    # A report of sizes takes in the settings of other bases, so theirs change too.
-    together = experiments.EXPERIMENTS[args.experiment].report == "scale"
-    for place in sorted(target.parent.iterdir()) if together else [target]:
+    # A report of sizes takes in the settings of other bases; a page those of other collections.
+    kind, places = experiments.EXPERIMENTS[args.experiment].report, sorted(target.parent.iterdir())
+    shown = [p for p in places if p != target and target.name.startswith(p.name)]
+    for place in {"scale": places, "verdict": [target, *shown]}.get(kind, [target]):
         overview.write(ROOT / "results", place.name, write_report)
     print(f"published to {target}")
 

@@ -42,7 +42,7 @@ Removed: the share of the norm that PCGrad would drop. Ratio: |embedding| / |rer
 loss at its weight of 1. Holm: over the {family} rows of this table and the next, which are not
 independent of each other: the gradient on W lies nearly whole across the frozen rows. Detectable:
 the smallest cosine that so many seeds with this spread find with 80 % power at Holm's first step;
-above 1, none.
+above 1 (of a difference: 2), none.
 
 {overall}{along}## Does it differ between the arms?
 

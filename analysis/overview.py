@@ -56,12 +56,15 @@ def cost(folders: Sequence[Path]) -> str:
         trial = judge.read(path)
         seconds = trial["seconds"]
         key = (trial["seed"], seconds["test"], seconds.get("prepare"))
-        # Watching gradients is part of one of them alone.
-        took[key] = max(took.get(key, 0.0), sum(seconds.values()))
+        # Watching gradients is part of one of them alone; what is measured elsewhere was trained
+        # in another setting.
+        spent = seconds["test"] if "trained" in trial else sum(seconds.values())
+        took[key] = max(took.get(key, 0.0), spent)
         devices.add(trial["device"])
         count += 1
+    shared = f", which {count} files hold, some of them in several experiments"
     return (
-        f"{len(took)} trials, which {count} files hold, some of them in several experiments: "
+        f"{len(took)} trials{shared if count > len(took) else ''}: "
         f"{sum(took.values()) / 60:,.0f} minutes of training and evaluation on "
         f"{'; '.join(sorted(devices))}. Baselines, measures of trained models and starting are not "
         "in it.\n"

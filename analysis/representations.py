@@ -129,9 +129,9 @@ def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
             for kind in KINDS
         },
         "arms": {
-            kind: {arm: over_seeds([trial["cka_arms"][kind][arm][-1] for trial in trials
-                                    if arm in trial["cka_arms"][kind]])
-                   for arm in first["cka_arms"][kind]}
+            kind: {arm: _by_seed([trial["cka_arms"][kind].get(arm, [None])[-1]
+                                  for trial in trials])
+                   for arm in {a: 0 for trial in trials for a in trial["cka_arms"][kind]}}
             for kind in KINDS
         },
         "views": {
@@ -162,6 +162,11 @@ def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _by_seed(values: list[float | None]) -> dict[str, Any]:
+    """Over seeds, with the value of each, in the order of the trials."""
+    return {**over_seeds(values), "by_seed": values}
+
+
 def _over_linears(trials: list[dict[str, Any]], at: int) -> dict[str, dict[str, Any]]:
     """A pair of experts: the mean over linears of each overlap and of the cosine, over seeds."""
     of = [[row["pairs"][at] for row in trial["linears"]] for trial in trials]
@@ -188,9 +193,10 @@ def tests(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for arm, found in measured.items():
         for kind, text in KINDS.items():
-            near = [found["arms"][kind].get(other, NONE)["seeds"] for other in SPECIALISTS]
-            if all(near) and len(near[0]) == len(near[1]):
-                gap = over_seeds([a - b for a, b in zip(*near, strict=True)])
+            near = [found["arms"][kind].get(other, {}).get("by_seed") for other in SPECIALISTS]
+            if all(near):
+                pairs = zip(*near, strict=True)
+                gap = over_seeds([None if None in pair else pair[0] - pair[1] for pair in pairs])
                 what = f"CKA with Emb-Only less with Rank-Only, {text}"
                 rows.append({"arm": arm, "what": what, "difference": gap})
         for name, row in found["pairs"].items():
@@ -221,10 +227,10 @@ def reading(v: dict[str, Any]) -> str:
         }
         if arm in near or None in (value for values in near.values() for value in values):
             continue
-        unsure = any(
-            row["difference"].get("p_holm", 1) > stats.ALPHA
-            for row in v["tests"] if row["arm"] == arm and row["what"].startswith("CKA")
-        )  # fmt: skip
+        gaps = [row["difference"] for row in v["tests"]
+                if row["arm"] == arm and row["what"].startswith("CKA")]  # fmt: skip
+        sure = [gap["mean"] > 0 for gap in gaps if gap.get("p_holm", 1) <= stats.ALPHA]
+        unsure = not gaps or len(sure) < len(gaps) or len(set(sure)) > 1
         first, second = sorted(near, key=lambda other, near=near: -sum(near[other]))
         values = {o: " and ".join(f"{value:.2f}" for value in near[o]) for o in near}
         said.append(

@@ -173,6 +173,7 @@ def by_domain(weights: dict[str, np.ndarray], domains: Sequence[str]) -> dict[st
     """
     counts = Counter(domains)
     most = sorted(counts, key=lambda name: (-counts[name], name))[:DOMAINS]
+    most = [name for name in most if counts[name] > 1]  # without domains each query is its own
     labels = np.asarray(domains)
     return {
         name: {

@@ -81,7 +81,10 @@ def answer(args: argparse.Namespace) -> None:
             "prompts": {**vars(saved.read_config(Path(args.model))[0].prompts),
                         "generate": rag.PROMPT},
             "device": device_name(args.device),
-            "specialists": [revision(of) for of in args.specialists] or None,
+            "specialists": [
+                {"revision": revision(of), **vars(saved.read_config(Path(of))[0].prompts)}
+                for of in args.specialists
+            ] or None,
             **({"answers": of} if public else {}),
         }  # fmt: skip
         found = []

@@ -159,7 +159,8 @@ def main_score(side: Encoder | CrossEncoder, task: Any, folder: Path) -> float:
     """A task's main score by one side, over the splits and languages that the task asks for.
 
     By default mteb keeps a stored result whatever the revision of the data that it was made on;
-    here another revision of the data is measured anew, as is another revision of the model.
+    here another revision of the data is measured anew, as is another revision of the model. (A task
+    that sums up others, such as CQADupstackRetrieval, has no revision of its own.)
 
     Args:
         folder: of the results, in mteb's own layout.

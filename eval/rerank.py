@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from eval.metrics import METRICS, evaluate
+from eval.metrics import METRICS, MRR_10, evaluate
 
 
 def to_run(scores: Tensor, pairs: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
@@ -30,8 +30,11 @@ def random_heads(
     """
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(pooled.shape[1], heads, generator=generator) * 2 - 1
-    runs = [evaluate(qrels, to_run(scores, pairs)) for scores in (pooled @ weights).t()]
+    names = (*METRICS, MRR_10)  # whose cut does not follow from a mean of reciprocal ranks
+    runs = [
+        evaluate(qrels, to_run(scores, pairs), metrics=names) for scores in (pooled @ weights).t()
+    ]
     return {
-        query: {metric: sum(run[query][metric] for run in runs) / heads for metric in METRICS}
+        query: {metric: sum(run[query][metric] for run in runs) / heads for metric in names}
         for query in qrels
     }

@@ -100,7 +100,7 @@ def save(
     synced, then renamed. `metadata` is stored as text in the header (`read_metadata`).
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so what a kill leaves is taken
     temporary.touch()
     mode = temporary.stat().st_mode  # what the user's umask allows; save_file makes it private
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

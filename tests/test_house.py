@@ -243,10 +243,11 @@ def test_variables_reach_run_only_when_given() -> None:
     assert shown()[-1] == "python -m run run kill_gate"
     given = shown(
         "SCALE=smoke", "BASE=x/y", "DATA=a b", "SEEDS=1", "ARMS=rank", "CONTROLS=1", "AA=1",
-        "WANDB=gate",
+        "WANDB=gate", "EVALUATE=c d", "MTEB='e f' g", "ARGS=--set steps=2",
     )  # fmt: skip
     assert given == [
         "python -m model.bases 'x/y'",
         "python -m run run kill_gate --scale smoke --base 'x/y' --data 'a b'"
-        " --seeds 1 --arms rank --controls --aa --wandb 'gate'",
+        " --seeds 1 --arms rank --controls --aa --wandb 'gate'"
+        " --evaluate c d --mteb 'e f' g --set steps=2",
     ]

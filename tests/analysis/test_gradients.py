@@ -1,19 +1,23 @@
 """Gradient conflict, planted: the cosine that was put in comes out, in the layers it was put in."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import experiments
 from analysis import gradients
-from analysis.conflict import between, pick, summarise
+from analysis.conflict import between, pick, summarise, write
 from analysis.conflict_figures import NAMES
 from analysis.gradients import HALVES, PAIRS, conflict, pooled, statistics
 from analysis.page import over_seeds
+from eval import stats
 from model.lora import LinearGroup
+from tests.analysis.made import Maker
 from tests.train.tiny import build, tiny_config, write_collection
 from train.loop import train
 
@@ -154,6 +158,35 @@ def test_arms_are_compared_at_the_same_seed() -> None:
         assert row["arm"] == "joint-moe"
         assert row["difference"]["seeds"] == pytest.approx(expected, abs=1e-6)
     assert between({"joint-moe": arm}, "joint-single") == []
+
+
+@pytest.mark.parametrize(("spread", "seen"), [(2, True), (60, False)])
+def test_the_report_corrects_over_all_it_tests(spread: int, seen: bool, tmp_path: Path) -> None:
+    """Two arms of three seeds around 60 and 120 degrees: sure where seeds agree, else not, and
+    then it says what could have been seen."""
+    maker = Maker(tmp_path / "gradient_conflict" / "smoke")
+    maker.baselines()
+    for arm, degrees in (("joint-single", 60), ("joint-moe", 120)):
+        maker.arm(arm, {"embedding": 0.5, "reranking": 0.4})
+        for seed in range(3):
+            path = maker.folder / arm / f"seed{seed}.json"
+            trial = json.loads(path.read_text())
+            trial["curve"][-1]["gradients"] = planted({0: degrees + spread * (seed - 1)})
+            path.write_text(json.dumps(trial))
+    v = write(maker.folder)
+    rows = [row for arm in v["gradients"].values() for row in arm["spaces"].values()]
+    tested = [row["cosine"] for row in rows] + [row["difference"] for row in v["between"]]
+    assert v["family"] == len(tested) == 12
+    assert [row["p_holm"] for row in tested] == stats.holm([row["p"] for row in tested])
+    for row in tested:
+        se = float(np.std(row["seeds"], ddof=1)) / 3**0.5
+        least = stats.smallest_detectable_effect(se, 2, stats.ALPHA / 12)
+        assert row["detectable"] == pytest.approx(least)
+    text = (maker.folder / "report.md").read_text()
+    assert ("gradients agree on the whole" in text) == seen
+    assert ("In Joint-MoE (the induced gradient on W) the cosine is -1.0" in text) == seen
+    assert ("none could have been told from 0" in text) != seen
+    assert ("No arm's cosine can be told from Joint-Single's." in text) != seen
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import experiments
 import run
 from analysis import compare, overview, report
 from tests.analysis.made import Maker
@@ -101,6 +102,24 @@ def test_collections_stand_side_by_side(tmp_path: Path) -> None:
     assert "| [smoke-other](kill_gate/smoke-other/report.md) | " in found
     assert f"{value:+.2f} % [" in found and found.count("| proceed | yes | sssssss |") == 2
     assert overview.collections(tmp_path, "smoke-other") == ""
+
+
+def test_publishing_a_collection_renews_the_page_that_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    for data in ("stdlib", "scifact"):
+        setting = experiments.setting_name("smoke", "smollm2-135m", data)
+        maker = Maker(tmp_path / "runs" / "kill_gate" / setting)
+        maker.baselines()
+        maker.arm("emb-only", {"embedding": 0.5})
+        maker.arm("rank-only", {"reranking": 0.5})
+        maker.arm("joint-single", {"embedding": 0.5, "reranking": 0.45})
+        words = ["publish", "kill_gate", "--scale", "smoke", "--data", data]
+        assert run.main([*words, "--runs", str(tmp_path / "runs")]) == 0
+    results = tmp_path / "results"
+    assert "[smoke-scifact](kill_gate/smoke-scifact/" in (results / "smoke.md").read_text()
+    assert overview.stale(results, run.write_report) == []
 
 
 def test_latex_tables() -> None:

@@ -283,8 +283,8 @@ def test_measure_of_two_arms(tiny_base: Path, data: Path, tmp_path: Path) -> Non
 
 def test_what_is_claimed_is_tested_over_seeds() -> None:
     """1, 2, 3 and 4, 5, 6 percent nearer to Emb-Only; of the overlaps one is what chance has."""
-    cka = {"emb-only": over_seeds([0.91, 0.92, 0.93]), "rank-only": over_seeds([0.9] * 3)}
-    far = {"emb-only": over_seeds([0.94, 0.95, 0.96]), "rank-only": over_seeds([0.9] * 3)}
+    cka = {"emb-only": {"by_seed": [0.91, 0.92, 0.93]}, "rank-only": {"by_seed": [0.9] * 3}}
+    far = {"emb-only": {"by_seed": [0.94, 0.95, 0.96]}, "rank-only": {"by_seed": [0.9] * 3}}
     pair = {"outputs_overlap": over_seeds([0.25, 0.26, 0.27]),
             "outputs_by_chance": over_seeds([0.26, 0.26, 0.26])}  # fmt: skip
     measured = {
@@ -298,6 +298,9 @@ def test_what_is_claimed_is_tested_over_seeds() -> None:
     ps = [row["difference"]["p"] for row in rows]
     assert [row["difference"]["p_holm"] for row in rows] == stats.holm(ps)
     assert rows[2]["what"] == "overlap of a with b (write) less by chance"
+    # A seed that one of them lacks is left out, and pairs stay those of one seed.
+    cka["emb-only"]["by_seed"], cka["rank-only"]["by_seed"] = [None, 0.92, 0.93], [0.1, 0.9, 0.9]
+    assert representations.tests(measured)[0]["difference"]["seeds"] == pytest.approx([0.02, 0.03])
 
 
 @pytest.mark.parametrize("method", representation.MAPS)

@@ -81,6 +81,7 @@ def test_weights_by_domain() -> None:
     told = routes.summarise({0: trial, 1: trial})
     assert told["domains"]["m7"]["query"][0]["mean"] == pytest.approx(0.8)
     assert [row["nats"]["mean"] for row in told["layers"]] == [r["nats"] for r in trial["task"]]
+    assert routing.by_domain(made, [f"q{i}" for i in range(N)]) == {}
     without = {k: v for k, v in trial.items() if k != "domains"}
     assert routes.summarise({0: trial, 1: without})["domains"] == {}
 

@@ -173,6 +173,8 @@ def test_the_untrained_base_is_a_row_where_it_is_asked_for(
     ranking = search(asked, read, queries, documents, 1000)
     expected = metrics.evaluate(data.qrels["test"], ranking)
     assert found["untrained"]["embedding"] == expected
+    rows = found["untrained"]["reranking"].values()  # a mean over heads of what each cuts
+    assert all(0 <= row[metrics.MRR_10] <= row["recip_rank"] for row in rows)
     assert found["data"] == data.identity and "path" not in found["data"]
     assert run("--data", str(place), "--candidates", "5")[0] == 2  # another setting
 

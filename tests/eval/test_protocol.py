@@ -201,7 +201,7 @@ def test_random_heads_are_a_mean_over_twenty():
     pairs = [("q", d) for d in ("a", "b", "c")]
     qrels = {"q": {"a": 1}, "unseen": {"a": 1}}
     scores = random_heads(torch.tensor([[3.0], [2.0], [1.0]]), pairs, qrels)
-    assert scores["unseen"] == dict.fromkeys(metrics.METRICS, 0.0)
+    assert scores["unseen"] == dict.fromkeys((*metrics.METRICS, metrics.MRR_10), 0.0)
     share = (scores["q"]["recip_rank"] - 1 / 3) / (1 - 1 / 3)  # of heads with a positive sign
     assert 0 < share < 1 and share * 20 == pytest.approx(round(share * 20), abs=1e-9)
     assert scores["q"]["ndcg_cut_10"] == pytest.approx(share + (1 - share) / 2)

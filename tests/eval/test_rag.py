@@ -113,7 +113,7 @@ def test_specialists_take_the_place_of_one_model_thrice(
         path = tmp_path / "out" / "rag" / "arm-seed0" / f"tiny-test-{side}.json"
         found = json.loads(path.read_text())
         read[side] = [row["read"] for row in found["questions"].values()]
-        assert found["specialists"] == [revision(place) for place in both]
+        assert [of["revision"] for of in found["specialists"]] == list(map(revision, both))
     assert read["three"] == [row[::-1] for row in read["one"]]
     assert program.main([*line, "--sides", "three"]) == 2  # those were of other models
     assert "is of another model" in capsys.readouterr().err
