@@ -283,7 +283,7 @@ def test_measure_of_two_arms(tiny_base: Path, data: Path, tmp_path: Path) -> Non
 
 def test_what_is_claimed_is_tested_over_seeds() -> None:
     """1, 2, 3 and 4, 5, 6 percent nearer to Emb-Only; of the overlaps one is what chance has."""
-    cka = {"emb-only": {"by_seed": [0.91, 0.92, 0.93]}, "rank-only": {"by_seed": [0.9] * 3}}
+    cka: Any = {"emb-only": {"by_seed": [0.91, 0.92, 0.93]}, "rank-only": {"by_seed": [0.9] * 3}}
     far = {"emb-only": {"by_seed": [0.94, 0.95, 0.96]}, "rank-only": {"by_seed": [0.9] * 3}}
     pair = {"outputs_overlap": over_seeds([0.25, 0.26, 0.27]),
             "outputs_by_chance": over_seeds([0.26, 0.26, 0.26])}  # fmt: skip
