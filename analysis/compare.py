@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import experiments
 from analysis import figures, judge
 from analysis.figures import METRIC, TASKS, label, p_value, span, table
-from analysis.page import limits, mean, provenance, warnings, write_folder
+from analysis.page import limits, mean, provenance, warnings, with_holm, write_folder
 from eval import stats
 
 SPECIALISTS = tuple(stats.SPECIALIST.values())
@@ -141,10 +141,9 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
             "p": e.p if e.interval else None, "se": e.se if e.interval else None, "df": e.df,
             "by_seed": (100 * paired.mean(axis=1)).tolist(),
         })  # fmt: skip
-    known = [row for row in differences if row["p"] is not None]
-    for row, p in zip(known, stats.holm([row["p"] for row in known]), strict=True):
+    known = with_holm(differences)
+    for row in known:
         level = stats.ALPHA / len(known)
-        row["p_holm"] = p
         row["detectable"] = stats.smallest_detectable_effect(row["se"], row["df"], level)
     for row in differences:
         row.pop("df")

@@ -14,7 +14,17 @@ from analysis import compare, judge
 from analysis.conflict_figures import CAPTIONS, NAMES, draw_along, draw_heat
 from analysis.figures import label, p_value, span, table
 from analysis.gradients import SPACES, pooled, statistics
-from analysis.page import limits, mean, over_seeds, provenance, spread, warnings, write_folder
+from analysis.page import (
+    by_seed,
+    limits,
+    mean,
+    over_seeds,
+    provenance,
+    spread,
+    warnings,
+    with_holm,
+    write_folder,
+)
 from eval import stats
 from model.lora import PROJECTIONS
 
@@ -92,13 +102,12 @@ def write(folder: Path) -> dict[str, Any]:
         )
     ]
     rows += [row["difference"] for row in found["between"]]  # fmt: skip
-    rows = [row for row in rows if row["p"] is not None]
+    rows = with_holm(rows)
     found["family"] = len(rows)
-    for row, p in zip(rows, stats.holm([row["p"] for row in rows]), strict=True):
+    for row in rows:
         values = row["seeds"]
         se, df = float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1
         row |= {
-            "p_holm": p,
             "detectable": stats.smallest_detectable_effect(se, df, stats.ALPHA / len(rows)),
         }
     drawn = {"along": draw_along(found), "heat": draw_heat(found)}
@@ -138,7 +147,7 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
     def averaged(space: str, name: str, expert: str = "all") -> dict[str, Any]:
         by_step = curve(space, name, expert)
         values = [mean([row[i] for row in by_step]) for i in range(len(probes))]
-        return {**over_seeds(values), "by_seed": values}
+        return by_seed(values)
 
     def corrected(space: str) -> dict[str, Any]:
         """Over the probes that have one, with the raw cosine of the same probes."""

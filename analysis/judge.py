@@ -12,6 +12,7 @@ import numpy as np
 
 import experiments
 from analysis.figures import METRIC, METRICS, REFERENCE_ROWS, TASKS
+from analysis.page import with_holm
 from eval import stats
 
 SPECIALIST = stats.SPECIALIST
@@ -163,10 +164,7 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         f"{arm}/seed{seed}.json": trial for arm in used for seed, trial in used[arm].items()
     }
     shown = {arm: row(arm) for arm in dict.fromkeys([*planned(folder, False), *arms])}
-    differences = [d for line in shown.values() for d in line["against_joint"].values()]
-    tested = [d for d in differences if d["p"] is not None]
-    for difference, p in zip(tested, stats.holm([d["p"] for d in tested]), strict=True):
-        difference["p_holm"] = p
+    with_holm(d for line in shown.values() for d in line["against_joint"].values())
     return {
         "experiment": experiment,
         "setting": folder.name,

@@ -61,6 +61,19 @@ def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
     return {"mean": middle, "interval": [middle - half, middle + half], "p": p, "seeds": known}
 
 
+def with_holm(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that have a `p`; each gets `p_holm`, adjusted over all of them."""
+    tested = [row for row in rows if row.get("p") is not None]
+    for row, p in zip(tested, stats.holm([row["p"] for row in tested]), strict=True):
+        row["p_holm"] = p
+    return tested
+
+
+def by_seed(values: Sequence[float | None]) -> dict[str, Any]:
+    """`over_seeds` with the value of each seed, in their order."""
+    return {**over_seeds(values), "by_seed": list(values)}
+
+
 def spread(found: Mapping[str, Any], form: str = ".2f") -> str:
     """What `over_seeds` gives as a cell: mean ± standard deviation [interval]."""
     if found["mean"] is None:

@@ -8,12 +8,14 @@ import numpy as np
 from analysis import compare, judge, subspaces
 from analysis.figures import label, p_value, span, table
 from analysis.page import (
+    by_seed,
     limits,
     mean,
     over_seeds,
     provenance,
     spread,
     warnings,
+    with_holm,
     write_folder,
 )
 from analysis.representation_figures import (
@@ -129,7 +131,7 @@ def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
             for kind in KINDS
         },
         "arms": {
-            kind: {arm: _by_seed([trial["cka_arms"][kind].get(arm, [None])[-1]
+            kind: {arm: by_seed([trial["cka_arms"][kind].get(arm, [None])[-1]
                                   for trial in trials])
                    for arm in {a: 0 for trial in trials for a in trial["cka_arms"][kind]}}
             for kind in KINDS
@@ -160,11 +162,6 @@ def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
         ],
         **{what: subspaces.summarise(trials, what) for what in ("gradients", "deltas")},
     }  # fmt: skip
-
-
-def _by_seed(values: list[float | None]) -> dict[str, Any]:
-    """Over seeds, with the value of each, in the order of the trials."""
-    return {**over_seeds(values), "by_seed": values}
 
 
 def _over_linears(trials: list[dict[str, Any]], at: int) -> dict[str, dict[str, Any]]:
@@ -204,9 +201,7 @@ def tests(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             gap = over_seeds([a - b for a, b in zip(*of, strict=True)])
             what = f"overlap of {name.replace(' | ', ' with ')} (write) less by chance"
             rows.append({"arm": arm, "what": what, "difference": gap})
-    known = [row["difference"] for row in rows if row["difference"]["p"] is not None]
-    for row, p in zip(known, stats.holm([row["p"] for row in known]), strict=True):
-        row["p_holm"] = p
+    with_holm(row["difference"] for row in rows)
     return rows
 
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 import experiments
 from analysis import figures, judge, slopes
 from analysis.figures import METRIC, TASKS, p_value, percent, span, table
-from analysis.page import provenance, warnings, write_folder
+from analysis.page import provenance, warnings, with_holm, write_folder
 from analysis.slopes import AXES
 from eval import stats
 
@@ -157,9 +157,8 @@ def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
     for other in others(folder):
         climb(other, judge.load(other)[1], ladder, other.name)
     rows, files = ladder.rows, ladder.files
-    tested = [row for row in rows if row.get("p") is not None]
-    for row, p in zip(tested, stats.holm([row["p"] for row in tested]), strict=True):
-        row["p_holm"] = p
+    tested = with_holm(rows)
+    for row in tested:
         level = stats.ALPHA / len(tested)
         row["detectable"] = stats.smallest_detectable_effect(row["se"], row["df"], level)
     first = next(iter(files.values()))

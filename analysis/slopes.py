@@ -14,6 +14,7 @@ import numpy as np
 
 from analysis import judge
 from analysis.figures import TASKS
+from analysis.page import with_holm
 from eval import stats
 
 # axis -> what the size is called, the key that holds it, and what is the same along the line
@@ -71,9 +72,7 @@ def fits(rows: Rows, scores: Scores, labels: dict[str, list[str]]) -> list[dict[
                 "middle": [float(np.mean(at)), middle], "range": [min(at), max(at)],
                 "without": _without(line, key, scores[task], labels[task]),
             })  # fmt: skip
-        for row, p in zip(family, stats.holm([row["p"] for row in family]), strict=True):
-            row["p_holm"] = p
-        found += family
+        found += with_holm(family)
     return found
 
 
