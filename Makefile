@@ -18,7 +18,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup base data kill-gate scale-study gradient-conflict soft-vs-hard routing \
-  representation probing transfer rank-sweep remedies pointwise-vs-listwise trained-baselines study sweep mine eval \
+  representation probing transfer rank-sweep remedies pointwise-vs-listwise trained-baselines study pilot sweep mine eval \
   baselines encode search rag bench bench-model plan kernels-report gpu-all report \
   test test-gpu lint format clean
 
@@ -95,7 +95,10 @@ STUDIES = gradient-conflict kill-gate scale-study soft-vs-hard routing represent
   transfer rank-sweep remedies pointwise-vs-listwise trained-baselines
 study: $(STUDIES)  ## All experiments
 
-sweep: base  ## Try learning rates and clippings of each arm on dev; the choice goes into experiments.py
+pilot: base  ## Each specialist on dev with one setting changed at a time: what learns in the time
+	$(STUDY)
+
+sweep: base  ## Try learning rates and clippings of each arm on dev; the choice goes into scales.py
 	$(STUDY)
 
 mine: $(MAIN) base  ## Hard negatives for training: MODEL=bm25 or folder, DATA= OUT=folder

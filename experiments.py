@@ -1,12 +1,14 @@
 """The study as data: what is run, with which settings. Standard library only.
 
-A new experiment is a row in EXPERIMENTS, a new arm a row in its `arms`, a new scale a row in
-SCALES. A trial is one (experiment, arm, seed); its `Config` says everything about it.
+A new experiment is a row in EXPERIMENTS, a new arm a row in its `arms`; scales are rows of
+scales.SCALES. A trial is one (experiment, arm, seed); its `Config` says everything about it.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from scales import LADDER, PILOT, SCALES, SWEPT, TUNED
 from trials import Config, Experiment, setting_name, width
 
 THREE = ("embedding", "reranking", "shared")
@@ -45,59 +47,9 @@ ARMS = {
     "joint-moe": SPARSEGEN,
 }
 
-# (learning rate, clip) that `make sweep` tries for each arm, on the dev split; the choice stands in
-# TUNED. One tighter clipping: AdamW does not mind the scale of a gradient, so clipping can only
-# change how much the steps with the largest gradients weigh. 1e-2 was added when 3e-3, then the
-# edge of the grid, came out best for the first arms.
-SWEPT = ((3e-4, 1.0), (1e-3, 1.0), (3e-3, 1.0), (1e-2, 1.0), (1e-3, 0.1))
-
-SCALES = {
-    # A look at the machinery: too small to conclude anything.
-    "smoke": {
-        "layers": 2, "adapter_layers": 1, "embedding_pooling": "mean", "reranking_pooling": "mean",
-        "document_tokens": 16, "steps": 6, "train_queries": 64, "embedding_batch": 8,
-        "reranking_batch": 4, "group_size": 4, "negatives_depth": 20, "learning_rate": 1e-3,
-        "checkpoint_every": 3, "candidates": 5, "reranking_queries": 40, "measured": 16,
-    },
-    # Two CPU cores, half an hour: docs/pilot.md tells what was tried.
-    "small": {
-        "layers": 16, "adapter_layers": 12, "embedding_pooling": "mean",
-        "reranking_pooling": "mean", "document_tokens": 64, "steps": 80, "train_queries": 1280,
-        "embedding_batch": 16, "reranking_batch": 8, "group_size": 4, "negatives_depth": 20,
-        "learning_rate": 3e-3, "checkpoint_every": 20, "candidates": 10, "reranking_queries": 200,
-        "measured": 200,
-    },
-    # One GPU: every layer, longer texts, more steps.
-    "full": {
-        "prefix": False, "dtype": "bfloat16", "embedding_pooling": "mean",
-        "reranking_pooling": "mean", "document_tokens": 256, "steps": 300, "embedding_batch": 64,
-        "reranking_batch": 16, "group_size": 8, "learning_rate": 5e-4, "checkpoint_every": 100,
-        "candidates": 50,
-    },
-}  # fmt: skip
-
 # Fields of a scale that an arm may change, by its row of TUNED or its `steps_factor`.
 BY_ARM = ("steps", "learning_rate", "clip")
-SIZE = ("layers", "adapter_layers")
 
-# setting -> arm -> what its sweep chose. For a setting that is absent the values of SCALES stand,
-# which no sweep has settled there: `make sweep` with the same SCALE, BASE and DATA writes its row.
-TUNED: dict[str, dict[str, dict]] = {
-    "small": {
-        "emb-only": {"learning_rate": 0.003, "clip": 1.0},
-        "rank-only": {"learning_rate": 0.003, "clip": 1.0},
-        "joint-single": {"learning_rate": 0.003, "clip": 1.0},
-        "joint-moe": {"learning_rate": 0.003, "clip": 1.0},
-    },
-}
-
-# scale -> (layers, first adapted layer) of each size. On a card every layer counts, and sizes are
-# bases: the same experiment with another BASE.
-LADDER = {
-    "smoke": ((2, 1), (3, 2)),
-    "small": ((8, 4), (12, 8), (16, 12), (24, 20), (30, 26)),
-    "full": ((None, 0),),
-}
 SIZED = ("emb-only", "rank-only", "joint-single")
 
 
@@ -115,6 +67,16 @@ def _ladder(sizes) -> dict[str, dict]:
 def _like(arm: str, rows: dict[str, dict]) -> dict[str, dict]:
     """Arms that take the rates of `arm` in TUNED."""
     return {name: {**row, "tuned_as": arm} for name, row in rows.items()}
+
+
+def _pilot(names: Iterable[str]) -> dict[str, dict]:
+    """The specialists with each change of scales.PILOT, where it changes what they do."""
+    return {
+        f"{arm}-{name}": {**ARMS[arm], **PILOT[name], "tuned_as": arm}
+        for name in names
+        for arm in ("emb-only", "rank-only")
+        if arm == "rank-only" or name not in ("bce", "20-candidates")
+    }
 
 
 def _ranks(*ranks: int) -> dict[str, dict]:
@@ -334,6 +296,16 @@ EXPERIMENTS = {
         },
         seeds=1, common={"split": "dev"}, report="sweep",
     ),
+    "pilot": Experiment(
+        question="In which settings does each task learn in the time, on the dev split?",
+        expected="An embedder learns at any depth; a cross-encoder needs depth and mean pooling.",
+        arms=_pilot(PILOT),
+        # The changes of the CPU default's depth, length and steps are nothing to the other scales.
+        by_scale=dict.fromkeys(("smoke", "full"), _pilot(("as-is", "last-token", "bce"))),
+        seeds=1, common={"split": "dev"}, report="pilot",
+        own_base=("layers", "adapter_layers", "prefix", "embedding_pooling", "reranking_pooling",
+                  "document_tokens", "candidates"),
+    ),
 }
 EXPERIMENTS["trained_baselines"] = Experiment(
     question="What do other ways to serve both tasks with one model reach, trained alike?",
@@ -373,15 +345,16 @@ def plain(experiment: str, scale: str, **overrides) -> Config:
 
 def size_of(experiment: str, arm: str, scale: str) -> dict[str, Any]:
     """What an arm changes that makes the untrained base another one; {} for most arms."""
-    row = arms(experiment, True, True, scale)[arm]
-    return {
-        k: row[k] for k in SIZE if k in row and row[k] != getattr(_scaled(experiment, scale), k)
-    }
+    row, plain = arms(experiment, True, True, scale)[arm], _scaled(experiment, scale)
+    own = EXPERIMENTS[experiment].own_base
+    return {k: row[k] for k in own if k in row and row[k] != getattr(plain, k)}
 
 
 def baselines_name(size: dict[str, Any]) -> str:
-    """The file of the baselines of a size."""
-    return f"baselines-{size['layers']}l.json" if size else "baselines.json"
+    """The file of the baselines of a size: `baselines-8l.json`, `baselines-candidates-20.json`."""
+    if "layers" in size:
+        return f"baselines-{size['layers']}l.json"
+    return "-".join(["baselines", *(f"{name}-{value}" for name, value in size.items())]) + ".json"
 
 
 def _scaled(experiment: str, scale: str, **overrides) -> Config:

@@ -24,6 +24,7 @@ from analysis import (
     order,
     overview,
     pareto,
+    pilot,
     probes,
     ranks,
     report,
@@ -62,6 +63,7 @@ ROOT = Path(__file__).parent
 REPORTS = {  # each has write(folder) and summary(what it wrote)
     "verdict": report,
     "sweep": sweep,
+    "pilot": pilot,
     "compare": compare,
     "ranks": ranks,
     "pareto": pareto,
@@ -103,7 +105,7 @@ def finish(path: Path, result: dict) -> None:
 
 def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> None:
     """Their rows, computed where no experiment of this setting has them."""
-    of = f", {plain.layers} layers" if size else ""
+    of = "".join(f", {name} {value}" for name, value in size.items())
     if (result := stored(path, plain)) is None:
         if (result := reuse.baselines_elsewhere(path, plain, bench)) is None:
             result = run_baselines(plain, bench, lambda arm, s: show_row(arm + of, None, s))

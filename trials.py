@@ -193,7 +193,8 @@ class Experiment:
 
     by_scale: scale -> the arms that take the place of `arms` there. measures: what is measured of
     every trained model, keys of analysis.measures.MEASURES. contrasts: (arm, against, task, what it
-    would show), the differences that are tested; none: every arm against `reference`.
+    would show), the differences that are tested; none: every arm against `reference`. own_base:
+    what makes the untrained base of an arm another one, where the arm changes it.
 
     Three keys of an arm are not fields of Config: `steps_factor` multiplies the scale's number of
     steps, `tuned_as` names the arm whose row of TUNED it takes, if not its own, `width_by_rank`
@@ -213,6 +214,7 @@ class Experiment:
     by_scale: dict[str, dict[str, dict]] = field(default_factory=dict)
     measures: tuple[str, ...] = ()
     contrasts: tuple[tuple[str, str, str, str], ...] = ()
+    own_base: tuple[str, ...] = ("layers", "adapter_layers")
 
 
 def setting_name(scale: str, base: str, data: str, measured_on: str = "") -> str:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import experiments
+import scales
 from analysis import figures
 from analysis.figures import TASKS, label, span
 from analysis.judge import JOINT, MOE, SPECIALIST, judge, load
@@ -172,7 +172,7 @@ def limits(verdict: dict[str, Any]) -> list[str]:
     if arms.get(MOE, {}).get("seeds") and not all(arms.get(a, {}).get("seeds") for a in SAME_SIZE):
         size = "Joint-3r and Uniform-MoE were not both run (`CONTROLS=1`)"
         said.append(f"Whether Joint-MoE gains by routing or by its threefold size: {size}.")
-    if verdict["setting"].partition("-on-")[0] not in experiments.TUNED:
+    if verdict["setting"].partition("-on-")[0] not in scales.TUNED:
         said.append(
             "Whether each arm has the learning rate that suits it: none was swept for this setting "
             "(`make sweep`)."

@@ -26,7 +26,7 @@ setting with the highest mean over its tasks (bold); of equal ones the lowest le
 the tightest clipping. {seeds} a setting: differences of a point are within what seeds do, so the
 choice settles a sensible setting for each arm and claims nothing about which is best.
 
-{tables}Chosen, as it stands in `experiments.TUNED`:
+{tables}Chosen, as it stands in `scales.TUNED`:
 
 ```python
 {chosen}
@@ -135,13 +135,13 @@ def _markdown(choice: dict[str, Any], baselines: dict, config: dict) -> str:
 
 
 def _literal(choice: dict[str, Any]) -> str:
-    """The row of `experiments.TUNED` as Python."""
+    """The row of `scales.TUNED` as Python."""
     rows = [f'    "{arm}": {json.dumps(values)},' for arm, values in choice["chosen"].items()]
     return "\n".join([f'"{choice["setting"]}": {{', *rows, "},"])
 
 
 def summary(choice: dict[str, Any]) -> str:
-    """The choice for a terminal; the report has it as it stands in `experiments.TUNED`."""
+    """The choice for a terminal; the report has it as it stands in `scales.TUNED`."""
     chosen = "; ".join(
         f"{label(arm)} {values['learning_rate']:g} and {values['clip']:g}"
         for arm, values in choice["chosen"].items()

@@ -1,0 +1,265 @@
+"""What a pilot found: one setting changed at a time, each specialist on dev -> pilot.json,
+report.md and a figure.
+
+The rule, fixed before the run: a setting can be taken if either specialist gains at least
+`ENOUGH` over its own untrained base and the kill gate would fit into `LIMIT` minutes. The setting
+as it is stays if it can be taken: a pilot settles that the tasks are measurable, and a higher score
+is no reason to change what the arms are compared in.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import experiments
+import scales
+from analysis import figures, judge
+from analysis.figures import METRIC, TASKS, table
+from analysis.page import provenance, warnings, write_folder
+from eval import stats
+
+AS_IS = "as-is"
+ENOUGH = 2 * stats.MEASURABLE_GAIN  # one seed has to leave a margin
+LIMIT = 30  # minutes
+# What four arms and three seeds take, over one seed of both specialists: the joint arms take one
+# and two times those two together, and so did they in every kill gate that was published.
+SPECIALISTS_TIMES = 3 * 4
+PAGE = """# Pilot: {v[setting]}
+
+**Question.** {v[question]}
+
+**Expected, before the first run.** {v[expected]}
+{notes}
+## Reading
+
+{reading}
+
+## What was tried
+
+nDCG@10 × 100 on the {v[split]} split of {v[data][name]} ({queries}), one
+seed: the untrained base of that very setting, the specialist, and what training gained. A row
+changes one thing of the setting of the kill gate, which is the row "as-is"; what a change does not
+touch is a dash, and counts as it is there. Minutes: what the kill gate would take, {times} times
+one seed of both specialists and their preparation once. Can be taken, by the rule that was fixed
+before the run: both gains at least {enough:.0f}.00, twice what the kill gate asks for, and at most
+{limit} minutes. Differences of a point or two are within what seeds do. BM25 has {bm25}.
+
+{rows}{picture}## How it learns
+
+Mean training loss in the first, the middle and the last tenth of the steps. The losses of "bce" are
+of another kind, and those of another number of tokens are of other texts.
+
+{losses}## Provenance
+
+{provenance}
+"""
+CAPTION = (
+    "nDCG@10 on dev of the untrained base (open) and after training (filled), and the minutes that "
+    "the kill gate would take; orange: cannot be taken by the rule; dashed: BM25, and the limit."
+)
+MISSING = "Missing: {}.\n\n"
+
+
+def write(folder: Path) -> dict[str, Any]:
+    """Write the report of runs/pilot/<setting> into it; return what pilot.json holds.
+
+    Raises ValueError as `judge.load`, and if there is no trial.
+    """
+    folder = folder.resolve()
+    baselines, arms = judge.load(folder)
+    if not arms:
+        raise ValueError(f"{folder} has no trial yet: `make pilot` makes them")
+    found = study(folder, baselines, arms)
+    write_folder(folder, {"pilot.json": found}, markdown(found), {"pilot": draw(found)})
+    return found
+
+
+def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
+    """Every number of the report."""
+    scale = folder.name.split("-")[0]
+    planned, files, rows = judge.planned(folder), {"baselines.json": baselines}, {}
+    for name, change in scales.PILOT.items():
+        tasks = {}
+        for task, special in stats.SPECIALIST.items():
+            arm = f"{special}-{name}"
+            if arm not in arms:
+                continue
+            of = experiments.baselines_name(experiments.size_of(folder.parent.name, arm, scale))
+            files[of] = judge.read(folder / of)
+            files |= {f"{arm}/seed{seed}.json": trial for seed, trial in arms[arm].items()}
+            tasks[task] = _task(files[of], arms[arm], task)
+        if tasks:
+            rows[name] = {"change": change, "tasks": tasks}
+    _judge(rows)
+    return {
+        "setting": folder.name,
+        "question": experiments.EXPERIMENTS[folder.parent.name].question,
+        "expected": experiments.EXPERIMENTS[folder.parent.name].expected,
+        "rows": rows,
+        "missing": [arm for arm in planned if arm not in arms],
+        "bm25": {task: _mean(baselines["bm25"][task]) for task in TASKS},
+        "queries": {task: len(baselines["bm25"][task]) for task in TASKS},
+        "split": baselines["config"]["split"],
+        **{name: baselines[name] for name in ("base", "data")},
+        **judge.origin(files),
+        "files": list(files),
+        "seconds": sum(sum(file["seconds"].values()) for file in files.values()),
+        "peak_bytes": max(file["peak_bytes"] for file in files.values()),
+    }
+
+
+def _task(baselines: dict, trials: dict[int, dict], task: str) -> dict[str, Any]:
+    """One specialist in one setting."""
+    untrained = _mean(baselines["untrained"][task])
+    score = float(np.mean([_mean(trial["scores"][task]) for trial in trials.values()]))
+    losses = np.mean([[line[f"loss_{task}"] for line in t["curve"]] for t in trials.values()], 0)
+    tenth, n = max(1, len(losses) // 10), len(losses)
+    seconds = [trial["seconds"] for trial in trials.values()]
+    return {
+        "untrained": untrained,
+        "score": score,
+        "gain": score - untrained,
+        "losses": [
+            float(losses[at : at + tenth].mean()) for at in (0, (n - tenth) // 2, n - tenth)
+        ],
+        "prepare": float(np.mean([s["prepare"] for s in seconds])),
+        "run": float(np.mean([s["train"] + s["test"] for s in seconds])),
+        "seeds": list(trials),
+    }
+
+
+def _mean(scores: dict[str, dict[str, float]]) -> float:
+    return float(np.mean([row[METRIC] for row in scores.values()]))
+
+
+def _judge(rows: dict[str, dict[str, Any]]) -> None:
+    """Add `minutes` and `taken` to each row: None where a task is known neither there nor as is."""
+    as_is = rows.get(AS_IS, {"tasks": {}})["tasks"]
+    for row in rows.values():
+        both = [(as_is | row["tasks"]).get(task) for task in TASKS]
+        known = [task for task in both if task is not None]
+        row["minutes"] = row["taken"] = None
+        if len(known) == len(TASKS):
+            seconds = [task["prepare"] + SPECIALISTS_TIMES * task["run"] for task in known]
+            row["minutes"] = sum(seconds) / 60
+            enough = all(task["gain"] >= ENOUGH for task in known)
+            row["taken"] = enough and row["minutes"] <= LIMIT
+
+
+def reading(v: dict[str, Any]) -> str:
+    """The rule, applied, and what scored higher."""
+    rows = v["rows"]
+    as_is = rows.get(AS_IS)
+    if as_is is None or as_is["taken"] is None:
+        return "The setting as it is was not run with both specialists, so nothing is settled."
+    gains = " and ".join(
+        f"{100 * as_is['tasks'][task]['gain']:.1f} on {name}" for task, name in TASKS.items()
+    )
+    took = f"{as_is['minutes']:.0f} minutes"
+    fits = [name for name, row in rows.items() if row["taken"] and name != AS_IS]
+    if as_is["taken"]:
+        text = f"The setting stays: training gains {gains}, in {took}."
+    elif fits:
+        best = min(fits, key=lambda name: rows[name]["minutes"])
+        text = f"The setting cannot be taken ({gains}; {took}); the cheapest that can: {best}."
+    else:
+        text = f"The setting cannot be taken ({gains}; {took}), and no other that was tried."
+    text += f" Could be taken as well: {', '.join(fits) or 'none'}."
+    out = [name for name, row in rows.items() if row["taken"] is False and name != AS_IS]
+    slow = [name for name in out if rows[name]["minutes"] > LIMIT]
+    weak = [f"{name} ({', '.join(_weak(rows[name]))})" for name in out if _weak(rows[name])]
+    for names, why in ((slow, "Take too long"), (weak, "Gain too little")):
+        if names:
+            text += f" {why}: {', '.join(names)}."
+    return text
+
+
+def _weak(row: dict[str, Any]) -> list[str]:
+    """The tasks, by name, in which the row's own specialist gains too little."""
+    return [TASKS[task] for task, found in row["tasks"].items() if found["gain"] < ENOUGH]
+
+
+def markdown(v: dict[str, Any]) -> str:
+    """report.md."""
+    rows, losses = [], []
+    for name, row in v["rows"].items():
+        cells = [name, figures.plain(row["change"]) if row["change"] else "nothing"]
+        for task in TASKS:
+            found = row["tasks"].get(task)
+            keys = ("untrained", "score", "gain")
+            cells += [f"{100 * found[key]:.2f}" if found else "-" for key in keys]
+        minutes = "-" if row["minutes"] is None else f"{row['minutes']:.0f}"
+        taken = {True: "**yes**", False: "no", None: "-"}[row["taken"]]
+        rows.append([*cells, minutes, taken])
+        means = [
+            f"{mean:.2f}" if mean is not None else "-"
+            for task in TASKS
+            for mean in row["tasks"].get(task, {"losses": [None] * 3})["losses"]
+        ]
+        losses.append([name, *means])
+    head = [f"{name}: {what}" for name in TASKS.values()
+            for what in ("untrained", "specialist", "gain")]  # fmt: skip
+    tenths = [f"{name}: {what}" for name in TASKS.values() for what in ("first", "middle", "last")]
+    missing = MISSING.format(", ".join(v["missing"])) if v["missing"] else ""
+    shown = table(["setting", "changed", *head, "minutes", "can be taken"], rows)
+    return PAGE.format(
+        v=v,
+        notes=warnings(v),
+        reading=reading(v),
+        queries=", ".join(f"{v['queries'][t]:,} queries for {n}" for t, n in TASKS.items()),
+        times=SPECIALISTS_TIMES,
+        enough=100 * ENOUGH,
+        limit=LIMIT,
+        bm25=" and ".join(f"{100 * v['bm25'][t]:.2f} on {n}" for t, n in TASKS.items()),
+        rows=shown + missing,
+        picture=f"![pilot](pilot.png)\n\n*{CAPTION}*\n\n",
+        losses=table(["setting", *tenths], losses),
+        provenance=provenance(v),
+    )
+
+
+def draw(v: dict[str, Any]) -> Figure:
+    """Untrained and trained scores of each setting, and the minutes."""
+    height = 0.9 + 0.2 * len(v["rows"])
+    with matplotlib.rc_context(figures.STYLE):
+        figure = Figure(figsize=(figures.WIDTH, height), layout="constrained")
+        panels = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 2))
+        for axes, task in zip(panels, TASKS, strict=False):
+            _scores(axes, v, task)
+        _minutes(panels[2], v)
+        panels[0].set_yticks(range(len(v["rows"])), list(v["rows"]))
+        panels[0].invert_yaxis()
+    return figure
+
+
+def _colour(row: dict[str, Any]) -> str:
+    return figures.EXPERTS[1] if row["taken"] is False else figures.EXPERTS[0]
+
+
+def _scores(axes: Axes, v: dict[str, Any], task: str) -> None:
+    for at, row in enumerate(v["rows"].values()):
+        if found := row["tasks"].get(task):
+            ends = [100 * found["untrained"], 100 * found["score"]]
+            axes.plot(ends, [at, at], color=figures.GREY, linewidth=0.8, zorder=1)
+            axes.scatter(ends[:1], [at], 16, "white", edgecolors=_colour(row), zorder=2)
+            axes.scatter(ends[1:], [at], 16, _colour(row), zorder=2)
+    axes.axvline(100 * v["bm25"][task], color=figures.GREY, linestyle="--", linewidth=0.8)
+    axes.set(title=TASKS[task], xlabel="nDCG@10 × 100", xlim=(0, None))
+
+
+def _minutes(axes: Axes, v: dict[str, Any]) -> None:
+    for at, row in enumerate(v["rows"].values()):
+        if row["minutes"] is not None:
+            axes.barh(at, row["minutes"], 0.5, color=_colour(row))
+    axes.axvline(LIMIT, color=figures.GREY, linestyle="--", linewidth=0.8)
+    axes.set(title="the kill gate", xlabel="minutes")
+
+
+def summary(v: dict[str, Any]) -> str:
+    """For a terminal."""
+    text = f"pilot {v['setting']}: {reading(v)}"
+    return text + f"\nmissing: {', '.join(v['missing'])}" if v["missing"] else text
