@@ -22,6 +22,7 @@ from bench.roofline import BANDWIDTH, CARDS, GEMM, LAUNCH, Card
 from bench.shapes import parameters, shape_of
 from eval.collections import load, require_split
 from eval.files import write_text
+from eval.protocol import SCORES, WINDOW
 from model import bases
 from model.config import DecoderConfig
 from trials import WIDTHS, Config
@@ -29,8 +30,10 @@ from trials import WIDTHS, Config
 SCALE, DATA = "full", "msmarco"  # what bench/results/plan.md is about
 MARGIN = 0.85  # of a card's memory; the rest is for the allocator and batches above the mean
 LINK = 300e9  # bytes/s of gradients between two cards, each way (NVLink of an A100), assumed
-CHUNK = 1024  # queries whose scores `eval.retrieval.search` holds at once
 TOKEN = 40  # bytes of a token id in a list: a pointer and an int
+# Bytes of BM25's index a document of 55 words, at its peak and once it is made: the growth from
+# 100,000 to 300,000 texts of words drawn after Zipf.
+BM25_PEAK, BM25_MADE = 2270, 770
 WORD, SAMPLE = 1.4, 1000  # tokens of a word, and texts counted, where COLLECTIONS says nothing
 HERE = "here"  # the price's key of the machine that is probed
 
@@ -187,7 +190,7 @@ def operations(plans: list[Plan]) -> str:
 
 
 def memories(plans: list[Plan]) -> str:
-    """Of the arm that needs most, on one card, and of the index."""
+    """Of the arm that needs most, on one card."""
     columns = []
     for plan in plans:
         shape, joint, counts = plan.shape, plan.joint, plan.counts
@@ -197,10 +200,9 @@ def memories(plans: list[Plan]) -> str:
         column["at its peak"] = costs.needed(column)
         column["kept, with checkpointing"] = less["kept for the backward pass"]
         column["at its peak, with checkpointing"] = costs.needed(less)
-        index = counts.documents * shape.hidden_size
-        columns.append(column | {"index in fp32": 4.0 * index, "index in fp16": 2.0 * index})
+        columns.append(column)
     cells = [[what, *(f"{column[what] / 1e9:,.2f}" for column in columns)] for what in columns[0]]
-    text = "Of Joint-MoE on one card. The index lies in the host's memory, once a process.\n\n"
+    text = "Of Joint-MoE on one card.\n\n"
     return "## Memory\n\n" + text + table(["GB", *(plan.name for plan in plans)], cells)
 
 
@@ -228,14 +230,18 @@ def render(
         "Dollars an hour are assumed too, `PRICES` in `bench/plan.py` says how: "
         f'`PRICE="{taken}"`.\n\n'
     )
-    scores = 4e-9 * min(counts.queries, CHUNK) * counts.documents
-    ids = 1e-9 * TOKEN * counts.documents * counts.document
+    window, widest = min(WINDOW, counts.documents), max(p.shape.hidden_size for p in plans)
+    ids, vectors = TOKEN * window * counts.document, 4 * window * widest
+    scores = 16 * min(SCORES, window * counts.queries)  # fp32, their bits, the keys
+    peak, made = (bytes_ * counts.documents / 1e9 for bytes_ in (BM25_PEAK, BM25_MADE))
     left = (
         "## Not in it\n\n"
         "- Loading, tokenization, BM25 (its index, the candidates and negatives) and disk.\n"
         "- The exact search, on the host: the last column of the operations for each of the "
-        f"{rankings} rankings, and {scores:,.2f} GB of scores beside the index.\n"
-        f"- The documents' token ids, which Python holds as lists: about {ids:,.2f} GB.\n"
+        f"{rankings} rankings.\n"
+        f"- The host's memory. The documents are encoded and searched in windows of {window:,}: at "
+        f"most {(ids + vectors + scores) / 1e9:,.2f} GB of token ids, vectors and scores. BM25's "
+        f"index: about {peak:,.1f} GB while it is made, {made:,.1f} GB from then on.\n"
         "- Batches above the mean, attention over texts of unequal length, a card that is slower "
         "when hot, other work on the machine.\n"
         "- A T4 multiplies fp16 alone (`--set dtype=float16`) and pads in attention.\n"

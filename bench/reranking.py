@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bench import timing
 from bench.encoding import cut_base
-from eval.bm25 import BM25
 from eval.collections import Collection, require_split
 from model import bases
 from model.heads import LinearScore
@@ -56,10 +55,9 @@ def mixed_pairs(collection: Collection, model: UniMoER, count: int, tokens: int)
     Raises:
         ValueError: fewer than two pairs are left.
     """
-    pool, queries = collection.pools["test"], list(require_split(collection, "test"))
+    queries = list(require_split(collection, "test"))
     asked = queries[:: max(1, len(queries) * CANDIDATES // (2 * count))]
-    bm25 = BM25(pool, [collection.corpus[d] for d in pool])
-    best = bm25.search({q: collection.queries[q] for q in asked}, CANDIDATES)
+    best = collection.bm25("test").search({q: collection.queries[q] for q in asked}, CANDIDATES)
     pairs = [(collection.queries[q], collection.corpus[d]) for q in asked for d in best[q]]
     kept: dict[str, list[Pair]] = {}
     for pair, ids in zip(pairs, model.tokenizer.pairs(pairs), strict=True):

@@ -189,8 +189,7 @@ def measure(row: Row, at: dict[Source, Path], evaluation: EvaluationSet, device:
                 "parameters": baselines.parameters(model, head),
             })  # fmt: skip
         if task == "embedding":
-            vectors = part.vectors(model, progress=True)
-            scores[task] = part.ranked(vectors)
+            (scores[task],), vectors = part.retrieved(model, progress=True)
         elif row.pseudo_query:
             assert row.embedder == source, "a pseudo-query is held against retrieval's vectors"
             found = part.pair_scores(model, progress=True, vectors=vectors, asked=row.pseudo_query)

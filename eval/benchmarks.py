@@ -12,7 +12,6 @@ from eval.files import write_json, write_text
 from eval.metrics import METRICS, MRR_10
 from eval.protocol import EvaluationSet, Scores
 from model import bases
-from model.heads import truncate
 from model.prefix import TextSet
 from model.unimoer import UniMoER
 from model.weights import revision
@@ -103,12 +102,10 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
             )
     else:
         evaluation = evaluation_set(model, collection, split, args)
-        vectors = evaluation.vectors(model, progress=True)
-        shorter = {str(d): evaluation.ranked(truncate(vectors, d)) for d in args.dimensions}
-        scores = {
-            "embedding": evaluation.ranked(vectors),
-            "reranking": evaluation.reranking(model, progress=True),
-        }
+        (whole, *rest), vectors = evaluation.retrieved(model, args.dimensions, progress=True)
+        reranked = evaluation.reranking(model, progress=True, vectors=vectors)
+        scores = {"embedding": whole, "reranking": reranked}
+        shorter = dict(zip(map(str, args.dimensions), rest, strict=True))
         result = {
             "model": args.name, "revision": revision(args.model), "base": model.identity,
             "prompts": vars(evaluation.tokenizer.prompts), "split": split, "asked": asked,

@@ -4,6 +4,7 @@ The scores are `bm25s`'s (arXiv 2407.03618, method "lucene"); the ranking is don
 `bm25s` breaks ties by chance of memory layout and candidates have to be the same in every run.
 """
 
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -15,6 +16,7 @@ import Stemmer
 # Indic and Thai script): without them a Hindi word falls into single letters.
 MARKS = r"\u0300-\u036f\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff\u0e31-\u0e3a\u0e47-\u0e4e"
 LETTER = rf"(?:[^\W_]|[{MARKS}])"
+WINDOW = 10_000  # documents whose terms are in memory at once while the index is made
 UNSPACED = ("ja", "th", "zh")  # languages that put no spaces between words
 STEMMERS = {
     "ar": "arabic", "de": "german", "en": "english", "es": "spanish", "fi": "finnish",
@@ -38,7 +40,7 @@ class BM25:
 
     Args:
         ids: document ids, unique.
-        texts: their texts; an empty text is allowed and is never found.
+        texts: their texts, each asked for once; an empty text is allowed and is never found.
         language: ISO 639-1.
     Raises:
         ValueError: `ids` and `texts` differ in length, an id occurs twice, there is no document,
@@ -73,11 +75,17 @@ class BM25:
         # A group within a lookahead is found at every letter, so that the pairs overlap.
         pattern = f"(?=({LETTER}{{2}}))" if language in UNSPACED else f"{LETTER}{{2,}}"
         self._pattern = r"[^\W_]{2,}" if language == "en" else pattern
-        tokens = self._tokenize([texts[i] for i in order])
+        rows: list[array] = []  # 4 bytes a term, where a list of words would take a hundred
+        vocabulary: dict[str, int] = {}
+        for start in range(0, len(order), WINDOW):
+            for terms in self._tokenize([texts[i] for i in order[start : start + WINDOW]]):
+                places = (vocabulary.setdefault(term, len(vocabulary)) for term in terms)
+                rows.append(array("i", places))
         self._index = None  # no document has a term: the average length is 0, bm25s would divide
-        if any(tokens):
+        if vocabulary:
             self._index = bm25s.BM25(k1=k1, b=b, method="lucene")
-            self._index.index(tokens, show_progress=False)
+            found = bm25s.tokenization.Tokenized(rows, vocabulary)  # pyright: ignore
+            self._index.index(found, show_progress=False)
 
     def search(self, queries: dict[str, str], k: int) -> dict[str, dict[str, float]]:
         """The k best documents of each query, best first.

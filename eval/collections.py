@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
 
 from eval import hub
+from eval.bm25 import BM25
 from eval.command import exit_status
 from eval.sources import Sources, documents, folder, read_queries, read_splits
 from eval.stdlib import documented_functions, split_modules
@@ -41,6 +43,7 @@ class Collection:
         language: of documents and queries (ISO 639-1); BM25 cuts and stems words by it.
         query_prompt: the template that the authors give for the embedded queries, in place of the
             model's own; "" for none.
+        negatives: (depth, count) -> query id -> BM25's hard negatives, kept by `train.batches`.
     """
 
     name: str
@@ -54,12 +57,42 @@ class Collection:
     excluded: dict[str, list[str]] = field(default_factory=dict)
     language: str = "en"
     query_prompt: str = ""
+    # What a process has found out about it, for all of its trials
+    _indices: dict[int, BM25] = field(default_factory=dict, init=False, repr=False, compare=False)
+    negatives: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def bm25(self, split: str) -> BM25:
+        """The index over a split's pool, made when it is first asked for; splits that search the
+        same pool share it."""
+        pool = self.pools[split]
+        if id(pool) not in self._indices:
+            self._indices[id(pool)] = BM25(pool, Texts(self.corpus, pool), language=self.language)
+        return self._indices[id(pool)]
 
     @property
     def identity(self) -> dict[str, str]:
         """What a result says of it: name, content, and where it came from, but for a folder."""
         origin = {k: v for k, v in self.provenance.items() if k != "path"}
         return {"name": self.name, "fingerprint": self.fingerprint, **origin}
+
+
+class Texts(Sequence[str]):
+    """The texts of some documents, each looked up when it is asked for."""
+
+    def __init__(self, corpus: Mapping[str, str], ids: Sequence[str]):
+        self._corpus, self._ids = corpus, ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> "Texts": ...
+    def __getitem__(self, at: int | slice) -> "str | Texts":
+        if isinstance(at, slice):
+            return Texts(self._corpus, self._ids[at])
+        return self._corpus[self._ids[at]]
 
 
 def load(data: str, cache: Path | None = None) -> Collection:

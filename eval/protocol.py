@@ -2,19 +2,19 @@
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eval.bm25 import BM25
 from eval.collections import Collection, require_split
 from eval.metrics import evaluate, ideal, mean
 from eval.rerank import random_heads, to_run
-from eval.retrieval import cut, search
+from eval.retrieval import Best, cut, search
 from model import parallel
+from model.heads import truncate
 from model.prefix import TextSet
 from model.pseudo import ByPseudoQuery, PseudoQuery
 from model.texts import in_batches
@@ -22,6 +22,8 @@ from model.tokens import Tokenizer
 from model.unimoer import UniMoER
 from trials import Config
 
+WINDOW = 100_000  # documents whose token ids and vectors are in memory at once
+SCORES = 2**25  # of queries and documents, that are in memory at once in a window
 Scores = dict[str, dict[str, float]]  # query id -> metric -> value
 WithStates = Callable[[list[list[int]], str], TextSet]
 
@@ -64,8 +66,7 @@ class EvaluationSet:
         order = sorted(self.queries, key=lambda query: random.Random(query).random())
         chosen = sorted(order[: config.reranking_queries or None])
         self.reranking_qrels = {query: self.qrels[query] for query in chosen}
-        texts = [collection.corpus[d] for d in self.documents]
-        bm25 = BM25(self.documents, texts, language=collection.language)
+        bm25 = collection.bm25(config.split)
         depth = max(config.retrieval_depth, config.candidates)
         self._excluded = {q: set(collection.excluded.get(q, ())) for q in self.queries}
         self._most = max(map(len, self._excluded.values()), default=0)
@@ -138,6 +139,35 @@ class EvaluationSet:
         """The best that any reranking of these candidates can score."""
         return ideal(self.reranking_qrels, self.candidates)
 
+    def retrieved(
+        self, model: UniMoER, sizes: Sequence[int] = (), base: bool = False, progress: bool = False
+    ) -> tuple[list[Scores], Tensor | None]:
+        """Per-query metrics of full-corpus retrieval: by the vectors, then by the first values of
+        them in each of `sizes`; and these vectors, as of `vectors`.
+
+        More than `WINDOW` documents are tokenized, encoded and searched window by window, and
+        their vectors are not kept: None.
+        """
+        options: dict[str, Any] = {"base": base, "progress": progress}
+        if len(self.documents) <= WINDOW:
+            vectors = self.vectors(model, **options)
+            return [self.ranked(truncate(vectors, size)) for size in (None, *sizes)], vectors
+        asked = self.tokenizer.queries([self.collection.queries[q] for q in self.queries])
+        queries = model.embed_all(TextSet(asked), shared=True, **options)
+        depth, rows = self.config.retrieval_depth, max(1, SCORES // WINDOW)
+        best = {
+            size: Best(truncate(queries, size), self.documents, depth + self._most, rows)
+            for size in (None, *sizes)
+        }
+        for start in range(0, len(self.documents), WINDOW):
+            texts = [self.collection.corpus[d] for d in self.documents[start : start + WINDOW]]
+            ids = TextSet(self.tokenizer.documents(texts))
+            vectors = model.embed_all(ids, shared=True, **options)
+            for size, found in best.items():
+                found.add(truncate(vectors, size))
+        runs = [cut(found.run(self.queries), self._excluded, depth) for found in best.values()]
+        return [evaluate(self.qrels, run) for run in runs], None
+
     def vectors(self, model: UniMoER, base: bool = False, progress: bool = False) -> Tensor:
         """(Q + M, D) unit vectors of the queries, then of the documents."""
         return model.embed_all(self._set("embedding"), base=base, progress=progress, shared=True)
@@ -150,7 +180,7 @@ class EvaluationSet:
 
     def retrieval(self, model: UniMoER, base: bool = False, progress: bool = False) -> Scores:
         """Per-query metrics of full-corpus retrieval."""
-        return self.ranked(self.vectors(model, base, progress))
+        return self.retrieved(model, base=base, progress=progress)[0][0]
 
     def pair_scores(
         self,
@@ -189,8 +219,13 @@ class EvaluationSet:
         ]
         options: dict[str, Any] = {"progress": progress, "shared": True}
         if isinstance(head, ByPseudoQuery):
-            rows = self.vectors(model, progress=progress) if vectors is None else vectors
-            place = {d: len(self.queries) + i for i, d in enumerate(self.documents)}
+            if vectors is None:
+                near = list(dict.fromkeys(d for row in ids for d in row))
+                texts = TextSet(self.tokenizer.documents([c.corpus[d] for d in near]))
+                rows, first = model.embed_all(texts, **options), 0
+            else:
+                near, rows, first = self.documents, vectors, len(self.queries)
+            place = {d: first + i for i, d in enumerate(near)}
             of = [rows[[place[d] for d in row]] for row in ids]
             found = head.scores(partial(model.embed_all, **options), lists, of)
         else:

@@ -60,14 +60,39 @@ def search(
     Returns:
         query id -> document id -> cosine, best first.
     """
-    ids = Ids(np.array([key.encode() for key in document_ids]))
-    places = ids.places(slice(None))
-    run = {}
-    for start in range(0, len(query_ids), chunk):
-        scores = queries[start : start + chunk] @ documents.t()
-        keys = to_keys(scores, places).topk(min(k, len(document_ids)), dim=1).values
-        run |= to_run(keys, query_ids[start : start + chunk], ids)
-    return run
+    best = Best(queries, document_ids, k, chunk)
+    best.add(documents)
+    return best.run(query_ids)
+
+
+class Best:
+    """The k best documents of each query among those that have been added, in their order.
+
+    Args:
+        queries: (Q, D) unit vectors, fp32.
+        document_ids: of all that will be added, unique.
+        chunk: queries scored at once; bounds the score matrix at chunk * M values.
+    """
+
+    def __init__(self, queries: Tensor, document_ids: Sequence[str], k: int, chunk: int = 1024):
+        self.ids = Ids(np.array([key.encode() for key in document_ids]))
+        self.queries, self.chunk, self.added = queries, chunk, 0
+        self.keys = torch.full((len(queries), min(k, len(self.ids))), ABSENT)
+
+    def add(self, documents: Tensor) -> None:
+        """The next documents: (M, D) unit vectors, fp32."""
+        end, k = self.added + len(documents), self.keys.shape[1]
+        places = self.ids.places(slice(self.added, end))
+        for start in range(0, len(self.queries), self.chunk):
+            rows = slice(start, start + self.chunk)
+            keys = to_keys(self.queries[rows] @ documents.t(), places)
+            near = keys.topk(min(k, len(documents)), dim=1).values
+            self.keys[rows] = torch.cat((self.keys[rows], near), 1).topk(k, dim=1).values
+        self.added = end
+
+    def run(self, query_ids: Sequence[str]) -> dict[str, dict[str, float]]:
+        """query id -> document id -> cosine, best first."""
+        return to_run(self.keys, query_ids, self.ids)
 
 
 class Ids:

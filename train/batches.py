@@ -152,13 +152,13 @@ class TrainingData:
             return read_mined(
                 folder, c.negatives_sha256, collection, self.positive, self.relevant, count, teacher
             )
-        asked = {q: collection.queries[q] for q in self.queries}
-        pool = collection.pools["train"]
-        found = bm25_negatives(
-            asked, self.relevant, collection.corpus, pool, c.negatives_depth, count,
-            collection.language,
+        known = collection.negatives.setdefault((c.negatives_depth, count), {})
+        asked = {q: collection.queries[q] for q in self.queries if q not in known}
+        known |= bm25_negatives(
+            collection.bm25("train"), asked, self.relevant, collection.corpus,
+            collection.pools["train"], c.negatives_depth, count,
         )  # fmt: skip
-        return Mined(found, {})
+        return Mined({q: known[q] for q in self.queries}, {})
 
     def _teacher(self, groups: list[tuple[str, list[str]]]) -> Tensor | None:
         """The teacher's logits of (query, its documents), (groups, size); None without one."""

@@ -36,7 +36,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval import retrieval
-from eval.bm25 import BM25
 from eval.collections import Collection
 from eval.files import write_array, write_json, write_text
 from eval.machine import device_name
@@ -170,7 +169,7 @@ def mine(
         models = {name: UniMoER.from_pretrained(name, device) for name in names}
         pool = collection.pools["train"]
         if retriever == LEXICAL:
-            search, score = _lexical(collection, pool)
+            search, score = _lexical(collection)
         else:
             search, score = _dense(models[retriever], collection, pool, folder / "vectors")
         again = _sigmoid(_logits(models[reranker], collection)) if reranker else None
@@ -263,9 +262,8 @@ def _ordered(row: Mapping[str, float]) -> dict[str, float]:
 # First stages and models -------------------------------------------------------------------------
 
 
-def _lexical(collection: Collection, pool: Sequence[str]) -> tuple[Search, Score]:
-    texts = [collection.corpus[d] for d in pool]
-    index = BM25(list(pool), texts, language=collection.language)
+def _lexical(collection: Collection) -> tuple[Search, Score]:
+    index = collection.bm25("train")
 
     def search(queries: list[str], k: int) -> Run:
         return index.search({q: collection.queries[q] for q in queries}, k)

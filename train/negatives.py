@@ -44,35 +44,36 @@ def stranger(
 
 
 def bm25_negatives(
+    bm25: BM25,
     queries: Mapping[str, str],
     relevant: Mapping[str, Mapping[str, int]],
     corpus: Mapping[str, str],
     pool: Sequence[str],
     depth: int,
     count: int,
-    language: str = "en",
 ) -> dict[str, list[str]]:
     """`count` documents per query from BM25's top `depth`, none of them relevant.
 
     Drawn without replacement by a generator seeded with the query id. Documents whose text equals
     a relevant one's are false negatives and left out. A query with too few is filled up from the
-    pool.
+    pool. What one query gets does not depend on the others.
 
     Args:
-        relevant: query id -> document id -> grade. pool: the documents to draw from.
-        language: of the texts, by which BM25 cuts and stems words.
+        bm25: of the pool. relevant: query id -> document id -> grade. pool: the documents to draw
+            from.
     Raises:
         ValueError: the pool is too small to draw from.
     """
-    bm25 = BM25(pool, [corpus[d] for d in pool], language=language)
-    longest = max((len(relevant[q]) for q in queries), default=0)
-    runs = bm25.search(dict(queries), depth + longest)
     chosen = {}
-    for query in queries:
+    for query, asked in queries.items():
         positives = {d for d, grade in relevant[query].items() if grade > 0}
         texts = {corpus[d] for d in positives}
         rng = random.Random(query)
-        found = [d for d in runs[query] if d not in positives and corpus[d] not in texts][:depth]
+        found, k, ended = [], depth + len(positives), False
+        while len(found) < depth and not ended:  # once, unless there are copies of the relevant
+            run = bm25.search({query: asked}, k)[query]
+            found = [d for d in run if d not in positives and corpus[d] not in texts][:depth]
+            k, ended = 2 * k, len(run) < k
         picked = rng.sample(found, min(count, len(found)))
         while len(picked) < count:
             taken = positives.union(picked)

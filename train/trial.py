@@ -294,9 +294,9 @@ def _scores(model: UniMoER, config: Config, bench: Workbench) -> dict[str, Score
     evaluation = bench.evaluation(model, config)
     trim_heap()
     scores, tasks = {}, config.scored or config.tasks
-    vectors = evaluation.vectors(model, progress=True) if "embedding" in tasks else None
-    if vectors is not None:
-        scores["embedding"] = evaluation.ranked(vectors)
+    vectors = None
+    if "embedding" in tasks:
+        (scores["embedding"],), vectors = evaluation.retrieved(model, progress=True)
     if "reranking" in tasks:
         scores["reranking"] = evaluation.reranking(model, progress=True, vectors=vectors)
     return scores

@@ -2,6 +2,7 @@
 
 import math
 
+import bm25s
 import numpy as np
 import pytest
 
@@ -101,6 +102,24 @@ def test_scores_of_given_documents_are_those_of_the_search():
     assert BM25(["a"], [""]).score("red", ["a"]) == [0.0]
     with pytest.raises(ValueError, match="document 'z' is not among the 4 indexed"):
         index.score("red", ["a", "z"])
+
+
+def test_terms_are_read_in_windows_with_the_same_result(monkeypatch):
+    """Words of a window get the numbers that earlier windows gave them; scores to the last bit."""
+    rng = np.random.default_rng(1)
+    words = [f"w{i:02d}" for i in range(12)]
+    ids = [f"d{i:03d}" for i in rng.permutation(50)]
+    texts = [" ".join(rng.choice(words, rng.integers(0, 5))) for _ in ids]  # some are empty
+    queries = {"q": "w00 w01 w02", "p": "w11 w11 w03"}
+    whole = BM25(ids, texts).search(queries, 50)
+    for size in (1, 7, 50):
+        monkeypatch.setattr("eval.bm25.WINDOW", size)
+        assert BM25(ids, texts).search(queries, 50) == whole
+    reference = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
+    reference.index([text.split() for text in texts], show_progress=False)
+    scores = reference.get_scores(["w00", "w01", "w02"])
+    known = {d: float(s) for d, s in zip(ids, scores, strict=True) if s > 0}
+    assert whole["q"] == known
 
 
 @pytest.mark.parametrize(

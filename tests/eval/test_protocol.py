@@ -48,6 +48,7 @@ def make(config: Config, collection: Collection, model: UniMoER) -> Make:
 
 def test_candidates_are_bm25_s_own(make, collection):
     evaluation = make()
+    assert collection.bm25("test") is make().collection.bm25("dev")  # one pool, one index
     pool = collection.pools["test"]
     bm25 = BM25(pool, [collection.corpus[d] for d in pool])
     assert list(evaluation.candidates) == sorted(collection.qrels["test"])
@@ -226,6 +227,34 @@ def test_to_run_keeps_each_score_with_its_pair():
     assert to_run(scores, pairs) == {"q": {"a": 0.5, "b": 2.0}, "p": {"a": -1.0}}
     with pytest.raises(ValueError, match="zip"):
         to_run(scores[:2], pairs)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_large_corpus_is_searched_window_by_window(make, collection, model, monkeypatch, size):
+    """The same metrics as of all vectors at once, at each width, and no vectors are kept."""
+    first = next(iter(collection.qrels["test"]))
+    struck = replace(collection, excluded={first: list(collection.pools["test"])[:3]})
+    whole = make(retrieval_depth=5)
+    whole = EvaluationSet(struck, model.tokenizer, whole.config, tokens_only)
+    expected, vectors = whole.retrieved(model, (4, 8))
+    assert vectors is not None and len({str(scores) for scores in expected}) == 3
+    monkeypatch.setattr("eval.protocol.WINDOW", size)
+    monkeypatch.setattr("eval.protocol.SCORES", 3 * size)  # three queries at once
+    encoded = []
+    embed = UniMoER.embed_all
+
+    def counted(self, texts, **options):
+        encoded.append(len(texts.ids))
+        return embed(self, texts, **options)
+
+    monkeypatch.setattr(UniMoER, "embed_all", counted)
+    found, kept = whole.retrieved(model, (4, 8))
+    assert found == expected
+    documents = len(whole.documents)
+    if size < documents:
+        assert kept is None and max(encoded[1:]) == size and sum(encoded[1:]) == documents
+    else:
+        assert kept is not None and torch.equal(kept, vectors)
 
 
 def test_what_is_excluded_is_taken_out_before_the_cut(collection, model, config, make):

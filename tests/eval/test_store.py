@@ -16,6 +16,7 @@ from model.tokens import Prompts, Tokenizer
 from tests.train.tiny import tiny_config, tokens_only, write_collection
 from train.batches import TrainingData
 from train.mining import LEXICAL, Settings, mine
+from train.trial import Workbench, run_baselines, run_trial
 
 DOCUMENTS = [("d1", "Ünï\ncode"), ("d2", ""), ("é", "third"), ("d0", "first {}\\")]
 
@@ -166,6 +167,32 @@ def test_mined_and_trained_on_from_disk(
         for c in (load(str(tiny_folder)), from_disk(tiny_folder))
     ]  # fmt: skip
     assert drawn[0] == drawn[1]
+
+
+def test_a_trial_on_a_corpus_that_no_memory_holds(
+    tiny_folder: Path, tiny_base: Path, from_disk, tmp_path: Path, monkeypatch
+) -> None:
+    """Trained and measured as in memory: the BM25 rows, the loss curve, every query's scores."""
+    config = tiny_config(tiny_base, tiny_folder, steps=2)
+    bench = Workbench(str(tiny_folder), "cpu", tmp_path, False)
+    plain = (
+        run_trial(config, "arm", tmp_path / "plain", bench),
+        run_baselines(config, bench, _quiet),
+    )
+    bench = Workbench(str(tiny_folder), "cpu", tmp_path, False)
+    bench.collection = bench.collections[0] = from_disk(tiny_folder)
+    for module, size in (("protocol.WINDOW", 5), ("protocol.SCORES", 15), ("bm25.WINDOW", 4)):
+        monkeypatch.setattr(f"eval.{module}", size)
+    found = run_trial(config, "arm", tmp_path / "disk", bench), run_baselines(config, bench, _quiet)
+    assert isinstance(bench.collection.corpus, StoredTexts)
+    for key in ("scores", "curve"):
+        assert found[0][key] == plain[0][key]
+    for key in ("bm25", "untrained", "ceiling"):
+        assert found[1][key] == plain[1][key]
+
+
+def _quiet(arm: str, scores: dict) -> None:
+    """No rows of the running table."""
 
 
 def test_the_errors_of_a_file_are_those_of_the_plain_path(tiny_folder: Path, from_disk) -> None:

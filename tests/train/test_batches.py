@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from eval.bm25 import BM25
 from eval.collections import Collection, load
 from experiments import Config
 from model.tokens import Prompts, Tokenizer
@@ -30,8 +31,8 @@ def config(tiny_base: Path, tiny_data: Path) -> Config:
 
 @pytest.fixture
 def make(collection: Collection, tokenizer: Tokenizer, config: Config):
-    def make(**changes) -> TrainingData:
-        return TrainingData(collection, tokenizer, replace(config, **changes), tokens_only)
+    def make(of: Collection = collection, **changes) -> TrainingData:
+        return TrainingData(of, tokenizer, replace(config, **changes), tokens_only)
 
     return make
 
@@ -54,6 +55,29 @@ def test_the_pairs_depend_on_neither_seed_nor_arm(make):
         assert other.queries == data.queries
         assert other.positive == data.positive
         assert other.negatives == data.negatives
+
+
+def test_negatives_are_searched_once_for_all_trials(make, collection, monkeypatch):
+    """Of a query and setting, whichever arms ask for them; another depth is another setting."""
+    fresh, asked = replace(collection), []
+    search = BM25.search
+
+    def counted(self, queries, k):
+        asked.extend(queries)
+        return search(self, queries, k)
+
+    monkeypatch.setattr(BM25, "search", counted)
+    few = make(of=fresh, tasks=("reranking",), steps=1)
+    assert set(asked) == set(few.queries)
+    asked.clear()
+    both = make(of=fresh, seed=1)
+    assert set(asked) == set(both.queries) - set(few.queries) != set()
+    assert {q: both.negatives[q] for q in few.queries} == few.negatives
+    asked.clear()
+    make(of=fresh, seed=2)
+    assert not asked
+    make(of=fresh, negatives_depth=2)
+    assert set(asked) == set(both.queries)
 
 
 @pytest.mark.parametrize("steps", [3, 8])  # less than an epoch of either task, and two of one

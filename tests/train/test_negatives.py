@@ -22,8 +22,21 @@ QUERIES = {"q": "red fish", "p": "sky"}
 RELEVANT = {"q": {"right": 1, "also": 2, "judged0": 0}, "p": {"far1": 1}}
 
 
+def draw(
+    queries: dict[str, str],
+    relevant: dict[str, dict[str, int]],
+    corpus: dict[str, str],
+    pool: list[str],
+    depth: int,
+    count: int,
+    language: str = "en",
+) -> dict[str, list[str]]:
+    index = BM25(pool, [corpus[d] for d in pool], language=language)
+    return bm25_negatives(index, queries, relevant, corpus, pool, depth, count)
+
+
 def negatives(count: int, depth: int = 50, pool: list[str] = POOL) -> dict[str, list[str]]:
-    return bm25_negatives(QUERIES, RELEVANT, CORPUS, pool, depth, count)
+    return draw(QUERIES, RELEVANT, CORPUS, pool, depth, count)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
@@ -52,15 +65,23 @@ def test_depth_counts_what_is_not_relevant():
 def test_the_same_every_time_and_whatever_else_is_asked():
     found = negatives(3)
     assert negatives(3) == found
-    alone = bm25_negatives({"q": "red fish"}, RELEVANT, CORPUS, POOL, 50, 3)
+    alone = draw({"q": "red fish"}, RELEVANT, CORPUS, POOL, 50, 3)
     assert alone["q"] == found["q"]
+
+
+def test_copies_of_the_relevant_do_not_use_up_the_depth():
+    """The search goes on until `depth` documents are left, however many copies there are."""
+    corpus = {f"copy{i:02d}": "red fish" for i in range(30)}
+    corpus |= {"near": "red fish and a good many other words", "far": "blue"}
+    found = draw({"q": "red fish"}, {"q": {"copy00": 1}}, corpus, list(corpus), 1, 1)
+    assert found == {"q": ["near"]}
 
 
 def test_they_are_drawn_not_the_top_few():
     corpus = {f"d{i:02d}": f"red {i}" for i in range(40)}
     queries = {f"q{i}": "red" for i in range(20)}
     relevant = {q: {"d00": 1} for q in queries}
-    found = bm25_negatives(queries, relevant, corpus, list(corpus), 30, 2)
+    found = draw(queries, relevant, corpus, list(corpus), 30, 2)
     assert len({d for row in found.values() for d in row}) > 10
 
 
@@ -68,9 +89,9 @@ def test_words_are_cut_as_the_language_has_it():
     """Japanese puts no spaces between words: as English, each text would be one word."""
     corpus = {"other": "犬が好き", "near": "東京の天気予報", "right": "東京は晴れ", "far": "猫"}
     asked, relevant = {"q": "東京の晴れ"}, {"q": {"right": 1}}
-    found = bm25_negatives(asked, relevant, corpus, list(corpus), 10, 1, "ja")
+    found = draw(asked, relevant, corpus, list(corpus), 10, 1, "ja")
     assert found == {"q": ["near"]}
-    blind = {bm25_negatives({q: asked["q"]}, {q: relevant["q"]}, corpus, list(corpus), 10, 1)[q][0]
+    blind = {draw({q: asked["q"]}, {q: relevant["q"]}, corpus, list(corpus), 10, 1)[q][0]
              for q in map(str, range(20))}  # fmt: skip
     assert len(blind) > 1  # nothing is found, so it is drawn from the pool
 
