@@ -6,7 +6,8 @@ mteb: tasks by name or a whole benchmark through `mteb`, or a collection as two 
 results in mteb's own layout, which its leaderboard tools read.
 rag: retrieve, rerank, generate, on nq, triviaqa, hotpotqa and folders with `answers.json`; one
 model in all roles against two (the bare base generates) and three (an embedder and a reranker
-too), each in a process of its own, for its peak memory's sake.
+too), each in a process of its own, for its peak memory's sake; the documents' vectors are those
+of `encode`, which is run first where they are not there.
 baselines: BM25, published models and saved ones beside each other; see its own --help.
 encode, search: a corpus that no memory holds; see `python -m eval search --help`.
 """
@@ -28,6 +29,7 @@ from eval.collections import load, require_split
 from eval.command import exit_status
 from eval.files import write_json
 from eval.machine import device_name
+from eval.vectors import Vectors
 from model import bases, saved
 from model.unimoer import UniMoER
 from model.weights import revision
@@ -87,15 +89,20 @@ def answer(args: argparse.Namespace) -> None:
             ] or None,
             **({"answers": of} if public else {}),
         }  # fmt: skip
-        found = []
+        found, encoded = [], set()
         for side in args.sides:
             name = f"{collection.name.lower()}-{split}-{side}.json"
             place = Path(args.out) / "rag" / args.name / name
-            if not place.exists() and len(args.sides) > 1:
+            if not place.exists() and not args.alone:
+                if (embedder := _embedder(args, side)) not in encoded:
+                    large.encoded(*embedder, data, args.out, args.device)
+                    encoded.add(embedder)
                 _alone(args, data, side)
             elif not place.exists():
+                _, name = _embedder(args, side)
+                stored = Vectors(large.folder_of(args.out, name, collection.name))
                 made = rag.measure(
-                    args.model, side, collection, split, answers, settings, args.device,
+                    args.model, side, collection, split, answers, settings, args.device, stored,
                     args.specialists,
                 )  # fmt: skip
                 write_json(place, {"model": args.name, **origin, **made})
@@ -108,6 +115,13 @@ def answer(args: argparse.Namespace) -> None:
             found.append(result)
         if not args.alone:
             print(rag.table(found, f"{collection.name}, {split}, {args.name}"))
+
+
+def _embedder(args: argparse.Namespace, side: str) -> tuple[str, str]:
+    """The folder and the name of the model that embeds on a side."""
+    if side == "three" and args.specialists:
+        return args.specialists[0], large.name_of(args.specialists[0])
+    return args.model, args.name
 
 
 def _alone(args: argparse.Namespace, data: str, side: str) -> None:
@@ -163,8 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         return baseline_table.main(words[1:])
     args = parser().parse_args(words)
     args.depth = args.depth or (20 if args.bench == "rag" else 1000)
-    folder = Path(args.model).resolve()
-    args.name = args.name or f"{folder.parent.name}-{folder.stem}"
+    args.name = args.name or large.name_of(args.model)
 
     def work() -> None:
         if args.bench != "mteb" and not args.data:

@@ -29,7 +29,7 @@ from eval.files import whole, write_json
 from eval.machine import device_name
 from eval.retrieval import Ids, cut, exact, plan, to_run
 from eval.sources import Qrels, Sources, lacking, read_qrels, read_queries, read_splits
-from eval.vectors import DTYPES, WINDOW, Vectors, encode
+from eval.vectors import DTYPES, MANIFEST, WINDOW, Vectors, encode, read_manifest
 from model import bases
 from model.heads import truncate
 from model.unimoer import UniMoER
@@ -62,6 +62,24 @@ class Judged:
     def depth(self, k: int) -> int:
         """How many documents are searched for, so that k are left without the excluded."""
         return k + max(map(len, self.excluded.values()), default=0)
+
+
+def encoded(model: str, name: str, data: str, out: str, device: str) -> Vectors:
+    """The vectors of a collection where `encode` puts them by default, encoded as far as they are
+    not there. model: the folder of a saved model; name: in the results.
+
+    Raises:
+        ValueError: as `vectors.encode`.
+    """
+    sources = _find(data)
+    folder, settings = folder_of(out, name, sources.name), {}
+    if (folder / MANIFEST).exists():  # as they were begun
+        found = read_manifest(folder)
+        settings = {key: found[key] for key in ("window", "dtype")}
+    return encode(
+        UniMoER.from_pretrained(model, device), sources, folder, revision=revision(model),
+        progress=True, **settings,
+    )  # fmt: skip
 
 
 def run_encode(args: argparse.Namespace) -> None:
@@ -275,9 +293,22 @@ def _find(data: str) -> Sources:
     return find(data, bases.cache_folder() / "data")
 
 
-def _folder(args: argparse.Namespace, data: str) -> Path:
-    short = f"-{args.dimensions}d" if args.dimensions else ""
-    return Path(args.vectors or f"{args.out}/vectors/{args.name}/{data.lower()}{short}")
+def name_of(model: str) -> str:
+    """What a saved model's folder is called in the results: `joint-moe-seed0`."""
+    folder = Path(model).resolve()
+    return f"{folder.parent.name}-{folder.stem}"
+
+
+def folder_of(out: str, name: str, collection: str, dimensions: int = 0) -> Path:
+    """Where `encode` puts the vectors of a collection by a model, both by name."""
+    short = f"-{dimensions}d" if dimensions else ""
+    return Path(out) / "vectors" / name / f"{collection.lower()}{short}"
+
+
+def _folder(args: argparse.Namespace, collection: str) -> Path:
+    if args.vectors:
+        return Path(args.vectors)
+    return folder_of(args.out, args.name, collection, args.dimensions)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -316,6 +347,5 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     args = parser().parse_args(arguments)
-    folder = Path(args.model).resolve()
-    args.name = args.name or f"{folder.parent.name}-{folder.stem}"
+    args.name = args.name or name_of(args.model)
     return exit_status(partial({"encode": run_encode, "search": run_search}[args.command], args))

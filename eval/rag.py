@@ -21,6 +21,7 @@ from eval.collections import Collection
 from eval.machine import peak_bytes
 from eval.retrieval import Ids, to_keys, to_run
 from eval.sources import rows, strings_of, text_of
+from eval.vectors import Vectors
 from model import saved
 from model.generate import generate, output_matrix
 from model.unimoer import UniMoER
@@ -32,7 +33,6 @@ PROMPT = (
     "Question: how many days are there in a leap year\nAnswer: 366\n\n"
     "{passages}\n\nQuestion: {question}\nAnswer:"
 )
-WINDOW = 100_000  # documents whose texts are in memory at once, while the index is made
 SIDES = ("one", "two", "three")  # models for the three roles
 STAGES = ("retrieve", "rerank", "generate")
 
@@ -115,21 +115,32 @@ def published_answers(
 
 
 class Pipeline:
-    """An index over a collection's documents, and the models of the three roles."""
+    """The models of the three roles, and in memory the embedder's vectors of all documents.
 
-    def __init__(self, models: Sequence[UniMoER], collection: Collection, split: str, s: Settings):
+    Raises:
+        ValueError: vectors are missing, or are of another model or of other documents.
+    """
+
+    def __init__(
+        self, models: Sequence[UniMoER], collection: Collection, stored: Vectors, s: Settings
+    ):
         self.embedder, self.reranker, self.generator = models
         self.collection, self.settings = collection, s
-        self.documents = collection.pools[split]
-        started = time.perf_counter()
-        width = self.embedder.decoder.config.hidden_size
-        self.vectors = torch.empty(len(self.documents), width)
-        for at in range(0, len(self.documents), WINDOW):
-            texts = [collection.corpus[d] for d in self.documents[at : at + WINDOW]]
-            self.vectors[at : at + WINDOW] = self.embedder.encode_document(texts, progress=True)
-        self.ids = Ids(np.array([document.encode() for document in self.documents]))
+        stored.require_all()
+        if (stored.documents, stored.manifest["base"]) != (
+            len(collection.corpus), self.embedder.identity,
+        ):  # fmt: skip
+            raise ValueError(
+                f"{stored.folder} holds vectors of {stored.documents:,} documents by "
+                f"{stored.manifest['base']}; expected {len(collection.corpus):,} by "
+                f"{self.embedder.identity}: remove it, they are encoded again"
+            )
+        self.vectors = torch.empty(stored.documents, stored.dimension)
+        for shard in range(stored.shards):
+            rows = self.vectors[shard * stored.window :][: stored.size(shard)]
+            np.copyto(rows.numpy(), stored.shard(shard))
+        self.ids = Ids(stored.ids())
         self.places = self.ids.places(slice(None))
-        self.index_seconds = time.perf_counter() - started
         self.head = output_matrix(self.generator)
         fast = self.generator.tokenizer.fast
         lines = {i for i in range(fast.get_vocab_size()) if "\n" in fast.decode([i])}
@@ -140,7 +151,7 @@ class Pipeline:
         s, text, clock = self.settings, self.collection.queries[query], [time.perf_counter()]
         vector = self.embedder.encode_query([text])
         keys = to_keys(vector @ self.vectors.t(), self.places)
-        best = keys.topk(min(s.depth, len(self.documents)), dim=1).values
+        best = keys.topk(min(s.depth, len(self.ids)), dim=1).values
         near = list(to_run(best, [query], self.ids)[query])
         clock.append(time.perf_counter())
         order = self.reranker.rank(text, [self.collection.corpus[d] for d in near], s.passages)
@@ -190,11 +201,12 @@ def players(folder: str, side: str, specialists: Sequence[str], device: str) -> 
 
 def measure(
     folder: str, side: str, collection: Collection, split: str, answers: dict[str, list[str]],
-    settings: Settings, device: str, specialists: Sequence[str] = (),
+    settings: Settings, device: str, stored: Vectors, specialists: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Every question of `answers` with the models of a side; means, latencies, memory."""
+    """Every question of `answers` with the models of a side; means, latencies, memory. stored: the
+    documents' vectors by the side's embedder."""
     models = players(folder, side, specialists, device)
-    pipeline = Pipeline(models, collection, split, settings)
+    pipeline = Pipeline(models, collection, stored, settings)
     normalise, rows = NORMALISERS[settings.rule], {}
     for query, gold in answers.items():
         answer, read, seconds = pipeline.ask(query)
@@ -214,9 +226,8 @@ def measure(
         "latency": {stage: {"median": float(np.median(values)),
                             "p95": float(np.quantile(values, 0.95))}
                     for stage, values in took.items()},
-        "index_seconds": pipeline.index_seconds,
         "resident_bytes": resident_bytes(models, pipeline.head), "peak_bytes": peak_bytes(device),
-        "documents": len(pipeline.documents), "questions": rows,
+        "documents": stored.documents, "questions": rows,
     }  # fmt: skip
 
 

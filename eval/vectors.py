@@ -29,6 +29,7 @@ from model.unimoer import UniMoER
 
 FORMAT = 1
 DTYPES = ("float16", "float32")
+MANIFEST = "manifest.json"
 WINDOW = 10_000  # documents of a shard
 
 
@@ -166,7 +167,7 @@ def _alone(folder: Path, rank: str) -> Iterator[None]:
 
 def _begin(folder: Path, manifest: dict, mark: str) -> None:
     """Write the manifest, or hold this one against the one that is there."""
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     if not path.exists():
         write_json(path, manifest, mark)
     found = read_manifest(folder)
@@ -177,7 +178,7 @@ def _begin(folder: Path, manifest: dict, mark: str) -> None:
 
 def read_manifest(folder: Path) -> dict:
     """Raises ValueError where there is none, or one of another format."""
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{path} is missing: encode the corpus first (make encode)")
     try:

@@ -2,14 +2,17 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from eval import __main__ as program
-from eval import hub, rag
+from eval import hub, large, rag
 from eval.collections import load
+from eval.vectors import encode
 from experiments import SPARSEGEN
 from model.generate import generate
 from model.unimoer import UniMoER
@@ -49,19 +52,22 @@ def folder(tiny_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
     return place
 
 
-def test_each_stage_hands_on_what_it_found(folder: Path, data: Path) -> None:
+def test_each_stage_hands_on_what_it_found(folder: Path, data: Path, tmp_path: Path) -> None:
     """The reranker's best of the retriever's, cut and put before the question."""
     model = UniMoER.from_pretrained(folder)
     collection = load(str(data))
     settings = rag.Settings(depth=6, passages=2, passage_tokens=5, new_tokens=4)
-    made = rag.Pipeline([model] * 3, collection, "test", settings)
+    stored = large.encoded(str(folder), "arm", str(data), str(tmp_path), "cpu")
+    made = rag.Pipeline([model] * 3, collection, stored, settings)
+    documents = collection.pools["test"]
     query = "q30"
     answer, read, seconds = made.ask(query)
     text = collection.queries[query]
-    vectors = model.encode_document([collection.corpus[d] for d in made.documents])
+    vectors = model.encode_document([collection.corpus[d] for d in documents])
+    torch.testing.assert_close(made.vectors, vectors.half().float())
     near: list[int] = (model.encode_query([text]) @ vectors.t())[0].topk(6).indices.tolist()
-    ranked = model.rank(text, [collection.corpus[made.documents[i]] for i in near], 2)
-    assert read == [made.documents[near[i]] for i, _ in ranked]
+    ranked = model.rank(text, [collection.corpus[documents[i]] for i in near], 2)
+    assert read == [documents[near[i]] for i, _ in ranked]
     fast = model.tokenizer.fast
     cut = [fast.decode(fast.encode(collection.corpus[d]).ids[:5]) for d in read]
     prompt = rag.PROMPT.format(passages=f"{cut[0]}\n\n{cut[1]}", question=text)
@@ -72,7 +78,25 @@ def test_each_stage_hands_on_what_it_found(folder: Path, data: Path) -> None:
     assert all("\n" in fast.decode([i]) for i in made.stop - {model.tokenizer.end_id})
 
 
-def test_more_models_hold_more_and_answer_alike(folder: Path, data: Path, tmp_path: Path, capsys):
+def test_vectors_of_something_else(folder: Path, data: Path, tmp_path: Path) -> None:
+    """Of another base, of other documents, or not all there."""
+    model, collection = UniMoER.from_pretrained(folder), load(str(data))
+    stored = large.encoded(str(folder), "arm", str(data), str(tmp_path), "cpu")
+    few = replace(collection, corpus={"d0": collection.corpus["d0"]})
+    with pytest.raises(ValueError, match="vectors of 42 documents by .*; expected 1 by"):
+        rag.Pipeline([model] * 3, few, stored, rag.Settings())
+    other = UniMoER.from_pretrained(folder)
+    other.identity = {**other.identity, "fingerprint": "another"}
+    with pytest.raises(ValueError, match="expected 42 by .*another.*remove it"):
+        rag.Pipeline([other] * 3, collection, stored, rag.Settings())
+    stored.path(0).unlink()
+    with pytest.raises(ValueError, match="1 of 1 shards are missing"):
+        rag.Pipeline([model] * 3, collection, stored, rag.Settings())
+
+
+def test_more_models_hold_more_and_answer_alike(
+    folder: Path, data: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     line = ["rag", "--model", str(folder), "--data", str(data), "--out", str(tmp_path),
             "--device", "cpu", "--depth", "5", "--passages", "2", "--queries", "3"]  # fmt: skip
     assert program.main(line) == 0
@@ -89,6 +113,9 @@ def test_more_models_hold_more_and_answer_alike(folder: Path, data: Path, tmp_pa
         assert len(result["questions"]) == 3 and result["exact_match"] <= result["f1"] <= 1
         assert result["peak_bytes"] > 0 and set(result["latency"]) == {*rag.STAGES, "together"}
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.json"))
+    vectors = list((tmp_path / "vectors" / "arm-seed0" / "tiny").glob("*.npy"))
+    assert vectors  # encoded once for the three
+    monkeypatch.setattr(large, "encode", None)
     assert program.main(line) == 0  # nothing is computed twice
     assert before == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.json"))
     assert program.main([*line, "--passages", "1"]) == 2
@@ -119,14 +146,17 @@ def test_specialists_take_the_place_of_one_model_thrice(
     assert "is of another model" in capsys.readouterr().err
 
 
-def test_right_answers_count(folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_right_answers_count(folder: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
     """A generator that says the rare word of the question scores 1 throughout."""
     collection = load(str(data))
     queries = [q for q in collection.qrels["test"] if q != f"q{24 + 4 + TEST - 1}"]
     answers = rag.read_answers(data, queries)
     monkeypatch.setattr(rag.Pipeline, "ask", lambda self, query: (
         f"The {answers[query][0]}.", [], dict.fromkeys(rag.STAGES, 0.1)))  # fmt: skip
-    found = rag.measure(str(folder), "one", collection, "test", answers, rag.Settings(), "cpu")
+    stored = large.encoded(str(folder), "arm", str(data), str(tmp_path), "cpu")
+    found = rag.measure(
+        str(folder), "one", collection, "test", answers, rag.Settings(), "cpu", stored
+    )
     assert (found["exact_match"], found["f1"], found["found"]) == (1, 1, 0)
     assert found["latency"]["together"]["p95"] == pytest.approx(0.3)
 
@@ -212,7 +242,12 @@ def test_published_answers_that_cannot_be_had(hub_files, answers, split, message
 def test_a_set_by_name(hub_files, folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """Only questions that have an answer are asked, by the set's own rule and split."""
     monkeypatch.setenv("UNIMOER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(rag, "WINDOW", 2)  # of three passages, so the index takes two windows
+    # In this process, where the hub is the tests' own; windows of two of the three passages.
+    monkeypatch.setattr(
+        program.subprocess, "run",
+        lambda words, check: SimpleNamespace(returncode=program.main(words[3:])),
+    )  # fmt: skip
+    monkeypatch.setattr(large, "encode", partial(encode, window=2))
     published.triviaqa(hub_files[0])
     published.beir(hub_files[0], "nq", 0)
     published.nq_answers(hub_files[0], {asked("nq")["q1"]: ["an answer"]})
