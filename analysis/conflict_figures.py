@@ -11,12 +11,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from analysis import figures
+from analysis.bands import shade
 from analysis.figures import label
 
 CAPTIONS = {
     "along": "Cosine between the tasks' gradients (all layers and projections) after a number of "
-    "steps, by space: mean over seeds in a band from lowest to highest; dashed: corrected for "
-    "noise.",
+    "steps, by space: mean over seeds with its 95 % interval; dashed: corrected for noise.",
     "heat": "Cosine between the tasks' gradients (induced on W) by layer and projection at the "
     "last probe, mean over seeds; orange: conflict, blue: agreement.",
 }
@@ -58,9 +58,8 @@ def _line(
         return
     values = np.array([rows[i] for i in known], dtype=float)  # (steps, seeds)
     axes.plot(steps[known], values.mean(1), color=colour, linestyle=dash, label=name)
-    if dash == "-" and values.shape[1] > 1:
-        axes.fill_between(steps[known], values.min(1), values.max(1), color=colour, alpha=0.15,
-                          linewidth=0)  # fmt: skip
+    if dash == "-":
+        shade(axes, steps[known], values.T, colour)
 
 
 def draw_heat(v: dict[str, Any]) -> Figure:

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
 
+from analysis.bands import shade
+
 Arms = Mapping[str, Mapping[int, dict]]  # arm -> seed -> trial as stored
 
 NAMES = ("scores", "curves", "routing")
@@ -45,9 +47,9 @@ CAPTIONS = {
     "scores": "nDCG@10 of each arm: mean over seeds (large dot) with its 95 % interval over seeds "
     "and queries, single seeds (small dots); below, interference beside the limits of the rule.",
     "curves": "Training loss: single seeds (faint), and their mean after smoothing over a tenth of "
-    "the steps, in a band from the lowest to the highest seed.",
+    "the steps with its 95 % interval over seeds.",
     "routing": "Joint-MoE's expert weights, averaged over layers and texts of a batch and smoothed "
-    "over a tenth of the steps; mean over seeds in a band from lowest to highest; grey: uniform.",
+    "over a tenth of the steps; mean over seeds with its 95 % interval; grey: uniform.",
 }
 AGAINST = (
     "The other arms against Joint-Single, in points of nDCG@10 with 95 % intervals; above 0 the "
@@ -258,14 +260,13 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 def _mean_and_spread(
     axes: Axes, lines: list[np.ndarray], colour: str, dash: Any, text: str, raw: bool = False
 ) -> np.ndarray:
-    """Draw the smoothed mean in a band from lowest to highest seed; return what was smoothed."""
+    """Draw the smoothed mean and its interval over seeds; return what was smoothed."""
     steps = min(map(len, lines))
     smooth = np.stack([_smooth(line[:steps]) for line in lines])  # (seeds, steps)
     at = np.arange(1, steps + 1)
     for line in lines if raw else ():
         axes.plot(at, line[:steps], color=colour, linewidth=0.4, alpha=0.22)
-    if len(lines) > 1:
-        axes.fill_between(at, smooth.min(0), smooth.max(0), color=colour, alpha=0.15, linewidth=0)
+    shade(axes, at, smooth, colour)
     axes.plot(at, smooth.mean(0), color=colour, linestyle=dash, label=text)
     return smooth.ravel()
 

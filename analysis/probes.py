@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis import ablation, compare, figures, judge
+from analysis.bands import shade
 from analysis.figures import label, span, table
 from analysis.page import limits, over_seeds, provenance, spread, warnings, write_folder
 
@@ -55,8 +56,8 @@ over seeds and queries.
 {provenance}
 """
 CAPTION = (
-    "Score of the probes by layer, R² or balanced accuracy: mean over seeds in a band from lowest "
-    "to highest; grey, dotted: the untrained base."
+    "Score of the probes by layer, R² or balanced accuracy: mean over seeds with its 95 % "
+    "interval; grey, dotted: the untrained base."
 )
 
 
@@ -246,8 +247,7 @@ def _line(axes, found: dict[str, Any], view: str, name: str, colour, dash, text:
     at = first_layer(found, rows) + np.arange(len(rows))
     axes.plot(at, [np.mean(r) for r in rows], color=colour, linestyle=dash, marker="o",
               markersize=2, linewidth=1, label=text)  # fmt: skip
-    axes.fill_between(at, [min(r) for r in rows], [max(r) for r in rows], color=colour, alpha=0.15,
-                      linewidth=0)  # fmt: skip
+    shade(axes, at, np.array(rows).T, colour)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 

@@ -9,17 +9,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import figures
+from analysis.bands import shade
 from analysis.figures import label
 
 KINDS = {"document": "documents (embedding)", "pair": "pairs (reranking)"}
 MAPS = {"tsne": "t-SNE", "umap": "UMAP"}
 CAPTIONS = {
-    "layers": "CKA with the untrained base by layer: mean over seeds in a band from lowest to "
-    "highest.",
+    "layers": "CKA with the untrained base by layer: mean over seeds with its 95 % interval.",
     "spectra": "Singular values of ΔW by expert, each over its linear's largest, mean over linears "
     "and seeds.",
     "stir": "What training added, by layer: STIR between documents and pairs, and the cosine of "
-    "the two mean changes; mean over seeds in a band from lowest to highest. Grey, for STIR: 1, as "
+    "the two mean changes; mean over seeds with its 95 % interval. Grey, for STIR: 1, as "
     "much as a task's own other half, and 0, as random directions.",
     **{
         name: f"{method} of the features behind the last layer, first seed: documents and pairs in "
@@ -56,8 +56,8 @@ def _by_layer(
     v: dict[str, Any], titles: dict[str, str],
     values: Callable[[dict[str, Any], str], list[list[float]]],
 ) -> tuple[Figure, list[Axes]]:  # fmt: skip
-    """A panel a title, a line an arm over the layers: the mean over seeds in a band from lowest to
-    highest. values: (an arm's numbers, the title's key) -> by layer, the seeds' values."""
+    """A panel a title, a line an arm over the layers: the mean over seeds with its interval.
+    values: (an arm's numbers, the title's key) -> by layer, the seeds' values."""
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(figures.WIDTH, 2.4), layout="constrained")
         panels = figure.subplots(1, len(titles), sharey=True)
@@ -72,8 +72,7 @@ def _by_layer(
                 axes.plot(x, [np.mean(rows[i]) for i in known], color=colour, marker="o",
                           linestyle=figures.DASHES[at % 4], markersize=2.5,
                           label=label(arm))  # fmt: skip
-                axes.fill_between(x, [min(rows[i]) for i in known], [max(rows[i]) for i in known],
-                                  color=colour, alpha=0.15, linewidth=0)  # fmt: skip
+                shade(axes, x, np.array([rows[i] for i in known]).T, colour)
                 axes.set_xticks([found["first_layer"] + i for i in range(len(rows))])
             axes.set_title(title, fontweight="bold")
             axes.set_xlabel("layer")

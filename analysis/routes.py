@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import compare, figures, judge
+from analysis.bands import shade
 from analysis.figures import TASKS, label, table
 from analysis.page import (
     limits,
@@ -75,8 +76,8 @@ over seeds and queries.
 """
 DOMAINS = "Mean weights, over texts and layers, in the domains with the most texts."
 LAYERS = (
-    "Mean expert weights by layer and kind of text: mean over seeds in a band from the lowest to "
-    "the highest; grey: uniform."
+    "Mean expert weights by layer and kind of text: mean over seeds with its 95 % interval; grey: "
+    "uniform."
 )
 
 
@@ -294,8 +295,7 @@ def draw(v: dict[str, Any], measured: dict[str, dict[int, dict[str, Any]]]) -> F
                     colour, dash = figures.EXPERTS[e], figures.DASHES[e % 4]
                     axes.plot(at, w[:, :, e].mean(0), color=colour, linestyle=dash, marker="o",
                               markersize=2.5, label=name)  # fmt: skip
-                    axes.fill_between(at, w[:, :, e].min(0), w[:, :, e].max(0), color=colour,
-                                      alpha=0.15, linewidth=0)  # fmt: skip
+                    shade(axes, at, w[:, :, e], colour)
                 axes.axhline(1 / len(first["experts"]), color=figures.GREY, linewidth=0.6, zorder=0)
                 axes.set_title(f"{label(arm)}, {text}", fontweight="bold")
                 axes.set_xticks(at)

@@ -23,6 +23,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from eval import jina
 from model import bases, saved, weights
+from model.commits import COMMITS
 from model.listwise import CHAT
 from model.pseudo import PseudoQuery
 from model.tokens import Prompts
@@ -134,7 +135,9 @@ def at_hand(name: str) -> Path | None:
     if Path(name).is_dir():
         return Path(name)
     try:
-        found = snapshot_download(name, allow_patterns=bases.HUB_FILES, local_files_only=True)
+        found = snapshot_download(
+            name, revision=COMMITS.get(name), allow_patterns=bases.HUB_FILES, local_files_only=True
+        )
         weights.checkpoint(Path(found))  # all of its files
     except (LocalEntryNotFoundError, ValueError):
         return None

