@@ -303,7 +303,7 @@ EXPERIMENTS = {
         # The changes of the CPU default's depth, length and steps are nothing to the other scales.
         by_scale=dict.fromkeys(("smoke", "full"), _pilot(("as-is", "last-token", "bce"))),
         seeds=1, common={"split": "dev"}, report="pilot",
-        own_base=("layers", "adapter_layers", "prefix", "embedding_pooling", "reranking_pooling",
+        own_base=("layers", "adapter_layers", "embedding_pooling", "reranking_pooling",
                   "document_tokens", "candidates"),
     ),
 }
@@ -352,9 +352,10 @@ def size_of(experiment: str, arm: str, scale: str) -> dict[str, Any]:
 
 def baselines_name(size: dict[str, Any]) -> str:
     """The file of the baselines of a size: `baselines-8l.json`, `baselines-candidates-20.json`."""
-    if "layers" in size:
-        return f"baselines-{size['layers']}l.json"
-    return "-".join(["baselines", *(f"{name}-{value}" for name, value in size.items())]) + ".json"
+    parts = {name: f"{name}-{value}" for name, value in size.items()}
+    if "layers" in size:  # with which the first adapted layer goes
+        parts = {**parts, "layers": f"{size['layers']}l", "adapter_layers": ""}
+    return "-".join(["baselines", *filter(None, parts.values())]) + ".json"
 
 
 def _scaled(experiment: str, scale: str, **overrides) -> Config:

@@ -44,6 +44,7 @@ from eval.protocol import show_row
 from kernels.choice import KERNELS, use_triton
 from model import bases, parallel
 from model.config import DTYPES
+from scales import SCALES
 from train.loop import NonFiniteLoss, forget
 from train.mixture import training_steps
 from train.start import check_starts
@@ -161,6 +162,8 @@ def command_run(args: argparse.Namespace) -> None:
     elsewhere = {data: Workbench(data, *options) for data in args.evaluate}
     for data, there in elsewhere.items():
         require_split(there.collection, args.split or hub.own_split(data))
+    # A pilot compares the times of its trials, so all of them are its own.
+    shared = experiments.EXPERIMENTS[args.experiment].report != "pilot"
     if parallel.rank() == 0:
         of = f"{parallel.world()} x " if parallel.world() > 1 else ""
         title = f"{args.experiment} {folder.name}: {len(trials)} trials"
@@ -177,7 +180,8 @@ def command_run(args: argparse.Namespace) -> None:
         path = place.with_suffix(".json")
         if (result := stored(path, config)) is None:
             with tracking.tracked(args.wandb, place, config) as track:
-                result = reuse.taken_over(path, config, bench) or run_trial(
+                result = reuse.taken_over(path, config, bench) if shared else None
+                result = result or run_trial(
                     config, arm, place, bench, track.beside(gradients.watch)
                 )
                 finish(path, result)
@@ -327,7 +331,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--latex", action="store_true", help="the tables as tables.tex too")
         else:
             sub.add_argument("experiment", choices=list(experiments.EXPERIMENTS))
-        sub.add_argument("--scale", choices=list(experiments.SCALES), default="small")
+        sub.add_argument("--scale", choices=list(SCALES), default="small")
         sub.add_argument("--base", default="", help="a name from model/bases.py, hub id or folder")
         sub.add_argument("--data", default="", help="stdlib, a BEIR name, msmarco or a folder; "
                          "A+B: trained on both, measured on A")  # fmt: skip

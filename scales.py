@@ -51,11 +51,11 @@ LADDER = {
     "full": ((None, 0),),
 }
 
-# What `make pilot` changes of a scale, one thing at a time, each specialist on the dev split. A
-# change of the depth brings the prefix with it: none is kept below the first layer.
+# What `make pilot` changes of a scale, one thing at a time, each specialist on the dev split. With
+# the depth goes the first adapted layer: it is the last four that are adapted.
 PILOT = {
     "as-is": {},
-    "4-layers": {"layers": 4, "adapter_layers": 0, "prefix": False},
+    "4-layers": {"layers": 4, "adapter_layers": 0},
     "8-layers": {"layers": 8, "adapter_layers": 4},
     "12-layers": {"layers": 12, "adapter_layers": 8},
     "24-layers": {"layers": 24, "adapter_layers": 20},

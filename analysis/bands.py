@@ -1,5 +1,6 @@
 """The band around a line that is a mean over seeds."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -7,15 +8,18 @@ from matplotlib.axes import Axes
 from scipy import stats as scipy_stats
 
 
-def interval(rows: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The ends of the 95 % t interval of the mean over the first axis, of at least two rows."""
-    values = np.asarray(rows, dtype=float)
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of the 95 % t interval of the mean; NaN of fewer than two values."""
     n = len(values)
-    half = scipy_stats.t.isf(0.025, n - 1) * values.std(0, ddof=1) / np.sqrt(n)
-    return values.mean(0) - half, values.mean(0) + half
+    if n < 2:
+        return np.nan, np.nan
+    half = float(scipy_stats.t.isf(0.025, n - 1)) * np.std(values, ddof=1) / np.sqrt(n)
+    return np.mean(values) - half, np.mean(values) + half
 
 
-def shade(axes: Axes, at: Any, rows: Any, colour: str) -> None:
-    """Shade `interval` along a line; nothing for one seed. rows: (seeds, points)."""
-    if len(rows) > 1:
-        axes.fill_between(at, *interval(rows), color=colour, alpha=0.15, linewidth=0)
+def shade(axes: Axes, at: Any, rows: Iterable[Sequence[float]], colour: str) -> None:
+    """Shade `interval` along a line. rows: of each point the seeds' values, which may differ in
+    number; where there are fewer than two the band has a gap."""
+    ends = np.array([interval(row) for row in rows])
+    if np.isfinite(ends).any():
+        axes.fill_between(at, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, linewidth=0)

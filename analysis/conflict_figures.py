@@ -59,7 +59,7 @@ def _line(
     values = np.array([rows[i] for i in known], dtype=float)  # (steps, seeds)
     axes.plot(steps[known], values.mean(1), color=colour, linestyle=dash, label=name)
     if dash == "-":
-        shade(axes, steps[known], values.T, colour)
+        shade(axes, steps[known], values, colour)
 
 
 def draw_heat(v: dict[str, Any]) -> Figure:

@@ -266,7 +266,7 @@ def _mean_and_spread(
     at = np.arange(1, steps + 1)
     for line in lines if raw else ():
         axes.plot(at, line[:steps], color=colour, linewidth=0.4, alpha=0.22)
-    shade(axes, at, smooth, colour)
+    shade(axes, at, smooth.T, colour)
     axes.plot(at, smooth.mean(0), color=colour, linestyle=dash, label=text)
     return smooth.ravel()
 

@@ -247,7 +247,7 @@ def _line(axes, found: dict[str, Any], view: str, name: str, colour, dash, text:
     at = first_layer(found, rows) + np.arange(len(rows))
     axes.plot(at, [np.mean(r) for r in rows], color=colour, linestyle=dash, marker="o",
               markersize=2, linewidth=1, label=text)  # fmt: skip
-    shade(axes, at, np.array(rows).T, colour)
+    shade(axes, at, rows, colour)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 

@@ -72,7 +72,7 @@ def _by_layer(
                 axes.plot(x, [np.mean(rows[i]) for i in known], color=colour, marker="o",
                           linestyle=figures.DASHES[at % 4], markersize=2.5,
                           label=label(arm))  # fmt: skip
-                shade(axes, x, np.array([rows[i] for i in known]).T, colour)
+                shade(axes, x, [rows[i] for i in known], colour)
                 axes.set_xticks([found["first_layer"] + i for i in range(len(rows))])
             axes.set_title(title, fontweight="bold")
             axes.set_xlabel("layer")

@@ -295,7 +295,7 @@ def draw(v: dict[str, Any], measured: dict[str, dict[int, dict[str, Any]]]) -> F
                     colour, dash = figures.EXPERTS[e], figures.DASHES[e % 4]
                     axes.plot(at, w[:, :, e].mean(0), color=colour, linestyle=dash, marker="o",
                               markersize=2.5, label=name)  # fmt: skip
-                    shade(axes, at, w[:, :, e], colour)
+                    shade(axes, at, w[:, :, e].T, colour)
                 axes.axhline(1 / len(first["experts"]), color=figures.GREY, linewidth=0.6, zorder=0)
                 axes.set_title(f"{label(arm)}, {text}", fontweight="bold")
                 axes.set_xticks(at)

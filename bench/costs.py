@@ -1,7 +1,7 @@
 """What the kill gate computes, moves and keeps, counted before it is run.
 
-The arms, seeds and batches of `experiments.py`, a base's shape and the size of a collection give
-tokens; `bench.roofline` gives the operations and bytes of a layer for them.
+The arms and seeds of `experiments.py`, the batches of `scales.py`, a base's shape and the size of a
+collection give tokens; `bench.roofline` gives the operations and bytes of a layer for them.
 """
 
 from dataclasses import dataclass, replace

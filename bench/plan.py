@@ -25,6 +25,7 @@ from eval.files import write_text
 from eval.protocol import SCORES, WINDOW
 from model import bases
 from model.config import DecoderConfig
+from scales import SCALES
 from trials import WIDTHS, Config
 
 SCALE, DATA = "full", "msmarco"  # what bench/results/plan.md is about
@@ -241,7 +242,8 @@ def render(
         f"{rankings} rankings.\n"
         f"- The host's memory. The documents are encoded and searched in windows of {window:,}: at "
         f"most {(ids + vectors + scores) / 1e9:,.2f} GB of token ids, vectors and scores. BM25's "
-        f"index: about {peak:,.1f} GB while it is made, {made:,.1f} GB from then on.\n"
+        f"index: about {peak:,.1f} GB while it is made, {made:,.1f} GB from then on. All of it in "
+        "each process, so twice on two cards.\n"
         "- Batches above the mean, attention over texts of unequal length, a card that is slower "
         "when hot, other work on the machine.\n"
         "- A T4 multiplies fp16 alone (`--set dtype=float16`) and pads in attention.\n"
@@ -304,7 +306,7 @@ def probe_here(plan: Plan, seconds: float) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__)
     parser.add_argument("--base", default="", help="hub id or folder; none: all of the study")
-    parser.add_argument("--scale", choices=list(experiments.SCALES), default=SCALE)
+    parser.add_argument("--scale", choices=list(SCALES), default=SCALE)
     parser.add_argument("--data", default=DATA, help="stdlib, msmarco, a BEIR name or folder")
     parser.add_argument("--documents", type=int, help="how many, whatever DATA has")
     parser.add_argument("--queries", type=int, help="how many, whatever DATA has")

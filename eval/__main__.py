@@ -89,17 +89,17 @@ def answer(args: argparse.Namespace) -> None:
             ] or None,
             **({"answers": of} if public else {}),
         }  # fmt: skip
-        found, encoded = [], set()
+        found, ready = [], set()
         for side in args.sides:
-            name = f"{collection.name.lower()}-{split}-{side}.json"
-            place = Path(args.out) / "rag" / args.name / name
+            file = f"{collection.name.lower()}-{split}-{side}.json"
+            place = Path(args.out) / "rag" / args.name / file
+            embedder, name = _embedder(args, side)
             if not place.exists() and not args.alone:
-                if (embedder := _embedder(args, side)) not in encoded:
-                    large.encoded(*embedder, data, args.out, args.device)
-                    encoded.add(embedder)
+                if embedder not in ready:
+                    _encode(args, data, embedder, name)
+                    ready.add(embedder)
                 _alone(args, data, side)
             elif not place.exists():
-                _, name = _embedder(args, side)
                 stored = Vectors(large.folder_of(args.out, name, collection.name))
                 made = rag.measure(
                     args.model, side, collection, split, answers, settings, args.device, stored,
@@ -120,8 +120,16 @@ def answer(args: argparse.Namespace) -> None:
 def _embedder(args: argparse.Namespace, side: str) -> tuple[str, str]:
     """The folder and the name of the model that embeds on a side."""
     if side == "three" and args.specialists:
-        return args.specialists[0], large.name_of(args.specialists[0])
+        return args.specialists[0], saved.name_of(args.specialists[0])
     return args.model, args.name
+
+
+def _encode(args: argparse.Namespace, data: str, model: str, name: str) -> None:
+    """The documents' vectors, in a process of its own, which leaves no memory taken."""
+    _run("the encoding of the documents", [
+        "encode", f"--model={model}", f"--name={name}", f"--data={data}", f"--out={args.out}",
+        f"--device={args.device}",
+    ])  # fmt: skip
 
 
 def _alone(args: argparse.Namespace, data: str, side: str) -> None:
@@ -132,8 +140,12 @@ def _alone(args: argparse.Namespace, data: str, side: str) -> None:
     for option in ("model", "name", "split", "depth", "passages", "rule", "queries", "out",
                    "device"):  # fmt: skip
         words += [f"--{option}={getattr(args, option)}"]
+    _run(f"the side {side!r}", words)
+
+
+def _run(what: str, words: list[str]) -> None:
     if subprocess.run([sys.executable, "-m", "eval", *words], check=False).returncode:
-        raise ValueError(f"the side {side!r} ended with an error, see above")
+        raise ValueError(f"{what} ended with an error, see above")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -177,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
         return baseline_table.main(words[1:])
     args = parser().parse_args(words)
     args.depth = args.depth or (20 if args.bench == "rag" else 1000)
-    args.name = args.name or large.name_of(args.model)
+    args.name = args.name or saved.name_of(args.model)
 
     def work() -> None:
         if args.bench != "mteb" and not args.data:

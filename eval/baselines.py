@@ -121,7 +121,7 @@ def ours(folder: Path, asked: PseudoQuery | None = None) -> Row:
         known |= dict.fromkeys(("similarity-mean", "similarity-max"),
                                "LoRAs switched by similarity (RouterRetriever)")  # fmt: skip
         what = known.get(kind, f"LoRAs weighed by {kind}")
-    name, place = f"{folder.resolve().parent.name}-{folder.stem}", Path(folder)
+    name, place = saved.name_of(folder), Path(folder)
     if config.rerank_head == "pseudo_query":
         what = f"{what}, pseudo-query"
     elif asked:

@@ -59,6 +59,7 @@ def beir(args: argparse.Namespace) -> None:
     asked = tables(args.data)
     model = UniMoER.from_pretrained(args.model, args.device)
     width = model.decoder.config.hidden_size
+    args.dimensions = list(dict.fromkeys(args.dimensions))
     if wrong := [size for size in args.dimensions if not 1 <= size <= width]:
         raise ValueError(f"--dimensions {wrong[0]}: expected 1 to {width}, which the model has")
     parts = []

@@ -59,7 +59,9 @@ class Collection:
     query_prompt: str = ""
     # What a process has found out about it, for all of its trials
     _indices: dict[int, BM25] = field(default_factory=dict, init=False, repr=False, compare=False)
-    negatives: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+    negatives: dict[tuple[int, int], dict[str, list[str]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def bm25(self, split: str) -> BM25:
         """The index over a split's pool, made when it is first asked for; splits that search the

@@ -30,7 +30,7 @@ from eval.machine import device_name
 from eval.retrieval import Ids, cut, exact, plan, to_run
 from eval.sources import Qrels, Sources, lacking, read_qrels, read_queries, read_splits
 from eval.vectors import DTYPES, MANIFEST, WINDOW, Vectors, encode, read_manifest
-from model import bases
+from model import bases, saved
 from model.heads import truncate
 from model.unimoer import UniMoER
 from model.weights import revision
@@ -64,33 +64,17 @@ class Judged:
         return k + max(map(len, self.excluded.values()), default=0)
 
 
-def encoded(model: str, name: str, data: str, out: str, device: str) -> Vectors:
-    """The vectors of a collection where `encode` puts them by default, encoded as far as they are
-    not there. model: the folder of a saved model; name: in the results.
-
-    Raises:
-        ValueError: as `vectors.encode`.
-    """
-    sources = _find(data)
-    folder, settings = folder_of(out, name, sources.name), {}
-    if (folder / MANIFEST).exists():  # as they were begun
-        found = read_manifest(folder)
-        settings = {key: found[key] for key in ("window", "dtype")}
-    return encode(
-        UniMoER.from_pretrained(model, device), sources, folder, revision=revision(model),
-        progress=True, **settings,
-    )  # fmt: skip
-
-
 def run_encode(args: argparse.Namespace) -> None:
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     sources = _find(args.data)
     folder = _folder(args, sources.name)
+    begun = read_manifest(folder) if (folder / MANIFEST).exists() else {}
     stored = encode(
         UniMoER.from_pretrained(args.model, args.device), sources, folder,
-        revision=revision(args.model), window=args.window, dtype=args.dtype,
+        revision=revision(args.model), window=args.window or begun.get("window", WINDOW),
+        dtype=args.dtype or begun.get("dtype", DTYPES[0]),
         dimension=args.dimensions, rank=rank, world=world, progress=rank == 0,
     )  # fmt: skip
     left = f", {len(missing)} still missing" if (missing := stored.missing()) else ""
@@ -293,12 +277,6 @@ def _find(data: str) -> Sources:
     return find(data, bases.cache_folder() / "data")
 
 
-def name_of(model: str) -> str:
-    """What a saved model's folder is called in the results: `joint-moe-seed0`."""
-    folder = Path(model).resolve()
-    return f"{folder.parent.name}-{folder.stem}"
-
-
 def folder_of(out: str, name: str, collection: str, dimensions: int = 0) -> Path:
     """Where `encode` puts the vectors of a collection by a model, both by name."""
     short = f"-{dimensions}d" if dimensions else ""
@@ -325,9 +303,10 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
     commands = made.add_subparsers(dest="command", required=True)
     one = commands.add_parser("encode", parents=[common], help="the corpus, into shards on disk")
-    one.add_argument("--window", type=int, default=WINDOW, help="documents of a shard: what is in "
-                     "memory at once")  # fmt: skip
-    one.add_argument("--dtype", choices=DTYPES, default="float16", help="of the vectors on disk")
+    one.add_argument("--window", type=int, default=0, help="documents of a shard: what is in "
+                     f"memory at once; 0: as it was begun, or {WINDOW:,}")  # fmt: skip
+    one.add_argument("--dtype", choices=DTYPES, help="of the vectors on disk; default: as it was "
+                     f"begun, or {DTYPES[0]}")  # fmt: skip
     one = commands.add_parser("search", parents=[common], help="a split's queries in the shards")
     one.add_argument("--split", default="", help="default: test, or what the benchmark measures; "
                      "msmarco: dev is dev.small, test TREC DL 2019")  # fmt: skip
@@ -347,5 +326,5 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     args = parser().parse_args(arguments)
-    args.name = args.name or name_of(args.model)
+    args.name = args.name or saved.name_of(args.model)
     return exit_status(partial({"encode": run_encode, "search": run_search}[args.command], args))

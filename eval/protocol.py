@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from eval.collections import Collection, require_split
+from eval.machine import trim_heap
 from eval.metrics import evaluate, ideal, mean
 from eval.rerank import random_heads, to_run
-from eval.retrieval import Best, cut, search
+from eval.retrieval import Best, Ids, cut, search
 from model import parallel
 from model.heads import truncate
 from model.prefix import TextSet
@@ -23,7 +24,7 @@ from model.unimoer import UniMoER
 from trials import Config
 
 WINDOW = 100_000  # documents whose token ids and vectors are in memory at once
-SCORES = 2**25  # of queries and documents, that are in memory at once in a window
+SCORES = 2**25  # of queries with documents of a window, held at once
 Scores = dict[str, dict[str, float]]  # query id -> metric -> value
 WithStates = Callable[[list[list[int]], str], TextSet]
 
@@ -41,7 +42,8 @@ def show_row(arm: str, seed: int | None, scores: dict[str, Scores]) -> None:
 
 
 class EvaluationSet:
-    """One split, tokenized once and shared by every trial of a process.
+    """One split, tokenized once (but for more than `WINDOW` documents) and shared by every trial of
+    a process.
 
     Retrieval: every judged query against every document of the split's pool. Reranking:
     `reranking_queries` of them (chosen by each query id's own generator, so they do not depend on
@@ -155,18 +157,24 @@ class EvaluationSet:
         asked = self.tokenizer.queries([self.collection.queries[q] for q in self.queries])
         queries = model.embed_all(TextSet(asked), shared=True, **options)
         depth, rows = self.config.retrieval_depth, max(1, SCORES // WINDOW)
-        best = {
-            size: Best(truncate(queries, size), self.documents, depth + self._most, rows)
-            for size in (None, *sizes)
-        }
+        ids, widths = Ids.of(self.documents), (None, *sizes)
+        best = [Best(truncate(queries, w), ids, depth + self._most, rows) for w in widths]
         for start in range(0, len(self.documents), WINDOW):
-            texts = [self.collection.corpus[d] for d in self.documents[start : start + WINDOW]]
-            ids = TextSet(self.tokenizer.documents(texts))
-            vectors = model.embed_all(ids, shared=True, **options)
-            for size, found in best.items():
-                found.add(truncate(vectors, size))
-        runs = [cut(found.run(self.queries), self._excluded, depth) for found in best.values()]
+            self._search(model, start, best, widths, options)
+            trim_heap()
+        runs = [cut(found.run(self.queries), self._excluded, depth) for found in best]
         return [evaluate(self.qrels, run) for run in runs], None
+
+    def _search(
+        self, model: UniMoER, start: int, best: Sequence[Best], widths: Sequence[int | None],
+        options: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Encode the documents of a window and add them to what was found, at each width."""
+        texts = [self.collection.corpus[d] for d in self.documents[start : start + WINDOW]]
+        ids = TextSet(self.tokenizer.documents(texts))
+        vectors = model.embed_all(ids, shared=True, **options)
+        for found, width in zip(best, widths, strict=True):
+            found.add(truncate(vectors, width))
 
     def vectors(self, model: UniMoER, base: bool = False, progress: bool = False) -> Tensor:
         """(Q + M, D) unit vectors of the queries, then of the documents."""

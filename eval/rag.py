@@ -25,6 +25,7 @@ from eval.vectors import Vectors
 from model import saved
 from model.generate import generate, output_matrix
 from model.unimoer import UniMoER
+from model.weights import revision
 
 # Two examples show a bare model that an answer is a few words on the same line.
 PROMPT = (
@@ -118,7 +119,7 @@ class Pipeline:
     """The models of the three roles, and in memory the embedder's vectors of all documents.
 
     Raises:
-        ValueError: vectors are missing, or are of another model or of other documents.
+        ValueError: vectors are missing, or are of another number of documents.
     """
 
     def __init__(
@@ -127,13 +128,10 @@ class Pipeline:
         self.embedder, self.reranker, self.generator = models
         self.collection, self.settings = collection, s
         stored.require_all()
-        if (stored.documents, stored.manifest["base"]) != (
-            len(collection.corpus), self.embedder.identity,
-        ):  # fmt: skip
+        if stored.documents != len(collection.corpus):
             raise ValueError(
-                f"{stored.folder} holds vectors of {stored.documents:,} documents by "
-                f"{stored.manifest['base']}; expected {len(collection.corpus):,} by "
-                f"{self.embedder.identity}: remove it, they are encoded again"
+                f"{stored.folder} holds vectors of {stored.documents:,} documents, expected "
+                f"{len(collection.corpus):,}: remove it, they are encoded again"
             )
         self.vectors = torch.empty(stored.documents, stored.dimension)
         for shard in range(stored.shards):
@@ -204,7 +202,17 @@ def measure(
     settings: Settings, device: str, stored: Vectors, specialists: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Every question of `answers` with the models of a side; means, latencies, memory. stored: the
-    documents' vectors by the side's embedder."""
+    documents' vectors by the side's embedder.
+
+    Raises:
+        ValueError: they are another model's, or as of `Pipeline`.
+    """
+    embedder = specialists[0] if specialists and side == "three" else folder
+    if stored.manifest["revision"] != (mine := revision(embedder)):
+        raise ValueError(
+            f"{stored.folder} holds vectors of the model {stored.manifest['revision']}, expected "
+            f"those of {embedder}, {mine}: remove it, they are encoded again"
+        )
     models = players(folder, side, specialists, device)
     pipeline = Pipeline(models, collection, stored, settings)
     normalise, rows = NORMALISERS[settings.rule], {}
@@ -227,7 +235,9 @@ def measure(
                             "p95": float(np.quantile(values, 0.95))}
                     for stage, values in took.items()},
         "resident_bytes": resident_bytes(models, pipeline.head), "peak_bytes": peak_bytes(device),
-        "documents": stored.documents, "questions": rows,
+        "documents": stored.documents,
+        "vectors": {key: stored.manifest[key] for key in ("dtype", "document_tokens")},
+        "questions": rows,
     }  # fmt: skip
 
 

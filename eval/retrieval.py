@@ -60,7 +60,7 @@ def search(
     Returns:
         query id -> document id -> cosine, best first.
     """
-    best = Best(queries, document_ids, k, chunk)
+    best = Best(queries, Ids.of(document_ids), k, chunk)
     best.add(documents)
     return best.run(query_ids)
 
@@ -70,14 +70,13 @@ class Best:
 
     Args:
         queries: (Q, D) unit vectors, fp32.
-        document_ids: of all that will be added, unique.
+        ids: of all documents that will be added.
         chunk: queries scored at once; bounds the score matrix at chunk * M values.
     """
 
-    def __init__(self, queries: Tensor, document_ids: Sequence[str], k: int, chunk: int = 1024):
-        self.ids = Ids(np.array([key.encode() for key in document_ids]))
-        self.queries, self.chunk, self.added = queries, chunk, 0
-        self.keys = torch.full((len(queries), min(k, len(self.ids))), ABSENT)
+    def __init__(self, queries: Tensor, ids: "Ids", k: int, chunk: int = 1024):
+        self.queries, self.ids, self.chunk, self.added = queries, ids, chunk, 0
+        self.keys = torch.full((len(queries), min(k, len(ids))), ABSENT)
 
     def add(self, documents: Tensor) -> None:
         """The next documents: (M, D) unit vectors, fp32."""
@@ -113,6 +112,10 @@ class Ids:
         del order
         self._places = np.empty(len(ids), np.uint32)  # document -> place
         self._places[self._at] = np.arange(len(ids), dtype=np.uint32)
+
+    @classmethod
+    def of(cls, ids: Sequence[str]) -> "Ids":
+        return cls(np.array([key.encode() for key in ids]))
 
     def __len__(self) -> int:
         return len(self._ids)

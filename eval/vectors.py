@@ -173,7 +173,9 @@ def _begin(folder: Path, manifest: dict, mark: str) -> None:
     found = read_manifest(folder)
     if other := [name for name in manifest if found.get(name) != manifest[name]]:
         told = "; ".join(f"{n}: {found.get(n)!r} there, {manifest[n]!r} now" for n in other)
-        raise ValueError(f"{folder} holds other vectors ({told}): give another folder")
+        raise ValueError(
+            f"{folder} holds other vectors ({told}): remove it, or give another --name or folder"
+        )
 
 
 def read_manifest(folder: Path) -> dict:

@@ -41,6 +41,12 @@ def write(
     os.replace(part, folder / CONFIG)
 
 
+def name_of(folder: Path | str) -> str:
+    """What a saved model is called in results, after its folder: `joint-moe-seed0`."""
+    place = Path(folder).resolve()
+    return f"{place.parent.name}-{place.stem}"
+
+
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str | None]]:
     """The config and the identity of the base it was trained on.
 

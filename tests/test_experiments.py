@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 import experiments
+import scales
 from eval import baselines
-from experiments import EXPERIMENTS, SCALES, Config
+from experiments import EXPERIMENTS, Config
 from model.router import ROUTES, Router
+from scales import SCALES
 from train.trial import model_config, resolve_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,17 +78,17 @@ def test_the_aa_arms_are_their_twins_with_other_seeds():
 
 
 def test_the_sweep_decides_for_an_arm_and_its_controls(monkeypatch):
-    monkeypatch.setitem(experiments.TUNED, "full", {"joint-moe": {"learning_rate": 0.25}})
+    monkeypatch.setitem(scales.TUNED, "full", {"joint-moe": {"learning_rate": 0.25}})
 
     def rate(arm: str, **overrides: Any) -> float:
         return experiments.config("kill_gate", arm, "full", 0, **overrides).learning_rate
 
     assert rate("joint-moe") == rate("uniform-moe") == rate("oracle-moe") == 0.25
-    untouched = experiments.SCALES["full"]["learning_rate"]
+    untouched = scales.SCALES["full"]["learning_rate"]
     assert rate("joint-single") == rate("joint-3r") == rate("emb-only-aa") == untouched
     assert rate("joint-moe", learning_rate=0.5) == 0.5
     assert rate("joint-moe", data="scifact") == untouched  # the sweep was of another setting
-    monkeypatch.setitem(experiments.TUNED, "full-scifact", {"joint-moe": {"learning_rate": 0.125}})
+    monkeypatch.setitem(scales.TUNED, "full-scifact", {"joint-moe": {"learning_rate": 0.125}})
     assert rate("joint-moe", data="scifact") == 0.125
     every = {
         name: row for e in EXPERIMENTS.values() for name, row in {**e.controls, **e.aa}.items()
@@ -110,7 +112,7 @@ def test_the_sweep_tries_every_arm_on_dev():
         twin = experiments.config("kill_gate", arm, "small", 0)
         same = replace(twin, split="dev", learning_rate=config.learning_rate, clip=config.clip)
         assert config == same
-    assert tried == dict.fromkeys(EXPERIMENTS["kill_gate"].arms, set(experiments.SWEPT))
+    assert tried == dict.fromkeys(EXPERIMENTS["kill_gate"].arms, set(scales.SWEPT))
 
 
 def test_the_baselines_do_not_depend_on_what_arms_decide():

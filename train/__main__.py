@@ -14,6 +14,7 @@ import torch
 from eval.collections import Collection, load
 from eval.command import exit_status
 from model import bases
+from model.saved import name_of
 from train.mining import LEXICAL, PICKS, Settings, mine
 
 
@@ -37,8 +38,7 @@ def command_mine(args: argparse.Namespace) -> None:
 
 def default_folder(collection: Collection, model: str) -> Path:
     """runs/mined/scifact-bm25, runs/mined/scifact-joint-moe-seed0."""
-    path = Path(model).resolve()
-    name = model if model == LEXICAL else f"{path.parent.name}-{path.stem}"
+    name = model if model == LEXICAL else name_of(model)
     return Path("runs") / "mined" / f"{collection.name.lower()}-{name}"
 
 

@@ -192,7 +192,7 @@ class Workbench:
         return training_data(self.collections, model.tokenizer, config, states)
 
     def evaluation(self, model: UniMoER, config: Config) -> EvaluationSet:
-        """The evaluation set; trials that differ only in arm and seed share one."""
+        """The evaluation set; one is kept, for trials that differ only in arm and seed."""
         names = (
             "split", "retrieval_depth", "candidates", "reranking_queries", "document_tokens",
             "query_prompt", "document_prompt", "pair_prompt", "reranking_pooling", "prefix",
@@ -200,9 +200,9 @@ class Workbench:
         )  # fmt: skip
         key = json.dumps([getattr(config, name) for name in names] + [model.identity])
         if key not in self._evaluation:
-            self._evaluation[key] = EvaluationSet(
-                self.collection, model.tokenizer, config, self.states(model, config)
-            )
+            states = self.states(model, config)  # which holds the model
+            made = EvaluationSet(self.collection, model.tokenizer, config, states)
+            self._evaluation = {key: made}
         return self._evaluation[key]
 
 

@@ -85,11 +85,23 @@ def test_a_setting_that_cannot_be_taken_gives_way_to_the_cheapest_that_can(folde
     path.write_text(json.dumps(trial | {"scores": {"embedding": rows(0.19)}}))
     found = pilot.write(folder)
     assert found["rows"]["as-is"]["taken"] is found["rows"]["bce"]["taken"] is False
-    assert "the cheapest that can: 32-tokens" in pilot.reading(found)
+    assert pilot.reading(found).endswith(
+        "the cheapest that can: 32-tokens. Take too long: 160-steps (2.3 times). "
+        "Gain too little: 4-layers (reranking)."
+    )
     path.unlink()
     found = pilot.write(folder)
     assert all(row["time"] is row["taken"] is None for row in found["rows"].values())
     assert "so nothing is settled" in pilot.reading(found)
+
+
+def test_a_row_without_one_of_its_specialists_is_not_judged(folder: Path):
+    """What a change touches does not count as it is; what it leaves alone does."""
+    (folder / "emb-only-32-tokens" / "seed0.json").unlink()
+    found = pilot.write(folder)
+    assert found["rows"]["32-tokens"]["taken"] is found["rows"]["32-tokens"]["time"] is None
+    assert found["rows"]["bce"]["taken"]
+    assert "32-tokens" not in pilot.reading(found)
 
 
 def test_the_report(folder: Path):
@@ -120,5 +132,8 @@ def test_a_change_is_one_thing_and_the_rest_is_the_kill_gate():
         twin = experiments.config("kill_gate", f"{arm}-only", "small", 0).to_json()
         differ = {key: value for key, value in made.items() if twin[key] != value}
         assert differ == {"split": "dev", **scales.PILOT[change]}
+    sizes = [experiments.size_of("pilot", name, "small") for name in experiments.arms("pilot")]
+    distinct = {str(size) for size in sizes}
+    assert len({experiments.baselines_name(size) for size in sizes}) == len(distinct)
     names = [name for name in experiments.arms("pilot") if name.startswith("rank-only-")]
     assert [name.removeprefix("rank-only-") for name in names] == list(scales.PILOT)

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Mo
 from eval import baselines
 from eval.baselines import Row
 from model import bases
+from model.commits import COMMITS, PUBLISHED
 from model.pseudo import ByPseudoQuery, PseudoQuery
 from model.unimoer import UniMoER
 from tests.eval import qwen
@@ -264,13 +265,21 @@ def test_a_row_on_less(embedding_folder: Path) -> None:
     assert baselines.adapt(row, "float32", 0) == baselines.adapt(row, "float32", 10**6) == row
 
 
+def test_the_published_models_are_pinned():
+    """All but E2Rank, whose commits MTEB does not record."""
+    sources = [s for row in baselines.published() for s in row.sources()]
+    names = {source.base for source in sources if not isinstance(source, Path)}
+    assert {name for name in names if "E2Rank" not in name} == PUBLISHED.keys()
+
+
 def test_only_a_whole_model_is_at_hand(embedding_folder: Path, tmp_path: Path, monkeypatch) -> None:
     assert baselines.at_hand(str(embedding_folder)) == embedding_folder
     kept: dict[str, Path] = {"whole/model": embedding_folder, "half/model": tmp_path}
 
     def snapshot(name: str, **options: object) -> str:
         assert options == {
-            "revision": None, "allow_patterns": bases.HUB_FILES, "local_files_only": True,
+            "revision": COMMITS.get(name), "allow_patterns": bases.HUB_FILES,
+            "local_files_only": True,
         }  # fmt: skip
         if name not in kept:
             raise baselines.LocalEntryNotFoundError("not in the cache")
@@ -279,6 +288,8 @@ def test_only_a_whole_model_is_at_hand(embedding_folder: Path, tmp_path: Path, m
     monkeypatch.setattr(baselines, "snapshot_download", snapshot)
     (tmp_path / "config.json").write_text("{}")
     assert baselines.at_hand("whole/model") == embedding_folder
+    kept["Qwen/Qwen3-Embedding-4B"] = embedding_folder  # at the pinned commit
+    assert baselines.at_hand("Qwen/Qwen3-Embedding-4B") == embedding_folder
     assert baselines.at_hand("half/model") is None and baselines.at_hand("no/model") is None
 
 

@@ -52,6 +52,14 @@ def line(folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return given
 
 
+def test_encoding_goes_on_as_it_was_begun(line: list[str], capsys) -> None:
+    """Without a window and a dtype it takes those that are there; other ones are refused."""
+    assert program.main(["encode", *line]) == 0
+    assert "in 5 shards of float32" in capsys.readouterr().out
+    assert program.main(["encode", *line, "--dtype", "float16"]) == 2
+    assert "holds other vectors (dtype: 'float32' there, 'float16' now)" in capsys.readouterr().err
+
+
 def out_of(line: list[str]) -> Path:
     return Path(line[line.index("--out") + 1])
 

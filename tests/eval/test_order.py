@@ -99,6 +99,9 @@ def test_pseudo_queries_under_the_protocol(evaluation, config, collection, monke
         for i, d in enumerate(found):
             assert (1 + scores[query, d]) / 2 == pytest.approx(ranked[i], abs=1e-5)
     plain, other = evaluation.pair_scores(model), evaluation.pair_scores(model, 0)
+    # Without vectors at hand, those of the candidates alone are made.
+    given = evaluation.pair_scores(model, vectors=evaluation.vectors(model))
+    torch.testing.assert_close(plain, given)
     assert (other - plain).abs().max() > 1e-5
     seen = []
 

@@ -1,6 +1,7 @@
 """The pipeline of three stages: what it reads, what it answers, what it says of memory and time."""
 
 import json
+import subprocess
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from eval import __main__ as program
 from eval import hub, large, rag
 from eval.collections import load
-from eval.vectors import encode
+from eval.vectors import Vectors, encode
 from experiments import SPARSEGEN
 from model.generate import generate
 from model.unimoer import UniMoER
@@ -52,12 +53,19 @@ def folder(tiny_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
     return place
 
 
+def encoded(folder: Path, data: Path, out: Path) -> Vectors:
+    line = ["encode", "--model", str(folder), "--name", "arm", "--data", str(data),
+            "--out", str(out), "--device", "cpu"]  # fmt: skip
+    assert program.main(line) == 0
+    return Vectors(large.folder_of(str(out), "arm", data.name))
+
+
 def test_each_stage_hands_on_what_it_found(folder: Path, data: Path, tmp_path: Path) -> None:
     """The reranker's best of the retriever's, cut and put before the question."""
     model = UniMoER.from_pretrained(folder)
     collection = load(str(data))
     settings = rag.Settings(depth=6, passages=2, passage_tokens=5, new_tokens=4)
-    stored = large.encoded(str(folder), "arm", str(data), str(tmp_path), "cpu")
+    stored = encoded(folder, data, tmp_path)
     made = rag.Pipeline([model] * 3, collection, stored, settings)
     documents = collection.pools["test"]
     query = "q30"
@@ -79,16 +87,20 @@ def test_each_stage_hands_on_what_it_found(folder: Path, data: Path, tmp_path: P
 
 
 def test_vectors_of_something_else(folder: Path, data: Path, tmp_path: Path) -> None:
-    """Of another base, of other documents, or not all there."""
+    """Of other documents, of another model on the same base, or not all there."""
     model, collection = UniMoER.from_pretrained(folder), load(str(data))
-    stored = large.encoded(str(folder), "arm", str(data), str(tmp_path), "cpu")
+    stored = encoded(folder, data, tmp_path)
     few = replace(collection, corpus={"d0": collection.corpus["d0"]})
-    with pytest.raises(ValueError, match="vectors of 42 documents by .*; expected 1 by"):
+    with pytest.raises(ValueError, match="vectors of 42 documents, expected 1: remove it"):
         rag.Pipeline([model] * 3, few, stored, rag.Settings())
-    other = UniMoER.from_pretrained(folder)
-    other.identity = {**other.identity, "fingerprint": "another"}
-    with pytest.raises(ValueError, match="expected 42 by .*another.*remove it"):
-        rag.Pipeline([other] * 3, collection, stored, rag.Settings())
+    with torch.no_grad():
+        next(iter(model.trained().values())).add_(1)
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        ValueError, match="holds vectors of the model .*, expected those of .*other"
+    ):
+        rag.measure(str(tmp_path / "other"), "one", collection, "test", {}, rag.Settings(), "cpu",
+                    stored)  # fmt: skip
     stored.path(0).unlink()
     with pytest.raises(ValueError, match="1 of 1 shards are missing"):
         rag.Pipeline([model] * 3, collection, stored, rag.Settings())
@@ -99,7 +111,15 @@ def test_more_models_hold_more_and_answer_alike(
 ) -> None:
     line = ["rag", "--model", str(folder), "--data", str(data), "--out", str(tmp_path),
             "--device", "cpu", "--depth", "5", "--passages", "2", "--queries", "3"]  # fmt: skip
+    commands, run = [], subprocess.run
+
+    def counted(words: list[str], check: bool) -> subprocess.CompletedProcess:
+        commands.append(words[3])
+        return run(words, check=check)
+
+    monkeypatch.setattr(subprocess, "run", counted)
     assert program.main(line) == 0
+    assert commands == ["encode", "rag", "rag", "rag"]  # encoded once for the three
     out = capsys.readouterr().out
     assert "the sides give the same answers: yes" in out
     results = [json.loads((tmp_path / "rag" / "arm-seed0" / f"tiny-test-{side}.json").read_text())
@@ -113,10 +133,7 @@ def test_more_models_hold_more_and_answer_alike(
         assert len(result["questions"]) == 3 and result["exact_match"] <= result["f1"] <= 1
         assert result["peak_bytes"] > 0 and set(result["latency"]) == {*rag.STAGES, "together"}
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.json"))
-    vectors = list((tmp_path / "vectors" / "arm-seed0" / "tiny").glob("*.npy"))
-    assert vectors  # encoded once for the three
-    monkeypatch.setattr(large, "encode", None)
-    assert program.main(line) == 0  # nothing is computed twice
+    assert program.main(line) == 0 and len(commands) == 4  # nothing is computed twice
     assert before == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.json"))
     assert program.main([*line, "--passages", "1"]) == 2
     assert "is of another model, data, setting or device" in capsys.readouterr().err
@@ -153,7 +170,7 @@ def test_right_answers_count(folder: Path, data: Path, tmp_path: Path, monkeypat
     answers = rag.read_answers(data, queries)
     monkeypatch.setattr(rag.Pipeline, "ask", lambda self, query: (
         f"The {answers[query][0]}.", [], dict.fromkeys(rag.STAGES, 0.1)))  # fmt: skip
-    stored = large.encoded(str(folder), "arm", str(data), str(tmp_path), "cpu")
+    stored = encoded(folder, data, tmp_path)
     found = rag.measure(
         str(folder), "one", collection, "test", answers, rag.Settings(), "cpu", stored
     )
