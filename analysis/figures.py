@@ -49,7 +49,7 @@ CAPTIONS = {
     "curves": "Training loss: single seeds (faint), and their mean after smoothing over a tenth of "
     "the steps with its 95 % interval over seeds.",
     "routing": "Joint-MoE's expert weights, averaged over layers and texts of a batch and smoothed "
-    "over a tenth of the steps; mean over seeds with its 95 % interval; grey: uniform.",
+    "over a tenth of the steps; mean over seeds with its 95 % interval, cut at 0 and 1.",
 }
 AGAINST = (
     "The other arms against Joint-Single, in points of nDCG@10 with 95 % intervals; above 0 the "
@@ -210,7 +210,7 @@ def curves(arms: Arms) -> Figure | None:
         # By the smoothed lines: one wild step must not press the curves flat.
         room = 0.35 * (smooth.max() - smooth.min()) + 1e-9
         axes.set_ylim(max(0, smooth.min() - room), smooth.max() + room)
-        axes.legend(handlelength=2.6)
+        axes.legend(handlelength=2.6, frameon=True, framealpha=0.8, edgecolor="none")
     return figure
 
 

@@ -247,7 +247,8 @@ def _scores(axes: Axes, v: dict[str, Any], task: str) -> None:
             axes.scatter(ends[:1], [at], 16, "white", edgecolors=_colour(row), zorder=2)
             axes.scatter(ends[1:], [at], 16, _colour(row), zorder=2)
     axes.axvline(100 * v["bm25"][task], color=figures.GREY, linestyle="--", linewidth=0.8)
-    axes.set(title=TASKS[task], xlabel="nDCG@10 × 100", xlim=(0, None))
+    axes.set(xlabel="nDCG@10 × 100", xlim=(0, None))
+    axes.set_title(TASKS[task].capitalize(), fontweight="bold")
 
 
 def _times(axes: Axes, v: dict[str, Any]) -> None:
@@ -255,7 +256,8 @@ def _times(axes: Axes, v: dict[str, Any]) -> None:
         if row["time"] is not None:
             axes.barh(at, row["time"], 0.5, color=_colour(row))
     axes.axvline(LONGEST, color=figures.GREY, linestyle="--", linewidth=0.8)
-    axes.set(title="both", xlabel="time over as-is")
+    axes.set_xlabel("training time over as-is")
+    axes.set_title("Both", fontweight="bold")
 
 
 def summary(v: dict[str, Any]) -> str:

@@ -76,8 +76,8 @@ over seeds and queries.
 """
 DOMAINS = "Mean weights, over texts and layers, in the domains with the most texts."
 LAYERS = (
-    "Mean expert weights by layer and kind of text: mean over seeds with its 95 % interval; grey: "
-    "uniform."
+    "Mean expert weights by layer and kind of text: mean over seeds with its 95 % interval, cut "
+    "at 0 and 1; grey: uniform."
 )
 
 
@@ -303,7 +303,7 @@ def draw(v: dict[str, Any], measured: dict[str, dict[int, dict[str, Any]]]) -> F
             line[0].set_ylabel("mean weight")
         for axes in grid[-1]:
             axes.set_xlabel("layer")
-        grid[0][-1].legend(loc="upper right")
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         return figure
 
 
