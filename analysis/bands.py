@@ -1,5 +1,6 @@
 """The band around a line that is a mean over seeds."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     n = len(values)
     if n < 2:
         return np.nan, np.nan
-    half = float(scipy_stats.t.isf(0.025, n - 1)) * np.std(values, ddof=1) / np.sqrt(n)
-    return np.mean(values) - half, np.mean(values) + half
+    middle, se = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = float(scipy_stats.t.isf(0.025, n - 1)) * se
+    return middle - half, middle + half
 
 
 def shade(axes: Axes, at: Any, rows: Iterable[Sequence[float]], colour: str) -> None:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
 from analysis import figures
+from analysis.bands import interval
 from eval import stats
 
 
@@ -56,9 +57,8 @@ def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
     if n < 2:
         return {"mean": middle, "interval": None, "p": None, "seeds": known}
     se = float(np.std(known, ddof=1)) / math.sqrt(n)
-    half = float(scipy_stats.t.isf(0.025, n - 1)) * se
     p = float(2 * scipy_stats.t.sf(abs(middle) / se, n - 1)) if se else float(middle == 0)
-    return {"mean": middle, "interval": [middle - half, middle + half], "p": p, "seeds": known}
+    return {"mean": middle, "interval": list(interval(known)), "p": p, "seeds": known}
 
 
 def with_holm(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from scipy import stats
 
 from analysis.bands import interval, shade
 from analysis.page import over_seeds
@@ -14,7 +15,9 @@ from analysis.page import over_seeds
 @pytest.mark.parametrize("seeds", [2, 3, 9])
 def test_the_interval_is_that_of_the_tables(seeds: int):
     values = np.random.default_rng(seeds).normal(size=seeds).tolist()
-    assert interval(values) == pytest.approx(over_seeds(values)["interval"])
+    expected = stats.t.interval(0.95, seeds - 1, np.mean(values), stats.sem(values))
+    assert interval(values) == pytest.approx(expected)
+    assert over_seeds(values)["interval"] == list(interval(values))
 
 
 def test_points_with_other_numbers_of_seeds():
