@@ -101,24 +101,24 @@ pilot: base  ## Each specialist on dev with one setting changed at a time: what 
 sweep: base  ## Try learning rates and clippings of each arm on dev; the choice goes into scales.py
 	$(STUDY)
 
-mine: $(MAIN) base  ## Hard negatives for training: MODEL=bm25 or folder, DATA= OUT=folder
+# Saved models fetch their base themselves; BM25 and published models need none of ours.
+mine: $(MAIN)  ## Hard negatives for training: MODEL=bm25 or folder, DATA= OUT=folder
 	$(PY) -m train mine --model '$(MODEL)' $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-eval: $(DEV) base  ## A saved model on public benchmarks: BENCH=beir or mteb, MODEL=folder, DATA=all TASKS= BENCHMARK=
+eval: $(DEV)  ## A saved model on public benchmarks: BENCH=beir or mteb, MODEL=folder, DATA=all TASKS= BENCHMARK=
 	$(PY) -m eval $(BENCH) --model '$(MODEL)' $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) \
 	  $(if $(BENCHMARK),--benchmark '$(BENCHMARK)') $(ARGS)
 
-# Saved models fetch their base themselves; BM25 and published models need none of ours.
 baselines: $(MAIN)  ## BM25, published models and MODELS=folders on the same candidates: DATA= ROWS=
 	$(PY) -m eval baselines --data $(DATA) $(if $(ROWS),--rows $(ROWS)) $(if $(MODELS),--models $(MODELS)) $(ARGS)
 
-encode: $(MAIN) base  ## A saved model's vectors of a corpus of any size, on disk, resumable: MODEL=folder DATA=
+encode: $(MAIN)  ## A saved model's vectors of a corpus of any size, on disk, resumable: MODEL=folder DATA=
 	$(PY) -m eval encode --model '$(MODEL)' --data '$(DATA)' $(ARGS)
 
-search: $(MAIN) base  ## Search these vectors, exactly or through FAISS too, and score: MODEL=folder DATA=
+search: $(MAIN)  ## Search these vectors, exactly or through FAISS too, and score: MODEL=folder DATA=
 	$(PY) -m eval search --model '$(MODEL)' --data '$(DATA)' $(ARGS)
 
-rag: $(MAIN) base  ## Answer questions with one model in three roles, against two and three: MODEL= DATA=nq or folder
+rag: $(MAIN)  ## Answer questions with one model in three roles, against two and three: MODEL= DATA=nq or folder
 	$(PY) -m eval rag --model '$(MODEL)' --data $(DATA) $(ARGS)
 
 bench: $(DEV) base  ## Measure speed and memory on this machine against the known alternatives

@@ -52,11 +52,11 @@ from train.trial import (
     Workbench,
     measure_trial,
     model_config,
+    model_of,
     repeatable,
     resolved,
     run_baselines,
     run_trial,
-    sources,
 )
 from trials import Config, override
 
@@ -77,25 +77,6 @@ REPORTS = {  # each has write(folder) and summary(what it wrote)
 }
 
 
-def stored(path: Path, config: Config) -> dict | None:
-    """An earlier result with this config, or None.
-
-    Raises:
-        ValueError: it was made with another config.
-    """
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text())
-    old, new = Config.completed(result["config"]), json.loads(json.dumps(config.to_json()))
-    if old != new:
-        differ = [k for k in new if old.get(k) != new[k]] + sorted(old.keys() - new.keys())
-        shown = ", ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in differ)
-        raise ValueError(f"{path} was made with another config ({shown}): move it away first")
-    if result["sources"] != sources():
-        print(f"warning: the source has changed since {path} was made", file=sys.stderr)
-    return result
-
-
 def finish(path: Path, result: dict) -> None:
     """Store a result, once for all processes, before any of them looks for the next."""
     parallel.wait()  # nobody is still to ask whether it is there
@@ -107,7 +88,7 @@ def finish(path: Path, result: dict) -> None:
 def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> None:
     """Their rows, computed where no experiment of this setting has them."""
     of = "".join(f", {name} {value}" for name, value in size.items())
-    if (result := stored(path, plain)) is None:
+    if (result := reuse.stored(path, plain, bench)) is None:
         if (result := reuse.baselines_elsewhere(path, plain, bench)) is None:
             result = run_baselines(plain, bench, lambda arm, s: show_row(arm + of, None, s))
             finish(path, result)
@@ -132,6 +113,8 @@ def command_run(args: argparse.Namespace) -> None:
         tracking.wandb_init(args.wandb)  # what cannot work is said at once
     chosen = experiments.arms(args.experiment, args.controls, args.aa, args.scale)
     if args.arms:
+        if args.controls or args.aa:
+            raise ValueError("--arms names all arms that are run: leave out --controls and --aa")
         known = experiments.arms(args.experiment, True, True, args.scale)
         unknown = [arm for arm in args.arms if arm not in known]
         if unknown:
@@ -147,6 +130,13 @@ def command_run(args: argparse.Namespace) -> None:
         for arm in chosen:
             config = experiments.config(args.experiment, arm, args.scale, seed, **overrides)
             trials.append((arm, resolved(config)))
+    made: dict[Config, str] = {}
+    for arm, config in trials:
+        if (other := made.setdefault(config, arm)) != arm:
+            raise ValueError(
+                f"--set makes {other} and {arm} the same trial: leave out what sets them apart, or "
+                "choose other --arms"
+            )
     check_starts(trials, folder)
     first = trials[0][1]
     use_triton(args.kernels, device, DTYPES[first.dtype])  # what cannot work is said at once
@@ -156,7 +146,10 @@ def command_run(args: argparse.Namespace) -> None:
     bench = Workbench(first.data, *options)
     for _, config in trials:  # what cannot work is said before anything is computed
         model_config(config)
-    training_steps(bench.collections, first)
+    lengths = ("steps", "tasks", "train_queries", "embedding_batch", "reranking_batch",
+               "hard_negatives", "group_size")  # fmt: skip
+    for config in {tuple(getattr(c, n) for n in lengths): c for _, c in trials}.values():
+        training_steps(bench.collections, config)
     for data in args.evaluate:
         replace(first, measured_on=data)
     elsewhere = {data: Workbench(data, *options) for data in args.evaluate}
@@ -178,7 +171,7 @@ def command_run(args: argparse.Namespace) -> None:
     for arm, config in trials:
         place = folder / arm / f"seed{config.seed}"
         path = place.with_suffix(".json")
-        if (result := stored(path, config)) is None:
+        if (result := reuse.stored(path, config, bench)) is None:
             with tracking.tracked(args.wandb, place, config) as track:
                 result = reuse.taken_over(path, config, bench) if shared else None
                 result = result or run_trial(
@@ -216,8 +209,15 @@ def evaluate(
     for arm, trained in trials:
         config, place = replace(trained, **there), folder / arm / f"seed{trained.seed}"
         path = place.with_suffix(".json")
-        if (result := stored(path, config)) is None:
-            result = measure_trial(config, arm, place, bench)
+        source = setting_folder(args) / arm / f"seed{trained.seed}.json"
+        result = reuse.stored(path, config, bench)
+        if result and result["trained"].get("model") not in (None, model_of(source)):
+            raise ValueError(
+                f"{path} is of another model than {source}, which was trained anew: move "
+                f"{folder} away first"
+            )
+        if result is None:
+            result = measure_trial(config, arm, source, bench)
             finish(path, result)
         show_row(arm, config.seed, result["scores"])
     if parallel.rank() == 0:
@@ -242,7 +242,7 @@ def command_list(args: argparse.Namespace) -> None:
 
 def command_status(args: argparse.Namespace) -> None:
     """Which trials of a setting are finished, begun or missing."""
-    folder = setting_folder(args)
+    folder = setting_folder(args, args.measured_on)
     seeds = args.seeds or experiments.seeds(args.experiment, args.scale)
     for arm in experiments.arms(args.experiment, args.controls, args.aa, args.scale):
         for seed in range(seeds):
@@ -266,11 +266,11 @@ def command_report(args: argparse.Namespace) -> None:
         if args.experiment not in experiments.EXPERIMENTS:
             known = ", ".join(experiments.EXPERIMENTS)
             raise ValueError(f"unknown experiment {args.experiment!r}: there are {known}")
-        folder = setting_folder(args)
+        folder = setting_folder(args, args.measured_on)
         print(write_report(args.experiment, folder, args.latex))
         print(f"report: {folder / 'report.md'}")
         return
-    setting, runs = setting_folder(args).name, Path(args.runs)
+    setting, runs = setting_folder(args, args.measured_on).name, Path(args.runs)
     readings = overview.write(runs, setting, partial(write_report, tables=args.latex))
     print(*readings.values(), sep="\n")
     print(f"overview: {runs / setting}.md" if readings else
@@ -290,8 +290,18 @@ def command_check(args: argparse.Namespace) -> None:
 
 def command_publish(args: argparse.Namespace) -> None:
     """Copy a finished setting to results/: trials, verdict, report and figures."""
-    folder = setting_folder(args)
-    write_report(args.experiment, folder)  # what cannot be reported is not published
+    folder = setting_folder(args, args.measured_on)
+    arms = experiments.arms(args.experiment, scale=args.scale)
+    seeds = experiments.seeds(args.experiment, args.scale)
+    absent = [f"{arm} {seed}" for arm in arms for seed in range(seeds)
+              if not (folder / arm / f"seed{seed}.json").exists()]  # fmt: skip
+    if absent and not args.partial:
+        raise ValueError(
+            f"{folder} lacks {len(absent)} trials (arm, seed): {', '.join(absent)}. Run them, or "
+            "publish what there is with --partial: the report names what is missing"
+        )
+    # What cannot be reported is not published.
+    write_report(args.experiment, folder, tables=(folder / "tables.tex").exists())
     target = ROOT / "results" / args.experiment / folder.name
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -335,10 +345,16 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--base", default="", help="a name from model/bases.py, hub id or folder")
         sub.add_argument("--data", default="", help="stdlib, a BEIR name, msmarco or a folder; "
                          "A+B: trained on both, measured on A")  # fmt: skip
-        sub.add_argument("--seeds", type=int, default=0, help="how many; 0: the experiment's own")
         sub.add_argument("--runs", default="runs", help="folder of the trials")
-        sub.add_argument("--controls", action="store_true", help="the control arms as well")
-        sub.add_argument("--aa", action="store_true", help="an A/A pair as arms of its own")
+        if name in ("run", "status"):
+            sub.add_argument("--seeds", type=int, default=0, help="0: the experiment's own number")
+            sub.add_argument("--controls", action="store_true", help="the control arms as well")
+            sub.add_argument("--aa", action="store_true", help="an A/A pair as arms of its own")
+        if name != "run":
+            sub.add_argument("--measured-on", default="", metavar="DATA",
+                             help="what was measured there with --evaluate")  # fmt: skip
+        if name == "publish":
+            sub.add_argument("--partial", action="store_true", help="although trials are missing")
         if name == "run":
             sub.add_argument("--arms", nargs="*", default=[], help="only these")
             sub.add_argument("--evaluate", nargs="+", default=[], metavar="DATA",

@@ -148,6 +148,16 @@ class Config:
                 raise ValueError(
                     f"{name} must be at least {least.get(name, 1)}, got {getattr(self, name)}"
                 )
+        for name in ("train_queries", "reranking_queries", "hard_negatives", "probes",
+                     "cached_tokens"):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("checkpoint_every", "negatives_depth", "retrieval_depth", "document_tokens",
+                     "list_tokens", "measured"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.probes and self.shard:
+            raise ValueError("probes watch whole weights, of which shard keeps a share: use one")
         if "+" in self.measured_on and not Path(self.measured_on).is_dir():
             raise ValueError(f"measured_on is one collection, got {self.measured_on!r}: list them")
         if set(self.scored) - {"embedding", "reranking"}:
@@ -251,7 +261,11 @@ def width(base: str) -> int:
 def override(text: str) -> tuple[str, object]:
     """`name=value` for a field of Config, the value as JSON or a plain word."""
     name, equals, value = text.partition("=")
-    kinds = {f.name: f.type for f in fields(Config) if f.name not in ("seed", "measured_on")}
+    own = {"base": "--base", "data": "--data", "split": "--split", "seed": "--seeds",
+           "measured_on": "--evaluate"}  # fmt: skip
+    if name in own:  # and what is run is filed under these
+        raise ValueError(f"--set {text!r}: {name} has an option of its own, {own[name]}")
+    kinds = {f.name: f.type for f in fields(Config)}
     if not equals or name not in kinds:
         raise ValueError(f"--set {text!r}: expected FIELD=VALUE with a field of trials.Config")
     try:

@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from scipy import stats as scipy_stats
 
+FEW = 12  # points; the ends of more are one more restless line
+
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The ends of the 95 % t interval of the mean; NaN of fewer than two values."""
@@ -20,8 +22,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def shade(axes: Axes, at: Any, rows: Iterable[Sequence[float]], colour: str) -> None:
-    """Shade `interval` along a line. rows: of each point the seeds' values, which may differ in
+    """Shade `interval` along a line; of few points with its ends as hairlines, since the shades of
+    bands that lie over each other mix. rows: of each point the seeds' values, which may differ in
     number; where there are fewer than two the band has a gap."""
     ends = np.array([interval(row) for row in rows])
     if np.isfinite(ends).any():
-        axes.fill_between(at, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(at, ends[:, 0], ends[:, 1], color=colour, alpha=0.1, linewidth=0)
+        if len(ends) <= FEW:
+            axes.plot(at, ends, color=colour, linewidth=0.5, alpha=0.7)

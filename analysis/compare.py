@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import experiments
-from analysis import figures, judge
+from analysis import arm_table, figures, judge
 from analysis.figures import METRIC, TASKS, label, p_value, span, table
 from analysis.page import limits, mean, provenance, warnings, with_holm, write_folder
 from eval import stats
@@ -119,7 +119,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
             },
             "tasks": _tasks(first["config"] if first else planned[arm]),
             "trainable_parameters": first["trainable_parameters"] if first else None,
-            "training_seconds": mean([t["seconds"]["train"] for t in trials.values()]),
+            "training_seconds": judge.usual_seconds(trials),
             "experts": list(first["config"]["experts"]) if first else [],
             "shaken": bool(first) and _shaken(first["config"]),
             "routing": _routing(list(trials.values())),
@@ -141,10 +141,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
             "p": e.p if e.interval else None, "se": e.se if e.interval else None, "df": e.df,
             "by_seed": (100 * paired.mean(axis=1)).tolist(),
         })  # fmt: skip
-    known = with_holm(differences)
-    for row in known:
-        level = stats.ALPHA / len(known)
-        row["detectable"] = stats.smallest_detectable_effect(row["se"], row["df"], level)
+    with_holm(differences)
     for row in differences:
         row.pop("df")
     files = {"baselines.json": baselines} | {
@@ -158,6 +155,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
         "reference": study.reference,
         "split": baselines["config"]["split"],
         "arms": rows,
+        "made_of": arm_table.describe(arms),
         "differences": differences,
         "references": judge.references(baselines),
         "queries": {task: len(labels[task]) for task in TASKS},
@@ -290,8 +288,8 @@ def scores_table(v: dict[str, Any]) -> str:
             "-" if count is None else f"{count:,}",
             "-" if seconds is None else f"{seconds:,.0f}",
         ])  # fmt: skip
-    head = ["", *TASKS.values(), "seeds", "collapsed", "trainable parameters", "training, s"]
-    return table(head, rows)
+    head = ["", *TASKS.values(), "seeds", "collapsed", "trainable parameters", figures.SECONDS]
+    return table(head, rows) + arm_table.markdown(v["made_of"])
 
 
 def differences_table(v: dict[str, Any]) -> str:

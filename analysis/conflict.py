@@ -4,7 +4,6 @@ The trials hold inner products of gradients (`analysis.gradients`); all that is 
 them. Intervals are over seeds alone (t, mean +- t s / sqrt n): the probe texts are fixed.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +46,14 @@ layers and projections as one vector, averaged over the probes along training: m
 its 95 % interval over seeds. Corrected: for the noise of the probe batches (Spearman, from halves
 of the probe set), in the probes whose reliability is 0.3 or more: how many these are, and the raw
 cosine of the same ones, stand behind it. Reliability: the mean where it exists, so it flatters the
-noisiest probes. Conflicts: the share of (layer, projection) pairs with a negative cosine.
-Removed: the share of the norm that PCGrad would drop. Ratio: |embedding| / |reranking|, each task's
-loss at its weight of 1. Holm: over the {family} rows of this table and the next, which are not
-independent of each other: the gradient on W lies nearly whole across the frozen rows. Detectable:
-the smallest cosine that so many seeds with this spread find with 80 % power at Holm's first step;
-above 1 (of a difference: 2), none.
+noisiest probes. Negative: the share of negative cosines over layers, projections, probes and seeds;
+50 % where the tasks have nothing to do with each other. Removed: the share of the norm that PCGrad
+would drop. Ratio: a / b of the norms, a the embedding gradient's, b the reranking gradient's, each
+task's loss at its weight of 1; similarity: 2 a b / (a² + b²), 1 where they are equal.
+Holm: over the {family} rows of this table and the next, which are not independent of each other:
+the gradient on W lies nearly whole across the frozen rows. Detectable: the smallest cosine that so
+many seeds with this spread find with 80 % power at Holm's first step; above 1 (of a difference: 2),
+none.
 
 {overall}{along}## Does it differ between the arms?
 
@@ -62,8 +63,8 @@ that of {reference} there.
 {between}## Where?
 
 Of the gradients induced on W, at the last probe: mean over seeds ± their standard deviation, with
-the 95 % interval over seeds. Conflicts: the share of its linears, over all probes and seeds, in
-which the cosine is negative.
+the 95 % interval over seeds; where not all seeds have a value, how many do. Negative: the share of
+its linears, over all probes and seeds, in which the cosine is.
 
 {where}{heat}## What the arms score
 
@@ -102,14 +103,7 @@ def write(folder: Path) -> dict[str, Any]:
         )
     ]
     rows += [row["difference"] for row in found["between"]]  # fmt: skip
-    rows = with_holm(rows)
-    found["family"] = len(rows)
-    for row in rows:
-        values = row["seeds"]
-        se, df = float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1
-        row |= {
-            "detectable": stats.smallest_detectable_effect(se, df, stats.ALPHA / len(rows)),
-        }
+    found["family"] = len(with_holm(rows))
     drawn = {"along": draw_along(found), "heat": draw_heat(found)}
     write_folder(folder, {"conflict.json": found}, markdown(found), drawn)
     return found
@@ -257,7 +251,7 @@ def reading(v: dict[str, Any]) -> str:
                 else ("; with these seeds none could have been told from 0")
             )
         share = 100 * found["spaces"]["w"]["conflicts"]
-        said.append(f"{text}; {share:.0f} % of the layers and projections conflict.")
+        said.append(f"{text}; {share:.0f} % of the cosines are negative (50 % by chance).")
     sure = [row for row in v["between"] if row["difference"].get("p_holm", 1) <= stats.ALPHA]
     said += [
         f"In {label(row['arm'])} ({row['in']}) the cosine is "
@@ -266,7 +260,11 @@ def reading(v: dict[str, Any]) -> str:
         for row in sure
     ]
     if v["between"] and not sure:
-        said.append(f"No arm's cosine can be told from {label(v['reference'])}'s.")
+        on = [f"{_plain(row['difference']['detectable'])} for {label(row['arm'])}"
+              for row in v["between"]
+              if row["in"] == NAMES["w"] and "detectable" in row["difference"]]  # fmt: skip
+        seen = f"; on W what could have been seen is {', '.join(on)}" if on else ""
+        said.append(f"No arm's cosine can be told from {label(v['reference'])}'s{seen}.")
     said.append(compare.reading(v))
     return " ".join(said)
 
@@ -283,11 +281,11 @@ def markdown(v: dict[str, Any]) -> str:
             rows.append([label(arm), f"induced on W, expert {expert}", *_tested(cosine), *"-" * 6])
         cells = {**{f"layer {k}": x for k, x in found["layers"].items()}, **found["projections"]}
         where += [
-            [label(arm), name, *(spread(x[key], "+.3f") for key in ("cosine", "corrected")),
-             *_rest(x)]
+            [label(arm), name, *(_of(x[key], len(found["seeds"]))
+                                 for key in ("cosine", "corrected")), *_rest(x)]
             for name, x in cells.items()
         ]  # fmt: skip
-    rest = ["reliability", "conflicts", "removed", "ratio", "similarity"]
+    rest = ["reliability", "negative", "removed", "ratio", "similarity"]
     between = [[label(row["arm"]), row["in"], *_tested(row["difference"])] for row in v["between"]]
     test = ["p", "Holm p", "detectable", "seeds"]
     missing = [arm for arm in v["arms"] if arm not in v["gradients"]]
@@ -318,6 +316,12 @@ def markdown(v: dict[str, Any]) -> str:
     )
 
 
+def _of(found: dict[str, Any], seeds: int) -> str:
+    """`page.spread`, and how many seeds have a value where not all do."""
+    known = len(found["seeds"])
+    return spread(found, "+.3f") + (f" ({known} of {seeds})" if 0 < known < seeds else "")
+
+
 def _tested(found: dict[str, Any]) -> list[str]:
     """Mean ± standard deviation [interval], p, Holm p, what is detectable, seeds."""
     return [spread(found, "+.3f"), p_value(found["p"]), p_value(found.get("p_holm")),
@@ -338,7 +342,7 @@ def _corrected(found: dict[str, Any]) -> str:
 
 
 def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:.{2 if value >= 0.1 else 3}f}"
 
 
 def summary(v: dict[str, Any]) -> str:

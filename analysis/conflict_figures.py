@@ -16,7 +16,8 @@ from analysis.figures import label
 
 CAPTIONS = {
     "along": "Cosine between the tasks' gradients (all layers and projections) after a number of "
-    "steps, by space: mean over seeds with its 95 % interval; dashed: corrected for noise.",
+    "steps, by space: mean over seeds with its 95 % interval; open: corrected for noise, where "
+    "all seeds allow it.",
     "heat": "Cosine between the tasks' gradients (induced on W) by layer and projection at the "
     "last probe, mean over seeds; orange: conflict, blue: agreement.",
 }
@@ -26,40 +27,44 @@ NAMES = {
     "along": "of it, along the frozen rows",
     "across": "of it, across the frozen rows",
 }
+# A panel each. What lies across the frozen rows is nearly all of the gradient on W.
+PANELS = {"ab": "(A, B), as trained", "w": "Induced on W", "along": "W, along its frozen rows"}
 
 
 def draw_along(v: dict[str, Any]) -> Figure:
     """The cosine after each probe, a panel a space, a line an arm."""
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(figures.WIDTH, 3.6), layout="constrained")
-        panels = figure.subplots(2, 2, sharex=True, sharey=True)
-        for axes, (space, title) in zip(panels.flat, NAMES.items(), strict=True):
+        figure = Figure(figsize=(figures.WIDTH, 2.5), layout="constrained")
+        panels = figure.subplots(1, len(PANELS), sharey=True)
+        for axes, (space, title) in zip(panels, PANELS.items(), strict=True):
             spare = iter(figures.SPARE)
-            for arm, found in v["gradients"].items():
-                colour = figures.COLOURS.get(arm) or next(spare)
+            for at, (arm, found) in enumerate(v["gradients"].items()):
+                style = {
+                    "color": figures.COLOURS.get(arm) or next(spare), "marker": "os^Dv"[at % 5],
+                    "linestyle": figures.DASHES[at % 4], "markersize": 3.5,
+                }  # fmt: skip
                 steps, curve = np.array(found["steps"]), found["curve"][space]
-                _line(axes, steps, curve["cosine"], colour, "-", label(arm))
-                _line(axes, steps, curve["corrected"], colour, (0, (4, 1.5)), None)
+                _line(axes, steps, curve["cosine"], style, label(arm))
+                _line(axes, steps, curve["corrected"], style | {"mfc": "white"}, None)
             axes.axhline(0, color="black", linewidth=0.6, zorder=0)
-            axes.set_title(title[0].upper() + title[1:], fontweight="bold")
-        for axes in panels[1]:
+            axes.set_title(title, fontweight="bold")
             axes.set_xlabel("training step")
-        for axes in panels[:, 0]:
-            axes.set_ylabel("cosine")
-        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center")
+        panels[0].set_ylabel("cosine")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         return figure
 
 
 def _line(
-    axes: Axes, steps: np.ndarray, rows: Any, colour: str, dash: Any, name: str | None
+    axes: Axes, steps: np.ndarray, rows: Any, style: dict[str, Any], name: str | None
 ) -> None:
+    """The mean over seeds where all have a value; with a name, its interval too."""
     known = [i for i, row in enumerate(rows) if all(value is not None for value in row)]
     if not known:
         return
     values = np.array([rows[i] for i in known], dtype=float)  # (steps, seeds)
-    axes.plot(steps[known], values.mean(1), color=colour, linestyle=dash, label=name)
-    if dash == "-":
-        shade(axes, steps[known], values, colour)
+    axes.plot(steps[known], values.mean(1), label=name, **style)
+    if name:
+        shade(axes, steps[known], values, style["color"])
 
 
 def draw_heat(v: dict[str, Any]) -> Figure:

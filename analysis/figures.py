@@ -1,10 +1,10 @@
-"""What a report shows of a verdict: its tables as Markdown and its figures as PNG and SVG.
+"""The figures of a verdict as PNG and SVG, and what all figures and tables share.
 
 The figures are sized for a two-column paper, and the same trials give the same bytes.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ NAMES = ("scores", "curves", "routing")
 WIDTH = 6.8  # inches: both columns
 TASKS = {"embedding": "retrieval", "reranking": "reranking"}  # a task -> its name in the text
 METRIC = "ndcg_cut_10"  # what decides
+SECONDS = "training, s (median)"  # of the seeds: a shared machine has slow minutes
 METRICS = {METRIC: "nDCG@10", "map": "MAP", "recip_rank": "MRR", "recall_100": "Recall@100"}
-OTHER = [(t, m) for t in TASKS for m in METRICS if m != METRIC]
-OTHER.remove(("reranking", "recall_100"))  # the candidates set it, no arm changes it
 REFERENCE_ROWS = {
     "bm25": "BM25",
     "untrained": "untrained base (reranking: mean of 20 random heads)",
@@ -45,18 +44,15 @@ REFERENCES = {"bm25": "BM25", "untrained": "untrained", "ceiling": "ceiling"}
 GREY = "#666666"
 CAPTIONS = {
     "scores": "nDCG@10 of each arm: mean over seeds (large dot) with its 95 % interval over seeds "
-    "and queries, single seeds (small dots); below, interference beside the limits of the rule.",
-    "curves": "Training loss: single seeds (faint), and their mean after smoothing over a tenth of "
-    "the steps with its 95 % interval over seeds.",
+    "and queries, single seeds (small dots); lines: BM25, the untrained base, and the ceiling that "
+    "BM25's candidates set (an interval is of a mean and knows no ceiling). Below, interference "
+    "beside the limits of the rule, between which it asks for more seeds; A/A: of two specialists "
+    "that differ in their seeds alone.",
+    "curves": "Training loss: single seeds (faint, cut at the axis), and their mean after "
+    "smoothing over a tenth of the steps with its 95 % interval over seeds.",
     "routing": "Joint-MoE's expert weights, averaged over layers and texts of a batch and smoothed "
     "over a tenth of the steps; mean over seeds with its 95 % interval, cut at 0 and 1.",
 }
-AGAINST = (
-    "The other arms against Joint-Single, in points of nDCG@10 with 95 % intervals; above 0 the "
-    "arm is the better one. Holm: p adjusted over all differences of the table. Won back: what the "
-    "arm is above Joint-Single as a share of that loss, told only where the loss's interval "
-    "excludes 0."
-)
 STYLE: dict[Any, Any] = {
     **{f"{kind}size": 8 for kind in ("font.", "axes.title", "axes.label", "legend.font")},
     **{f"{axis}tick.labelsize": 8 for axis in "xy"},
@@ -179,7 +175,7 @@ def _effect_panel(axes: Axes, effects: list[tuple[str, str, dict[str, Any]]]) ->
         axes.annotate(text, (x, 1), xycoords=axes.get_xaxis_transform(), xytext=(off, 2),
                       textcoords="offset points", ha=side, fontsize=7, color=GREY)  # fmt: skip
     axes.set_title("Interference", fontweight="bold", pad=14, loc="left")
-    axes.set_xlabel("nDCG@10 that Joint-Single loses, in % of the specialist's")
+    axes.set_xlabel("nDCG@10 that Joint-Single (A/A: the twin) loses, in % of the specialist's")
     axes.set_yticks(range(len(effects)), [text for text, _, _ in effects])
     axes.set_ylim(len(effects) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -210,7 +206,10 @@ def curves(arms: Arms) -> Figure | None:
         # By the smoothed lines: one wild step must not press the curves flat.
         room = 0.35 * (smooth.max() - smooth.min()) + 1e-9
         axes.set_ylim(max(0, smooth.min() - room), smooth.max() + room)
-        axes.legend(handlelength=2.6, frameon=True, framealpha=0.8, edgecolor="none")
+    if figure is not None:
+        named = {text: handle for axes in panels.values() for handle, text in
+                 zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
+        figure.legend(named.values(), named, loc="outside lower center", ncols=4, handlelength=2.6)
     return figure
 
 
@@ -308,92 +307,6 @@ def p_value(p: float | None) -> str:
     return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def arms_tables(verdict: dict[str, Any]) -> str:
-    """nDCG@10 with intervals, seeds and cost; then the other metrics. Scores are x 100."""
-    main, other = [], []
-    for name, text in REFERENCE_ROWS.items():
-        found = verdict["references"][name]
-        cells = [f"{100 * found[t][METRIC]:.2f}" if t in found else "-" for t in TASKS]
-        main.append([text, *cells, "-", "-", "-"])
-        other.append([text, *_others(found)])
-    for arm, row in verdict["arms"].items():
-        absent = {t: "missing" if t in row["tasks"] else "-" for t in TASKS}
-        cells = [score(row["scores"][t]) if t in row["scores"] else absent[t] for t in TASKS]
-        late = f" (missing: {', '.join(map(str, row['missing_seeds']))})"
-        cells.append(f"{len(row['seeds'])}{late if row['missing_seeds'] else ''}")
-        cost = [f"{row['trainable_parameters'] or 0:,}", f"{row['training_seconds'] or 0:,.0f}"]
-        main.append([label(arm), *cells, *(cost if row["seeds"] else "--")])
-        other.append([label(arm), *_others(row["scores"])])
-    head = ["", *(f"{name} nDCG@10" for name in TASKS.values())]
-    return table([*head, "seeds", "trainable parameters", "training, s"], main) + table(
-        ["", *(f"{TASKS[task]} {METRICS[m]}" for task, m in OTHER)], other
-    )
-
-
 def score(found: dict[str, Any]) -> str:
     spread = "" if found["seed_sd"] is None else f" ± {100 * found['seed_sd']:.2f}"
     return f"{100 * found[METRIC]:.2f}{spread} {span(found['interval'], 100)}"
-
-
-def _others(found: dict[str, dict[str, float]]) -> list[str]:
-    return [f"{100 * found[task][m]:.2f}" if task in found else "-" for task, m in OTHER]
-
-
-def effects_table(tasks: dict[str, dict[str, Any]], joint: str) -> str:
-    """What `stats.verdict` gives for each task, a statistic a row."""
-    if not tasks:
-        return "Not run.\n\n"
-
-    def measurable(t: dict[str, Any]) -> str:
-        gain = f"specialist {100 * (t['specialist'] - t['base']):+.2f} over the base"
-        return f"{'yes' if t['measurable'] else '**no**'}: {gain}"
-
-    def gain(t: dict[str, Any]) -> str:
-        interval = t["gain_normalised_interval"]
-        return f"{percent(t['gain_normalised'], 100)} {span(interval, 100) if interval else ''}"
-
-    rows: dict[str, Callable[[dict[str, Any]], str]] = {
-        "specialist, nDCG@10": lambda t: f"{100 * t['specialist']:.2f}",
-        f"{joint}, nDCG@10": lambda t: f"{100 * t['joint']:.2f}",
-        "**interference I**": lambda t: f"**{percent(t['interference'])}**",
-        "95 % interval of I": lambda t: span(t["interval"], 1, " %"),
-        "p of I = 0 (crossed t)": lambda t: p_value(t["p"]),
-        "p, Holm over the tasks": lambda t: p_value(t["p_holm"]),
-        "p, randomisation (these models, new queries)": lambda t: p_value(t["p_randomisation"]),
-        "p of \\|I\\| ≥ 2 % (equivalence)": lambda t: p_value(t["p_equivalence"]),
-        "gain-normalised I": gain,
-        "detectable I (power 80 %)": lambda t: percent(t["smallest_detectable_effect"]),
-        "measurable (+5.00 needed)": measurable,
-    }
-    cells = [[name, *(read(t) for t in tasks.values())] for name, read in rows.items()]
-    return table(["", *(TASKS[task] for task in tasks)], cells)
-
-
-def back(found: dict[str, Any]) -> str:
-    """What is won back of the joint arm's loss, or why that is not told."""
-    if found["won_back"] is None:
-        return f"not told: {found['won_back_reason']}" if "won_back_reason" in found else "-"
-    return f"{100 * found['won_back']:.0f} % {span(found['won_back_interval'], 100, ' %', 0)}"
-
-
-def won_back(verdict: dict[str, Any]) -> str:
-    """What Joint-MoE wins back, beside every other arm's difference to the joint arm."""
-    text = "".join(f"- {TASKS[task]}: {back(f)}\n" for task, f in verdict["tasks"].items())
-    rows = []
-    for arm, row in verdict["arms"].items():
-        cells = []
-        for task in TASKS:
-            found = row["against_joint"].get(task)
-            cells += ["-", "-", "-"] if found is None else [
-                f"{found['difference']:+.2f} {span(found['interval'])}",
-                f"{p_value(found['p'])} ({p_value(found['p_holm'])})",
-                back(found),
-            ]  # fmt: skip
-        if row["against_joint"]:
-            rows.append([label(arm), *cells, f"{row['trainable_parameters']:,}"])
-    if not rows:
-        return text or "Not run.\n"
-    head = [
-        f"{name}, {what}" for name in TASKS.values() for what in ("points", "p (Holm)", "won back")
-    ]
-    return f"{text}\n{AGAINST}\n\n{table(['', *head, 'trainable parameters'], rows)}"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import experiments
+from analysis import arm_table
 from analysis.figures import METRIC, METRICS, REFERENCE_ROWS, TASKS
 from analysis.page import with_holm
 from eval import stats
@@ -59,6 +60,12 @@ def read(path: Path) -> dict:
         raise ValueError(f"there is no {path}: `python -m run run ...` makes it") from None
     except ValueError as problem:
         raise ValueError(f"{path} is damaged ({problem}): remove it, then run it again") from None
+
+
+def usual_seconds(trials: dict[int, dict]) -> float | None:
+    """Of training, the median over seeds; None without a trial."""
+    found = [trial["seconds"]["train"] for trial in trials.values()]
+    return float(np.median(found)) if found else None
 
 
 def measured(folder: Path, arms: Trials, name: str) -> Trials:
@@ -147,7 +154,6 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
             if task in ready and arm not in NEEDED and not arm.endswith("-aa"):
                 against[task] = _against(y[task], labels[task], arm, task, found["tasks"][task])
         first = next(iter(trials.values()), {})
-        train = [t["seconds"]["train"] for t in trials.values()]
         return {
             "tasks": first["config"]["tasks"] if trials else rows[arm].get("tasks", list(TASKS)),
             "seeds": list(trials),
@@ -155,7 +161,7 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
             "scores": scores,
             "against_joint": against,
             "trainable_parameters": first.get("trainable_parameters"),
-            "training_seconds": float(np.mean(train)) if train else None,
+            "training_seconds": usual_seconds(trials),
             "rates": {k: first["config"][k] for k in ("learning_rate", "clip")} if trials else None,
         }
 
@@ -174,6 +180,7 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         "seeds_planned": experiments.seeds(experiment, folder.name) if study else None,
         **{"tasks": found["tasks"], "aa": aa},
         "arms": shown,
+        "made_of": arm_table.describe({arm: used[arm] for arm in used if used[arm]}),
         "references": {
             name: {task: _means(list(rows.values())) for task, rows in baselines[name].items()}
             for name in REFERENCE_ROWS
@@ -243,7 +250,8 @@ def _against(
     return {
         **{"difference": difference.value, "interval": difference.interval},
         "p": difference.p if difference.interval else None,
-        "p_holm": None,  # over all of the table
+        **({"se": difference.se, "df": difference.df} if difference.interval else {}),
+        **{"p_holm": None, "detectable": None},  # over all of the table
         "won_back": back and back.value,
         "won_back_interval": back and back.interval,
     }

@@ -11,7 +11,8 @@ from analysis import ablation, order, probing, representation, routing
 from eval.files import write_json
 from model.unimoer import UniMoER
 from model.weights import revision
-from train.trial import Workbench, made_by
+from train.provenance import made_by
+from train.trial import Workbench
 from trials import Config
 
 # name -> (model, evaluation set, training data of both tasks when called, the trial's config and

@@ -25,7 +25,8 @@ COLLECTIONS = """
 ## On other collections
 
 Interference I with its 95 % interval over seeds and queries, Holm's p over the two tasks of each
-collection, none over the collections; `sources`: what made the trials.
+collection, none over the collections; detectable: the smallest I found with 80 % power at Holm's
+first step; `sources`: what made the trials.
 
 {table}"""
 
@@ -83,18 +84,20 @@ def collections(runs: Path, setting: str) -> str:
         for task in TASKS:
             row = verdict["tasks"].get(task)
             if row is None or row["interference"] is None:
-                cells += ["missing", "-"]
+                cells += ["missing", "-", "-"]
                 continue
             unsure = "" if row["measurable"] else " (not measurable)"
             cells += [f"{percent(row['interference'])} {span(row['interval'])}{unsure}",
-                      p_value(row["p_holm"])]  # fmt: skip
+                      p_value(row["p_holm"]),
+                      percent(row["smallest_detectable_effect"])]  # fmt: skip
         rows.append([
             f"[{name}](kill_gate/{name}/report.md)", *cells, str(verdict["seeds"]),
             str(verdict["decision"]), "yes" if verdict["supported"] else "no",
             ", ".join(str(x)[:7] for x in verdict["origin"]["sources"]),
             ", ".join(map(str, verdict["origin"]["device"])),
         ])  # fmt: skip
-    head = ["setting", *(text for name in TASKS.values() for text in (f"I, {name}", "Holm p")),
+    head = ["setting",
+            *(t for name in TASKS.values() for t in (f"I, {name}", "Holm p", "detectable")),
             "seeds", "decision", "supported", "sources", "device"]  # fmt: skip
     return COLLECTIONS.format(table=table(head, rows))
 

@@ -62,10 +62,19 @@ def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def with_holm(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that have a `p`; each gets `p_holm`, adjusted over all of them."""
+    """The rows that have a `p`; each gets `p_holm`, adjusted over all of them, and `detectable`.
+
+    That is the smallest effect that its test finds with 80 % power at Holm's first step, by the
+    row's `se` and `df`, or by its values over `seeds`.
+    """
     tested = [row for row in rows if row.get("p") is not None]
     for row, p in zip(tested, stats.holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = p
+        se, df = row.get("se"), row.get("df")
+        if se is None or df is None:
+            n = len(row["seeds"])
+            se, df = float(np.std(row["seeds"], ddof=1)) / math.sqrt(n), n - 1
+        row["detectable"] = stats.smallest_detectable_effect(se, df, stats.ALPHA / len(tested))
     return tested
 
 
@@ -112,8 +121,8 @@ def limits(v: dict[str, Any]) -> list[str]:
     }
     if len(sizes - {None}) > 1:
         said.append(
-            "Whether a difference comes from the mechanism or from the number of trainable "
-            "parameters, where the table shows that these differ."
+            "Whether a difference comes from the mechanism, or from the number of trainable "
+            "parameters or the rank of an expert, where the tables show that these differ."
         )
     routed = [
         (figures.label(a), r["shaken"]) for a, r in v["arms"].items() if len(r["experts"]) > 1

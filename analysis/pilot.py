@@ -57,8 +57,8 @@ of another kind, and those of another number of tokens are of other texts.
 """
 CAPTION = (
     "nDCG@10 on dev of the untrained base (open) and after training (filled), and the time that "
-    "both take over that of the setting as it is; orange: cannot be taken by the rule; dashed: "
-    "BM25, and the longest time."
+    "both take over that of the setting as it is; blue: can be taken by the rule, orange: cannot, "
+    "grey: a specialist is missing; dashed: BM25, and the longest time."
 )
 MISSING = "Missing: {}.\n\n"
 
@@ -236,7 +236,7 @@ def draw(v: dict[str, Any]) -> Figure:
 
 
 def _colour(row: dict[str, Any]) -> str:
-    return figures.EXPERTS[1] if row["taken"] is False else figures.EXPERTS[0]
+    return {True: figures.EXPERTS[0], False: figures.EXPERTS[1], None: figures.GREY}[row["taken"]]
 
 
 def _scores(axes: Axes, v: dict[str, Any], task: str) -> None:

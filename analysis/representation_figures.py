@@ -13,17 +13,19 @@ from analysis.bands import shade
 from analysis.figures import label
 
 KINDS = {"document": "documents (embedding)", "pair": "pairs (reranking)"}
+NAMED = ("embedding", "reranking", "shared")  # experts, each in its colour in every panel
 MAPS = {"tsne": "t-SNE", "umap": "UMAP"}
 CAPTIONS = {
     "layers": "CKA with the untrained base by layer: mean over seeds with its 95 % interval.",
     "spectra": "Singular values of ΔW by expert, each over its linear's largest, mean over linears "
     "and seeds.",
-    "stir": "What training added, by layer: STIR between documents and pairs, and the cosine of "
-    "the two mean changes; mean over seeds with its 95 % interval. Grey, for STIR: 1, as "
-    "much as a task's own other half, and 0, as random directions.",
+    "stir": "What training added, by layer: STIR between documents and pairs (1: as much as a "
+    "task's own other half, 0: as random directions), and the cosine of the two mean changes; mean "
+    "over seeds with its 95 % interval. The axes do not begin at 0.",
     **{
         name: f"{method} of the features behind the last layer, first seed: documents and pairs in "
-        "one map for each view. Distances between clusters and their sizes mean little in a map."
+        "one map for each view; equal weights: the same model with all experts on alike. "
+        "Distances between clusters and their sizes mean little in a map."
         for name, method in MAPS.items()
     },
 }
@@ -47,8 +49,7 @@ def draw_stir(v: dict[str, Any]) -> Figure:
     )
     for axes, name in zip(panels, ("STIR", "cosine"), strict=True):
         axes.set_ylabel(name)
-        for level in (0, 1):
-            axes.axhline(level, color=figures.GREY, linewidth=0.6, zorder=0)
+        axes.axhline(1, color=figures.GREY, linewidth=0.6, zorder=0)
     return figure
 
 
@@ -61,17 +62,18 @@ def _by_layer(
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(figures.WIDTH, 2.4), layout="constrained")
         panels = figure.subplots(1, len(titles), sharey=True)
-        spare = dict(zip([a for a in v["measured"] if a not in figures.COLOURS], figures.SPARE,
-                         strict=False))  # fmt: skip
+        # The specialists share a colour elsewhere; here both are in one panel.
+        own = {arm: c for arm, c in figures.COLOURS.items() if arm != "rank-only"}
+        spare = dict(zip([a for a in v["measured"] if a not in own], figures.SPARE, strict=False))
         for axes, (key, title) in zip(panels, titles.items(), strict=True):
             for at, (arm, found) in enumerate(v["measured"].items()):
                 rows = values(found, key)
                 known = [i for i, row in enumerate(rows) if row]
-                colour = figures.COLOURS.get(arm, spare.get(arm, figures.GREY))
+                colour = own.get(arm, spare.get(arm, figures.GREY))
                 x = [found["first_layer"] + i for i in known]
-                axes.plot(x, [np.mean(rows[i]) for i in known], color=colour, marker="o",
-                          linestyle=figures.DASHES[at % 4], markersize=2.5,
-                          label=label(arm))  # fmt: skip
+                axes.plot(x, [np.mean(rows[i]) for i in known], color=colour,
+                          marker="os^Dv"[at % 5], linestyle=figures.DASHES[at % 4],
+                          markersize=3, label=label(arm))  # fmt: skip
                 shade(axes, x, [rows[i] for i in known], colour)
                 axes.set_xticks([found["first_layer"] + i for i in range(len(rows))])
             axes.set_title(title, fontweight="bold")
@@ -83,23 +85,25 @@ def _by_layer(
 def draw_spectra(measured: dict[str, dict[int, dict[str, Any]]]) -> Figure:
     """Normalised singular values, a panel an arm, a line an expert."""
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(figures.WIDTH, 2.1), layout="constrained")
+        figure = Figure(figsize=(figures.WIDTH, 2.3), layout="constrained")
         panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
         for axes, (arm, trials) in zip(panels, measured.items(), strict=True):
             first = next(iter(trials.values()))
-            for at, expert in enumerate(first["experts"]):
+            for expert in first["experts"]:
+                at = NAMED.index(expert) if expert in NAMED else len(NAMED)
                 values = [row["alone"][expert]["values"] for trial in trials.values()
                           for row in trial["linears"]]  # fmt: skip
                 scaled = [np.array(x) / x[0] for x in values if x[0] > 0]
                 if scaled:
                     mean = np.mean(scaled, 0)
-                    axes.plot(np.arange(1, len(mean) + 1), mean, color=figures.EXPERTS[at],
-                              linestyle=figures.DASHES[at % 4], label=expert)  # fmt: skip
+                    axes.semilogy(np.arange(1, len(mean) + 1), mean, color=figures.EXPERTS[at],
+                                  linestyle=figures.DASHES[at], label=expert)  # fmt: skip
             axes.set_title(label(arm), fontweight="bold")
             axes.set_xlabel("index")
-            axes.legend(loc="upper right", fontsize=7)
         panels[0].set_ylabel("singular value / largest")
-        panels[0].set_ylim(0, 1.02)
+        named = {text: handle for axes in panels for handle, text in
+                 zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
+        figure.legend(named.values(), named, loc="outside lower center", ncols=4)
         return figure
 
 
@@ -111,12 +115,12 @@ def draw_maps(measured: dict[str, dict[int, dict[str, Any]]], method: str) -> Fi
         base = base or found["base"]
         maps.append((label(arm), found["model"]))
         if "uniform" in found and found["uniform"] != found["model"]:
-            maps.append((f"{label(arm)}, weights made equal", found["uniform"]))
+            maps.append((f"{label(arm)}, equal weights", found["uniform"]))
     maps.append(("untrained base", base))
     with matplotlib.rc_context(figures.STYLE):
-        wide = min(3, len(maps))
+        wide = min(4, len(maps))
         deep = -(-len(maps) // wide)
-        figure = Figure(figsize=(figures.WIDTH, 2.2 * deep + 0.3), layout="constrained")
+        figure = Figure(figsize=(figures.WIDTH, 1.75 * deep + 0.3), layout="constrained")
         grid = figure.subplots(deep, wide, squeeze=False).flatten()
         for axes in grid[len(maps) :]:
             axes.axis("off")

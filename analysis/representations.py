@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from analysis import compare, judge, subspaces
-from analysis.figures import label, p_value, span, table
+from analysis.figures import label, p_value, table
 from analysis.page import (
     by_seed,
     limits,
@@ -52,7 +52,8 @@ base's, behind the last layer; 1 is the same up to rotation and scale, 0 unrelat
 
 {models}{layers}{tests}## How alike are the experts?
 
-CKA behind the last layer when one expert alone is on, on the same texts.
+CKA behind the last layer of two views of one model on the same texts: each expert alone, and
+`uniform`, all experts with equal weights.
 
 {views}
 ## What do the experts look like?
@@ -72,10 +73,12 @@ expert acts on both alike.
 {crosstalk}
 ## Do the tasks share a subspace? (STIR)
 
-Of what training added to the features of documents and of pairs: how much one task's leading
-directions hold of the other's variance, 1 for as much as its own other half, 0 for as much as
-random directions. Direction: cosine of the two mean changes; tasks may share a subspace and pull
-apart in it.
+Of what training added to the features of documents and of pairs: how much one task's k leading
+directions hold of the other's variance (cross), between what they hold of the other half of their
+own task's texts (within) and what random directions hold (null): STIR = (cross - null) / (within -
+null). Direction: cosine of the two mean changes; tasks may share a subspace and pull apart in it. A
+pair holds a document, and a specialist has never trained the other task: its STIR is what the
+texts' likeness gives by itself, and speaks of the tasks only as far as a joint arm's differs.
 
 {stir}{overlap}{subspaces}{maps}## What the arms score
 
@@ -90,7 +93,8 @@ over seeds and queries.
 
 {provenance}
 """
-TESTS = """Tested, over seeds, with Holm's correction over this table:
+TESTS = """Tested, over seeds, with Holm's correction over this table; detectable: with 80 % power
+at its first step.
 
 {table}"""
 SPECIALISTS = ("emb-only", "rank-only")
@@ -233,22 +237,32 @@ def reading(v: dict[str, Any]) -> str:
             f"{' and '.join(text.split()[0] for text in KINDS.values())}) than to {label(second)} "
             f"({values[second]}){', which cannot be told from chance' if unsure else ''}."
         )
-    joint = v["measured"].get("joint-single") or next(iter(v["measured"].values()))
-    last = joint["stir"][-1]
-    if last["stir"]["mean"] is not None:
+    shared = [
+        f"{found['stir'][-1]['stir']['mean']:.2f} in {label(arm)}"
+        for arm, found in v["measured"].items()
+        if arm in (*SPECIALISTS, "joint-single") and found["stir"][-1]["stir"]["mean"] is not None
+    ]
+    if shared:
         said.append(
-            "Behind the last layer the tasks' changes overlap with STIR "
-            f"{last['stir']['mean']:+.2f} {span(last['stir']['interval'])}, their mean changes at "
-            f"a cosine of {last['direction']['mean']:+.2f}."
+            "Behind the last layer STIR between what training added to documents and to pairs is "
+            f"{', '.join(shared)}."
         )
+    for arm, found in v["measured"].items():
+        known = {side: row["stir"]["mean"] for side, row in found["deltas"].items()}
+        if known and None not in known.values():
+            told = " and ".join(f"{value:.2f} ({side})" for side, value in known.items())
+            whose = "the specialists" if arm == "rank-only" else f"{label(arm)}'s experts"
+            said.append(
+                f"What training changed in the weights for each task shares STIR {told} between "
+                f"{whose}."
+            )
     moe = v["measured"].get("joint-moe")
     if moe and moe["pairs"]:
-        most = max(moe["pairs"], key=lambda name: moe["pairs"][name]["outputs_overlap"]["mean"])
-        pair = {key: row["mean"] for key, row in moe["pairs"][most].items()}
+        of = [[row[f"outputs_{key}"]["mean"] for row in moe["pairs"].values()]
+              for key in ("overlap", "by_chance")]  # fmt: skip
         said.append(
-            f"Of Joint-MoE's experts, {most.replace(' | ', ' and ')} write into the most alike "
-            f"spaces: overlap {pair['outputs_overlap']:.2f} against "
-            f"{pair['outputs_by_chance']:.2f} by chance."
+            f"Joint-MoE's experts write into spaces that overlap by {_range(of[0])} "
+            f"({_range(of[1])} by chance)."
         )
     return " ".join(said)
 
@@ -290,10 +304,11 @@ def markdown(v: dict[str, Any]) -> str:
     tested = [
         [label(row["arm"]), row["what"], spread(row["difference"], "+.2f"),
          p_value(row["difference"]["p"]), p_value(row["difference"].get("p_holm")),
+         f"{row['difference']['detectable']:.2f}" if "detectable" in row["difference"] else "-",
          str(len(row["difference"]["seeds"]))]
         for row in v["tests"]
     ]  # fmt: skip
-    head = ["arm", "what", "difference", "p", "Holm p", "seeds"]
+    head = ["arm", "what", "difference", "p", "Holm p", "detectable", "seeds"]
     one = next(iter(v["measured"].values()))
     unsure = limits(v)
     unsure.insert(0, "Whether what differs is used: CKA, overlaps and STIR describe, they do not "

@@ -1,15 +1,49 @@
-"""Results of one experiment that stand for those of another: the same trial is trained once."""
+"""Results that stand: a trial's own, and those of one experiment for another's, so that the same
+trial is trained once."""
 
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from analysis import gradients
 from eval.machine import device_name
 from model import parallel
-from train.trial import Workbench, sources
+from train.provenance import sources
+from train.trial import Workbench
 from trials import Config
+
+
+def stored(path: Path, config: Config, bench: Workbench) -> dict | None:
+    """An earlier result with this config, on these data and this base, or None.
+
+    Raises:
+        ValueError: it was made with another config, data or base, or on the other kernels where
+            these were asked for by name.
+    """
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    old, new = Config.completed(result["config"]), json.loads(json.dumps(config.to_json()))
+    if old != new:
+        differ = [k for k in new if old.get(k) != new[k]] + sorted(old.keys() - new.keys())
+        shown = ", ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in differ)
+        raise ValueError(f"{path} was made with another config ({shown}): move it away first")
+    now = {"data": bench.collection.fingerprint, "data beside": bench.mixture,
+           "base": bench.base_of(config), "kernels": bench.kernels}  # fmt: skip
+    was = {"data": result["data"]["fingerprint"], "data beside": result["data"].get("mixture", ""),
+           "base": result["base"]["fingerprint"], "kernels": result["kernels"]}  # fmt: skip
+    if bench.kernels == "auto":
+        now["kernels"] = was["kernels"]
+    if other := [name for name in now if was[name] != now[name]]:
+        shown = ", ".join(f"{name}: {was[name]} there, {now[name]} here" for name in other)
+        raise ValueError(
+            f"{path} is of another {' and '.join(other)} ({shown}): move it away first"
+        )
+    if result["sources"] != sources():
+        print(f"warning: the source has changed since {path} was made", file=sys.stderr)
+    return result
 
 
 def same(result: dict, config: Config, bench: Workbench) -> bool:
@@ -20,6 +54,7 @@ def same(result: dict, config: Config, bench: Workbench) -> bool:
         and result["device"] == device_name(bench.device)
         and result["data"]["fingerprint"] == bench.collection.fingerprint
         and result["data"].get("mixture", "") == bench.mixture
+        and bench.kernels in ("auto", result["kernels"])
     )
 
 

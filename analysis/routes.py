@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import compare, figures, judge
-from analysis.bands import shade
 from analysis.figures import TASKS, label, table
 from analysis.page import (
     limits,
@@ -40,11 +39,13 @@ Means over layers and {seeds} seeds, ± the standard deviation over seeds, with 
 over seeds ({texts} texts a kind). Information: what the expert, drawn with a text's weights, tells
 about its task, in bits of at most 1, beside its mean when the labels are shuffled; sure: the share
 of layers and seeds in which chance is ruled out ({shuffles:,} shuffles, Holm over layers and
-seeds). Read off: how often a linear reader of the weights tells the task of a text that it has not
-seen, 50 % by chance; soft weights can be read without fail and still hardly act on the task. Shift:
-total variation between mean weights: of the two tasks; of the pair with and without its template
-(`template`, the same words); of the bare pair and the document alone (`content`, no template in
-either).
+seeds). Entropy: of a text's weights, at most ln {experts_n} = {most:.2f}
+nats. Variance: of the weights over the texts of a task, and between the tasks' means. Read off: how
+often a linear reader of the weights tells the task of a text that it has not seen, 50 % by chance;
+soft weights can be read without fail and still hardly act on the task. Shift: total variation
+between mean weights: of the two tasks (queries and documents against pairs); of the pair with and
+without its template (`template`, the same words); of the bare pair and the document alone
+(`content`, no template in either). These are three comparisons, not parts of one another.
 
 {task}## Expert by expert
 
@@ -76,8 +77,8 @@ over seeds and queries.
 """
 DOMAINS = "Mean weights, over texts and layers, in the domains with the most texts."
 LAYERS = (
-    "Mean expert weights by layer and kind of text: mean over seeds with its 95 % interval, cut "
-    "at 0 and 1; grey: uniform."
+    "Mean expert weights by layer and kind of text, a line for each seed and expert (each seed "
+    "settles anew what an expert is used for, so their mean would be no model's); grey: uniform."
 )
 
 
@@ -160,6 +161,7 @@ def summarise(trials: dict[int, dict[str, Any]]) -> dict[str, Any]:
             for kind in first["means"]
         },
         "dead": {name: dead.count(name) / depth for name in first["experts"]},
+        "idle": [sum(bool(trial["dead"][i]) for trial in every) for i in range(len(first["task"]))],
         "roles": {
             name: {task: sum(trial["roles"].get(task) == name for trial in every) for task in TASKS}
             for name in first["experts"]
@@ -190,7 +192,7 @@ def reading(v: dict[str, Any]) -> str:
         task, shift = found["task"], {name: row["mean"] for name, row in found["shift"].items()}
         text = (
             f"{label(arm)}'s routing tells {task['nats']['mean'] / BIT:.4f} bits of the task's 1 "
-            f"({task['by_chance']['mean'] / BIT:.4f} by chance), sure in "
+            f"({task['by_chance']['mean'] / BIT:.5f} by chance), sure in "
             f"{100 * task['sure']:.0f} % of the layers and seeds; a linear reader of the weights "
             f"tells the task in {100 * found['decoded']['mean']:.0f} % of the texts (50 % by "
             f"chance); the mean weights of the two tasks lie {100 * shift['task']:.1f} % apart"
@@ -201,9 +203,11 @@ def reading(v: dict[str, Any]) -> str:
             f"{_scaled(found['difference'], 100, '+.1f')} points)"
         )
         said.append(f"{text}.")
-        idle = [name for name, share in found["dead"].items() if share > 0.5]
-        if idle:
-            said.append(f"In most layers no text uses {', '.join(idle)}.")
+        if any(found["idle"]):
+            where = ", ".join(f"{count} of {len(found['seeds'])} seeds at layer "
+                              f"{found['first_layer'] + i}"
+                              for i, count in enumerate(found["idle"]) if count)  # fmt: skip
+            said.append(f"An expert carries under 1 % of both tasks in {where}.")
     said.append(compare.reading(v))
     return " ".join(said)
 
@@ -248,6 +252,8 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
         texts=next(iter(one["texts"].values())),
         seeds=" or ".join(map(str, sorted({len(f["seeds"]) for f in v["measured"].values()}))),
         shuffles=one["shuffles"],
+        experts_n=len(one["experts"]),
+        most=np.log(len(one["experts"])),
         task=table([*head, "read off (%)", "shift: task (%)", "template (%)", "content (%)",
                     "entropy, retrieval (nats)", "entropy, reranking", "variance within a task",
                     "between tasks"], task),
@@ -276,7 +282,7 @@ def _scaled(found: dict[str, Any], factor: float, form: str) -> str:
 
 
 def _told(found: dict[str, Any]) -> list[str]:
-    return [_scaled(found["nats"], 1 / BIT, ".4f"), f"{found['by_chance']['mean'] / BIT:.4f}",
+    return [_scaled(found["nats"], 1 / BIT, ".4f"), f"{found['by_chance']['mean'] / BIT:.5f}",
             f"{100 * found['sure']:.0f} %"]  # fmt: skip
 
 
@@ -292,14 +298,14 @@ def draw(v: dict[str, Any], measured: dict[str, dict[int, dict[str, Any]]]) -> F
                 w = np.array([trial["means"][kind] for trial in trials.values()])  # (S, layers, E)
                 at = first["first_layer"] + np.arange(w.shape[1])
                 for e, name in enumerate(first["experts"]):
-                    colour, dash = figures.EXPERTS[e], figures.DASHES[e % 4]
-                    axes.plot(at, w[:, :, e].mean(0), color=colour, linestyle=dash, marker="o",
-                              markersize=2.5, label=name)  # fmt: skip
-                    shade(axes, at, w[:, :, e].T, colour)
+                    lines = axes.plot(at, w[:, :, e].T, color=figures.EXPERTS[e], linewidth=0.9,
+                                      linestyle=figures.DASHES[e % 4], marker="o",
+                                      markersize=2.2)  # fmt: skip
+                    lines[0].set_label(name)
                 axes.axhline(1 / len(first["experts"]), color=figures.GREY, linewidth=0.6, zorder=0)
                 axes.set_title(f"{label(arm)}, {text}", fontweight="bold")
                 axes.set_xticks(at)
-                axes.set_ylim(0, 1)
+                axes.set_ylim(-0.03, 1.03)
             line[0].set_ylabel("mean weight")
         for axes in grid[-1]:
             axes.set_xlabel("layer")

@@ -67,8 +67,7 @@ def fits(rows: Rows, scores: Scores, labels: dict[str, list[str]]) -> list[dict[
             family.append({
                 "axis": axis, "task": task, "sizes": [row["size"] for row in line],
                 "family": line[0]["family"],
-                "slope": e.value, "interval": e.interval, "p": e.p,
-                "detectable": stats.smallest_detectable_effect(e.se, e.df, stats.ALPHA / 2),
+                "slope": e.value, "interval": e.interval, "p": e.p, "se": e.se, "df": e.df,
                 "middle": [float(np.mean(at)), middle], "range": [min(at), max(at)],
                 "without": _without(line, key, scores[task], labels[task]),
             })  # fmt: skip

@@ -107,11 +107,19 @@ def summarise(trials: list[dict[str, Any]], what: str) -> dict[str, dict[str, An
 
 TEXT = """The same of the gradients behind the last step (halves: two of the probe set) and of the
 weights' changes (of the embedding and the reranking expert, or of the specialists, in the row of
-Rank-Only; halves: this seed and the one before, so that neighbouring seeds share a model), by what
-a linear reads and where it writes. Means over linears, STIR from a seed's means; none where Within
-is less than 0.05 above Null: there a task does not share its directions with itself.
+Rank-Only; halves: this seed and the one before, so that neighbouring seeds share a model and have
+no interval), by the side of a linear: inputs, what it reads, and outputs, where it writes. Means
+over linears, STIR from a seed's means; none where within is less than 0.05 above null: there a task
+does not share its directions with itself. Linears: of all seeds.
 
 """
+
+
+def _listed(found: dict[str, Any], form: str = ".2f") -> str:
+    """The mean and, behind it, the values: they share models, so their spread tells little."""
+    if found["mean"] is None:
+        return "-"
+    return f"{found['mean']:{form}} ({', '.join(format(x, form) for x in found['seeds'])})"
 
 
 def markdown(measured: dict[str, dict[str, Any]], label) -> str:
@@ -120,7 +128,8 @@ def markdown(measured: dict[str, dict[str, Any]], label) -> str:
     for name in ("gradients", "deltas"):
         for arm, found in measured.items():
             for side, row in found[name].items():
-                cells = [spread(row["stir"], "+.2f"), spread(row["cross"]), spread(row["within"]),
+                show = spread if name == "gradients" else _listed
+                cells = [show(row["stir"], "+.2f"), show(row["cross"]), show(row["within"]),
                          f"{row['null']['mean']:.2f}", f"{row['k']['mean']:.0f}"]  # fmt: skip
                 counts = [str(row["linears"]), str(len(row["k"]["seeds"]))]
                 rows.append([name.replace("deltas", "changes"), label(arm), side, *cells, *counts])

@@ -1,9 +1,9 @@
 """`python -m bench`: what this machine can show, as tables and one JSON file.
 
 On a CPU: encoding, reranking and training beside the known libraries, the bordered weight beside
-addmm, two models beside one, and corpora of growing size. On a card: two models beside one, the
-whole model in four designs, and every kernel beside its twins, in the real shapes with random
-weights; then the libraries too.
+addmm, two models beside one, corpora and BM25's index of growing size. On a card: two models beside
+one, the whole model in four designs, and every kernel beside its twins, in the real shapes with
+random weights; then the libraries too.
 """
 
 import argparse
@@ -18,13 +18,14 @@ import torch
 import transformers
 
 from analysis.figures import table
-from bench import corpus, designs, encoding, ops, reranking, serving, timing, training
+from bench import corpus, designs, encoding, index, ops, reranking, serving, timing, training
 from bench.serving import PAIR
 from bench.shapes import SHAPES
 from eval.files import write_text
+from eval.machine import device_name
 from model import bases
 from model.config import DTYPES
-from train.trial import Workbench, device_name, resolve_dtype
+from train.trial import Workbench, resolve_dtype
 
 RESULTS = Path(__file__).parent / "results"
 LARGE = ("qwen3-1.7b", "qwen3-4b", "mistral-7b")
@@ -120,6 +121,21 @@ def corpus_table(rows: list[dict]) -> str:
     return f"{what}\n\n{table(head, cells)}"
 
 
+def index_table(rows: list[dict]) -> str:
+    head = ["documents", "seconds", "before (GB)", "peak (GB)", "once made (GB)"]
+    cells = [
+        [f"{row['documents']:,}", f"{row['seconds']:,.0f}"]
+        + [f"{row[key] / 1e9:.3f}" for key in ("before_bytes", "peak_bytes", "made_bytes")]
+        for row in rows
+    ]
+    peak, made = (index.growth(rows, key) for key in ("peak_bytes", "made_bytes"))
+    what = (
+        f"Made-up documents of {index.WORDS} words after Zipf, never kept. One more takes "
+        f"{peak:,.0f} bytes while the index is made, {made:,.0f} from then on."
+    )
+    return f"{what}\n\n{table(head, cells)}"
+
+
 TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "serving": ("Two models against one", serving_table),
     "designs": ("The whole model in four designs", designs_table),
@@ -130,6 +146,7 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "bordered": ("The bordered weight on a CPU", rivals_table),
     "elementwise": ("Elementwise ops on a CPU", rivals_table),
     "corpus": ("A corpus into shards on disk", corpus_table),
+    "index": ("BM25's index", index_table),
 }
 
 Part = tuple[str, str, Callable[[], list[dict]]]  # section, what it measures, how
@@ -162,6 +179,7 @@ def parts(bench: Workbench, base: str, rounds: int) -> list[Part]:
             ("serving", "smollm2-135m", serve),
             ("serving", "qwen3-0.6b", larger),
             ("corpus", "1,000 to 100,000 texts", partial(corpus.run, bench, base)),
+            ("index", "100,000 and 300,000 documents", index.run),
         ]
     dtype = resolve_dtype("auto")
     own: torch.dtype = DTYPES[dtype]

@@ -18,7 +18,7 @@ import torch
 from analysis.figures import table
 from bench.timing import stem
 from eval.files import write_text
-from train.trial import device_name
+from eval.machine import device_name
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -29,10 +29,18 @@ from eval.collections import load, require_split
 from eval.command import exit_status
 from eval.files import write_json
 from eval.machine import device_name
+from eval.stages import Stages
 from eval.vectors import Vectors
 from model import bases, saved
+from model.generate import require_whole
 from model.unimoer import UniMoER
 from model.weights import revision
+
+OF = {  # what not every benchmark has
+    "dimensions": ("beir",), "untrained": ("beir",), "tasks": ("mteb",), "benchmark": ("mteb",),
+    "candidates": ("beir", "mteb"), "sides": ("rag",), "specialists": ("rag",),
+    "passages": ("rag",), "rule": ("rag",),
+}  # fmt: skip
 
 
 def through_mteb(args: argparse.Namespace) -> None:
@@ -66,6 +74,7 @@ def through_mteb(args: argparse.Namespace) -> None:
 def answer(args: argparse.Namespace) -> None:
     """Questions of each set or folder, once for each of the sides; a JSON each, and a table."""
     version, cache = revision(args.model), bases.cache_folder() / "data"
+    require_whole(saved.read_config(Path(args.model))[0])  # before anything is encoded
     for data in args.data:
         split, public = split_of(args, data), data in hub.ANSWERS
         rule = args.rule or (data if public else "nq")
@@ -83,16 +92,17 @@ def answer(args: argparse.Namespace) -> None:
             "prompts": {**vars(saved.read_config(Path(args.model))[0].prompts),
                         "generate": rag.PROMPT},
             "device": device_name(args.device),
-            "specialists": [
-                {"revision": revision(of), **vars(saved.read_config(Path(of))[0].prompts)}
-                for of in args.specialists
-            ] or None,
             **({"answers": of} if public else {}),
         }  # fmt: skip
+        specialists = [
+            {"revision": revision(of), **vars(saved.read_config(Path(of))[0].prompts)}
+            for of in args.specialists
+        ]
         found, ready = [], set()
         for side in args.sides:
             file = f"{collection.name.lower()}-{split}-{side}.json"
             place = Path(args.out) / "rag" / args.name / file
+            mine = origin | {"specialists": (side == "three" and specialists) or None}
             embedder, name = _embedder(args, side)
             if not place.exists() and not args.alone:
                 if embedder not in ready:
@@ -101,13 +111,15 @@ def answer(args: argparse.Namespace) -> None:
                 _alone(args, data, side)
             elif not place.exists():
                 stored = Vectors(large.folder_of(args.out, name, collection.name))
+                stages = Stages(place, mine)
                 made = rag.measure(
                     args.model, side, collection, split, answers, settings, args.device, stored,
-                    args.specialists,
+                    stages, args.specialists,
                 )  # fmt: skip
-                write_json(place, {"model": args.name, **origin, **made})
+                write_json(place, {"model": args.name, **mine, **made})
+                stages.done()
             result = json.loads(place.read_text())
-            if {k: result.get(k) for k in origin} != origin:
+            if {k: result.get(k) for k in mine} != mine:
                 raise ValueError(
                     f"{place} is of another model, data, setting or device: move it away, or give "
                     "another --name"
@@ -187,13 +199,20 @@ def main(arguments: list[str] | None = None) -> int:
         return large.main(words)
     if words and words[0] == "baselines":
         return baseline_table.main(words[1:])
-    args = parser().parse_args(words)
+    made = parser()
+    args = made.parse_args(words)
     args.depth = args.depth or (20 if args.bench == "rag" else 1000)
     args.name = args.name or saved.name_of(args.model)
 
     def work() -> None:
         if args.bench != "mteb" and not args.data:
             raise ValueError("--data is missing: which collections?")
+        for name, benches in OF.items():
+            if args.bench not in benches and getattr(args, name) != made.get_default(name):
+                raise ValueError(f"--{name} is of {' and '.join(benches)}, not of {args.bench}")
+        for name, least in (("depth", 1), ("candidates", 1), ("queries", 0), ("passages", 1)):
+            if getattr(args, name) < least:
+                raise ValueError(f"--{name} {getattr(args, name)}: expected at least {least}")
         {"beir": beir, "mteb": through_mteb, "rag": answer}[args.bench](args)
 
     return exit_status(work)

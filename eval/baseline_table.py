@@ -23,11 +23,11 @@ from eval.collections import Collection, load
 from eval.command import exit_status
 from eval.files import write_json, write_text
 from eval.metrics import evaluate
-from eval.protocol import EvaluationSet
+from eval.protocol import EvaluationSet, without_states
 from eval.rerank import to_run
+from eval.stages import Stages
 from model import bases
 from model.config import DTYPES
-from model.prefix import TextSet
 from model.pseudo import PseudoQuery
 from model.weights import revision
 from trials import Config
@@ -71,6 +71,7 @@ def asked_rows(args: argparse.Namespace) -> list[Row]:
         rows.append(baselines.ours(folder))
         if args.pseudo_query:
             rows.append(baselines.ours(folder, PseudoQuery()))
+    rows += baselines.bare([*map(Path, args.models)]) if args.untrained else []
     all_names = [row.name for row in rows]
     if twice := [name for name in all_names if all_names.count(name) > 1]:
         raise ValueError(
@@ -91,7 +92,7 @@ def measure_all(
 
     @cache
     def evaluation() -> EvaluationSet:
-        return EvaluationSet(collection, None, config, lambda ids, title: TextSet(ids))
+        return EvaluationSet(collection, None, config, without_states)
 
     return {row.name: _one(row, collection, split, evaluation, args) for row in rows}
 
@@ -128,12 +129,15 @@ def _one(
     if needs := [s.base for s in row.sources() if not isinstance(s, Path) and s not in at]:
         return needs
     bm25 = row.name == BM25
+    stages = Stages(place, {"data": collection.fingerprint, "asked": asked, "bases": prints,
+                            "device": args.device})  # fmt: skip
     result = {
         "row": row.name, "what": row.what, "split": split, "asked": asked,
         "data": collection.identity,
-        **(_bm25(evaluation()) if bm25 else measure(row, at, evaluation(), args.device)),
+        **(_bm25(evaluation()) if bm25 else measure(row, at, evaluation(), args.device, stages)),
     }  # fmt: skip
     write_json(place, result)
+    stages.done()
     return result
 
 
@@ -168,11 +172,13 @@ def _bm25(evaluation: EvaluationSet) -> dict:
     }  # fmt: skip
 
 
-def measure(row: Row, at: dict[Source, Path], evaluation: EvaluationSet, device: str) -> dict:
+def measure(
+    row: Row, at: dict[Source, Path], evaluation: EvaluationSet, device: str, stages: Stages
+) -> dict:
     """A row's scores by query, and what its models are; they are in memory one after the other.
 
     Args:
-        at: the folders of published models.
+        at: the folders of published models. stages: have what an earlier call finished.
     """
     scores, models, held, model = {}, [], None, None
     for task, source in (("embedding", row.embedder), ("reranking", row.reranker)):
@@ -186,16 +192,25 @@ def measure(row: Row, at: dict[Source, Path], evaluation: EvaluationSet, device:
             head = source == row.reranker and row.pseudo_query is None
             models.append({
                 "base": model.identity, "prompts": vars(part.tokenizer.prompts),
-                "parameters": baselines.parameters(model, head),
+                "parameters": baselines.parameters(model, head, base=row.untrained),
             })  # fmt: skip
-        if task == "embedding":
-            (scores[task],), vectors = part.retrieved(model, progress=True)
-        elif row.pseudo_query:
+        if row.untrained:
+            scores = part.untrained(model, progress=True, keep=stages)
+            break
+        if row.pseudo_query:  # which reranks with retrieval's vectors: they are not kept
             assert row.embedder == source, "a pseudo-query is held against retrieval's vectors"
-            found = part.pair_scores(model, progress=True, vectors=vectors, asked=row.pseudo_query)
-            scores[task] = evaluate(part.reranking_qrels, to_run(found, part.pairs))
+            if task == "embedding":
+                (scores[task],), vectors = part.retrieved(model, progress=True, keep=stages)
+            else:
+                asked = {"vectors": vectors, "asked": row.pseudo_query}
+                found = part.pair_scores(model, progress=True, **asked)
+                scores[task] = evaluate(part.reranking_qrels, to_run(found, part.pairs))
+        elif task == "embedding":
+            scores[task] = stages.kept(
+                task, lambda p=part, m=model: p.retrieval(m, progress=True, keep=stages)
+            )
         else:
-            scores[task] = part.reranking(model, progress=True)
+            scores[task] = stages.kept(task, lambda p=part, m=model: p.reranking(m, progress=True))
     return {
         "models": models, "parameters": sum(m["parameters"] for m in models), "scores": scores,
     }  # fmt: skip
@@ -275,6 +290,8 @@ def parser() -> argparse.ArgumentParser:
                       help="written by save_pretrained")  # fmt: skip
     made.add_argument("--pseudo-query", action="store_true", help="each of --models a second time, "
                       "reranking with E2Rank's pseudo-query")  # fmt: skip
+    made.add_argument("--untrained", action="store_true", help="the bare base of --models beside "
+                      "them, one row for all that share layers, poolings and prompts")  # fmt: skip
     made.add_argument("--local", nargs="*", default=[], metavar="ID=FOLDER",
                       help="where a published model lies")  # fmt: skip
     made.add_argument("--instruction", default=baselines.TASK,

@@ -14,6 +14,7 @@ RouterRetriever's by similarity, a reranking LoRA on a frozen embedder) is `trai
 experiments.py; such a saved model is a row too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class Row:
     embedder: retrieves. reranker: scores candidates; where both are equal it is one model. None:
     the row has nothing for this task.
     pseudo_query: the reranker scores with it, not with its head.
+    untrained: of its one saved model nothing but the bare base is run.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Row:
     embedder: Source | None = None
     reranker: Source | None = None
     pseudo_query: PseudoQuery | None = None
+    untrained: bool = False
 
     def sources(self) -> list[Source]:
         """Its models, each once."""
@@ -129,6 +132,25 @@ def ours(folder: Path, asked: PseudoQuery | None = None) -> Row:
     return Row(name, what, place, place, asked)
 
 
+def bare(folders: Sequence[Path]) -> list[Row]:
+    """The untrained bases of saved models, read as these read them (layers, pooling, prompts); one
+    row for all models that have it in common, named after the first of them.
+
+    Raises:
+        ValueError: a folder is none of `save_pretrained`.
+    """
+    rows: dict[ModelConfig, Row] = {}
+    for folder in folders:
+        config, _ = saved.read_config(folder)
+        plain = replace(
+            config, lora=None, router=None, rerank_head="linear", list_tokens=0, checkpointing=False
+        )
+        name, place = f"{saved.name_of(folder)}-untrained", Path(folder)
+        what = f"untrained {config.base}, 20 random heads"
+        rows.setdefault(plain, Row(name, what, place, place, untrained=True))
+    return list(rows.values())
+
+
 def at_hand(name: str) -> Path | None:
     """The folder of a published model that needs no fetching: `name` itself, or whole in the hub's
     cache."""
@@ -166,9 +188,11 @@ def adapt(row: Row, dtype: str, document_tokens: int) -> Row:
     return replace(row, embedder=adapted(row.embedder), reranker=adapted(row.reranker))
 
 
-def parameters(model: UniMoER, head: bool) -> int:
-    """How many numbers have to be in memory: base, experts, routers and, if it is used, head."""
+def parameters(model: UniMoER, head: bool, base: bool = False) -> int:
+    """How many numbers have to be in memory: base, experts, routers and, if it is used, head; base:
+    of the base alone."""
     tensors = [*model.decoder.named_weights().values()]
-    tensors += [p for name, p in model.kept().items() if head or not name.startswith("head.")]
-    tensors += model.head.buffers() if head else []
+    if not base:
+        tensors += [p for name, p in model.kept().items() if head or not name.startswith("head.")]
+        tensors += model.head.buffers() if head else []
     return sum(t.numel() for t in tensors)

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from eval import hub, metrics
-from eval.collections import Collection, load, missing
+from eval.collections import Collection, load, missing, require_known
 from eval.files import write_json, write_text
 from eval.metrics import METRICS, MRR_10
-from eval.protocol import EvaluationSet, Scores
+from eval.protocol import EvaluationSet, Scores, without_states
+from eval.stages import Stages
 from model import bases
-from model.prefix import TextSet
 from model.unimoer import UniMoER
 from model.weights import revision
 from trials import Config
@@ -50,19 +52,21 @@ def evaluation_set(
         split=split, retrieval_depth=args.depth, candidates=args.candidates,
         reranking_pooling=model.config.reranking_pooling, reranking_queries=args.queries,
     )  # fmt: skip
-    return EvaluationSet(collection, model.tokenizer, config, lambda ids, title: TextSet(ids))
+    return EvaluationSet(collection, model.tokenizer, config, without_states)
 
 
 def beir(args: argparse.Namespace) -> None:
-    """Each collection: a JSON with per-query scores, and a table. Several: a summary of them."""
+    """Each collection: a JSON with per-query scores, and a table. Several: a summary of them, one
+    for each group and one for what is named alone."""
     cache = bases.cache_folder() / "data"
     asked = tables(args.data)
+    for name in args.data:
+        require_known(name)
     model = UniMoER.from_pretrained(args.model, args.device)
     width = model.decoder.config.hidden_size
     args.dimensions = list(dict.fromkeys(args.dimensions))
     if wrong := [size for size in args.dimensions if not 1 <= size <= width]:
         raise ValueError(f"--dimensions {wrong[0]}: expected 1 to {width}, which the model has")
-    parts = []
     for table in asked:
         found: dict[str, list[dict] | str] = {}
         for name, members in table.rows.items():
@@ -71,12 +75,10 @@ def beir(args: argparse.Namespace) -> None:
                 continue
             found[name] = [measure(model, member, args, cache) for member in members]
         if len(found) > 1:
-            parts.append(summary(table.title, found))
-            print(parts[-1])
-    if parts:
-        place = Path(args.out) / "beir" / args.name / "summary.md"
-        write_text(place, "\n\n".join(parts) + "\n")
-        print(f"written to {place}")
+            text = summary(table.title, found)
+            place = Path(args.out) / "beir" / args.name / f"summary-{table.title}.md"
+            write_text(place, text + "\n")
+            print(f"{text}\nwritten to {place}")
 
 
 def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) -> dict:
@@ -103,8 +105,11 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
             )
     else:
         evaluation = evaluation_set(model, collection, split, args)
-        (whole, *rest), vectors = evaluation.retrieved(model, args.dimensions, progress=True)
-        reranked = evaluation.reranking(model, progress=True, vectors=vectors)
+        stages = Stages(place, {
+            "revision": revision(args.model), "data": collection.fingerprint, "split": split,
+            "asked": asked, "device": args.device,
+        })  # fmt: skip
+        (whole, *rest), reranked = _scores(model, evaluation, args.dimensions, stages)
         scores = {"embedding": whole, "reranking": reranked}
         shorter = dict(zip(map(str, args.dimensions), rest, strict=True))
         result = {
@@ -115,10 +120,32 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
             "ceiling": {"reranking": evaluation.ceiling()},
         }  # fmt: skip
         if args.untrained:
-            result["untrained"] = evaluation.untrained(model, progress=True)
+            result["untrained"] = stages.kept(
+                "untrained", lambda: evaluation.untrained(model, progress=True, keep=stages)
+            )
         write_json(place, result)
+        stages.done()
     show(result)
     return result
+
+
+def _scores(
+    model: UniMoER, evaluation: EvaluationSet, sizes: Sequence[int], stages: Stages
+) -> tuple[list[Scores], Scores]:
+    """Retrieval, by the whole vectors and by shorter ones, and reranking; or what is left of it."""
+    vectors: Tensor | None = None
+
+    def retrieve() -> list[Scores]:
+        nonlocal vectors
+        found, vectors = evaluation.retrieved(model, sizes, progress=True, keep=stages)
+        return found
+
+    # A pseudo-query reranks with retrieval's vectors, which are not kept.
+    again = model.config.rerank_head == "pseudo_query"
+    retrieved = retrieve() if again else stages.kept("retrieval", retrieve)
+    return retrieved, stages.kept(
+        "reranking", lambda: evaluation.reranking(model, progress=True, vectors=vectors)
+    )
 
 
 def rows_of(result: dict) -> dict[str, Scores]:

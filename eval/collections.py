@@ -116,6 +116,19 @@ def load(data: str, cache: Path | None = None) -> Collection:
     return _read(find(data, cache), cache)
 
 
+def require_known(data: str) -> None:
+    """Raise ValueError unless something is called `data`, or is a folder; nothing is read."""
+    if data == "stdlib" or data in hub.GATED or hub.known(data) or data in hub.GROUPS:
+        return
+    if not Path(data).is_dir():
+        raise ValueError(
+            f"DATA={data}: neither a collection nor a folder; expected 'stdlib', one of "
+            f"{', '.join([*hub.HUB_SPLITS, 'triviaqa', *hub.PAIRS])}, one of "
+            f"{', '.join(hub.FAMILIES)} with its part (bright/biology, miracl/sw), or the path of "
+            "a BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv)"
+        )
+
+
 def find(data: str, cache: Path | None = None) -> Sources:
     """The files of whatever `load` loads, but for "stdlib", which has none; they are not read.
 
@@ -134,13 +147,7 @@ def find(data: str, cache: Path | None = None) -> Sources:
             f"DATA={data} is {len(hub.GROUPS[data])} collections: `make eval BENCH=beir` takes "
             f"them all, elsewhere name one, such as {hub.GROUPS[data][0]}"
         )
-    if not Path(data).is_dir():
-        raise ValueError(
-            f"DATA={data}: neither a collection nor a folder; expected 'stdlib', one of "
-            f"{', '.join([*hub.HUB_SPLITS, 'triviaqa', *hub.PAIRS])}, one of "
-            f"{', '.join(hub.FAMILIES)} with its part (bright/biology, miracl/sw), or the path of "
-            "a BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv)"
-        )
+    require_known(data)
     return folder(Path(data))
 
 

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import fcntl
 import io
 import json
 import os
@@ -33,6 +34,22 @@ def whole(path: Path, mark: str = "") -> Iterator[BinaryIO]:
             problem.filename = str(path)  # a write does not say of what
         raise
     os.replace(part, path)
+
+
+@contextmanager
+def locked(folder: Path, busy: str, name: str = ".lock") -> Iterator[None]:
+    """Hold a folder's lock, which the system frees however the process ends.
+
+    Raises:
+        ValueError: another process holds it; `busy` says what that one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / name, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: {busy}") from None
+        yield
 
 
 def write_array(path: Path, array: np.ndarray, mark: str = "") -> None:

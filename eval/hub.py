@@ -288,8 +288,8 @@ def _fetch(
                 raise
             failures.append(f"{name}: {type(error).__name__}: {error}")
             continue
-        parts = Path(file).parts
-        return Path(file), parts[parts.index("snapshots") + 1]  # .../snapshots/<commit>/<name>
+        commit = Path(file).as_posix().rpartition("/snapshots/")[2].partition("/")[0]
+        return Path(file), commit  # .../snapshots/<commit>/<name>
     shown = failures[:2] + [f"and {len(failures) - 2} more"] * (len(failures) > 2)
     raise ValueError(
         f"{repo}: neither in the cache nor to be had from the hub ({'; '.join(shown)}). Without "

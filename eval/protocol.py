@@ -12,8 +12,9 @@ from torch import Tensor
 from eval.collections import Collection, require_split
 from eval.machine import trim_heap
 from eval.metrics import evaluate, ideal, mean
-from eval.rerank import random_heads, to_run
+from eval.rerank import HEADS, head_weights, over_heads, to_run
 from eval.retrieval import Best, Ids, cut, search
+from eval.stages import Stages
 from model import parallel
 from model.heads import truncate
 from model.prefix import TextSet
@@ -26,7 +27,13 @@ from trials import Config
 WINDOW = 100_000  # documents whose token ids and vectors are in memory at once
 SCORES = 2**25  # of queries with documents of a window, held at once
 Scores = dict[str, dict[str, float]]  # query id -> metric -> value
-WithStates = Callable[[list[list[int]], str], TextSet]
+# Makes of token ids and a title the texts that a model reads, with prefix states or without.
+StatesOf = Callable[[UniMoER], Callable[[list[list[int]], str], TextSet]]
+
+
+def without_states(model: UniMoER) -> Callable[[list[list[int]], str], TextSet]:
+    """The texts as they are: a `StatesOf` that keeps none."""
+    return lambda ids, title: TextSet(ids)
 
 
 def show_row(arm: str, seed: int | None, scores: dict[str, Scores]) -> None:
@@ -59,7 +66,7 @@ class EvaluationSet:
         collection: Collection,
         tokenizer: Tokenizer | None,
         config: Config,
-        states: WithStates,
+        states: StatesOf,
     ):
         self.config = config
         self.qrels = require_split(collection, config.split)
@@ -114,8 +121,8 @@ class EvaluationSet:
         part._sets = {}
         return part
 
-    def _set(self, task: str) -> TextSet:
-        """The tokenized texts of a task, made when first needed."""
+    def _set(self, task: str, model: UniMoER) -> TextSet:
+        """The tokenized texts of a task, made when first needed; the model is not kept."""
         if task not in self._sets:
             c, tokenizer = self.collection, self.tokenizer
             if task == "embedding":
@@ -123,7 +130,7 @@ class EvaluationSet:
                 ids += tokenizer.documents([c.corpus[d] for d in self.documents])
             else:
                 ids = tokenizer.pairs([(c.queries[q], c.corpus[d]) for q, d in self.pairs])
-            self._sets[task] = self._states(ids, f"{self.config.split} {task}")
+            self._sets[task] = self._states(model)(ids, f"{self.config.split} {task}")
         return self._sets[task]
 
     def bm25_scores(self) -> dict[str, Scores]:
@@ -142,13 +149,19 @@ class EvaluationSet:
         return ideal(self.reranking_qrels, self.candidates)
 
     def retrieved(
-        self, model: UniMoER, sizes: Sequence[int] = (), base: bool = False, progress: bool = False
+        self,
+        model: UniMoER,
+        sizes: Sequence[int] = (),
+        base: bool = False,
+        progress: bool = False,
+        keep: Stages | None = None,
     ) -> tuple[list[Scores], Tensor | None]:
         """Per-query metrics of full-corpus retrieval: by the vectors, then by the first values of
         them in each of `sizes`; and these vectors, as of `vectors`.
 
         More than `WINDOW` documents are tokenized, encoded and searched window by window, and
-        their vectors are not kept: None.
+        their vectors are not kept: None. `keep` then has what was found after each window, from
+        which the same call goes on.
         """
         options: dict[str, Any] = {"base": base, "progress": progress}
         if len(self.documents) <= WINDOW:
@@ -159,8 +172,15 @@ class EvaluationSet:
         depth, rows = self.config.retrieval_depth, max(1, SCORES // WINDOW)
         ids, widths = Ids.of(self.documents), (None, *sizes)
         best = [Best(truncate(queries, w), ids, depth + self._most, rows) for w in widths]
-        for start in range(0, len(self.documents), WINDOW):
+        name, first = "keys-of-base" if base else "keys", 0
+        if keep and (before := keep.latest(name)):
+            first = before[0]
+            for found, keys in zip(best, before[1], strict=True):
+                found.keys, found.added = torch.from_numpy(keys), first
+        for start in range(first, len(self.documents), WINDOW):
             self._search(model, start, best, widths, options)
+            if keep:
+                keep.advance(name, best[0].added, torch.stack([b.keys for b in best]).numpy())
             trim_heap()
         runs = [cut(found.run(self.queries), self._excluded, depth) for found in best]
         return [evaluate(self.qrels, run) for run in runs], None
@@ -178,7 +198,8 @@ class EvaluationSet:
 
     def vectors(self, model: UniMoER, base: bool = False, progress: bool = False) -> Tensor:
         """(Q + M, D) unit vectors of the queries, then of the documents."""
-        return model.embed_all(self._set("embedding"), base=base, progress=progress, shared=True)
+        texts = self._set("embedding", model)
+        return model.embed_all(texts, base=base, progress=progress, shared=True)
 
     def ranked(self, vectors: Tensor) -> Scores:
         """Per-query metrics of full-corpus retrieval by `vectors`, or by their first dimensions."""
@@ -186,9 +207,12 @@ class EvaluationSet:
         run = search(vectors[:n], vectors[n:], self.queries, self.documents, depth + self._most)
         return evaluate(self.qrels, cut(run, self._excluded, depth))
 
-    def retrieval(self, model: UniMoER, base: bool = False, progress: bool = False) -> Scores:
-        """Per-query metrics of full-corpus retrieval."""
-        return self.retrieved(model, base=base, progress=progress)[0][0]
+    def retrieval(
+        self, model: UniMoER, base: bool = False, progress: bool = False,
+        keep: Stages | None = None,
+    ) -> Scores:  # fmt: skip
+        """Per-query metrics of full-corpus retrieval. keep: as of `retrieved`."""
+        return self.retrieved(model, base=base, progress=progress, keep=keep)[0][0]
 
     def pair_scores(
         self,
@@ -209,7 +233,7 @@ class EvaluationSet:
         """
         head = model.head if asked is None else ByPseudoQuery(model.tokenizer, asked)
         if not (model.config.listwise or asked):
-            return model.score_all(self._set("reranking"), progress=progress, shared=True)
+            return model.score_all(self._set("reranking", model), progress=progress, shared=True)
         most = head.asked.read if isinstance(head, ByPseudoQuery) else None
         c, ids, places = self.collection, [], []
         for query, found in self.candidates.items():
@@ -252,20 +276,25 @@ class EvaluationSet:
         return evaluate(self.reranking_qrels, to_run(scores, self.pairs))
 
     @torch.no_grad()
-    def untrained(self, model: UniMoER, progress: bool = False) -> dict[str, Scores]:
-        """The bare base: its vectors as they are, and the mean of 20 random relevance heads."""
-        texts = self._set("reranking")
-        pooled = torch.zeros(len(texts.ids), model.decoder.config.hidden_size)
+    def untrained(
+        self, model: UniMoER, progress: bool = False, keep: Stages | None = None
+    ) -> dict[str, Scores]:
+        """The bare base: its vectors as they are, and the mean of 20 random relevance heads. keep:
+        as of `retrieved`."""
+        texts = self._set("reranking", model)
+        weights = head_weights(model.decoder.config.hidden_size).to(model.device)
+        scores = torch.zeros(len(texts.ids), HEADS)
 
-        def keep(batch, states, base) -> tuple[Tensor, list[Tensor]]:
+        def score(batch, states, base) -> tuple[Tensor, list[Tensor]]:
             read, routing = model.pooled(batch, "reranking", states, base)
-            return read.float(), routing
+            return read.float() @ weights, routing
 
         for indices, rows in in_batches(
-            model.decoder, texts, keep, base=True, progress=progress, trie=True
+            model.decoder, texts, score, base=True, progress=progress, shared=True, trie=True
         ):
-            pooled[indices] = rows
+            scores[indices] = rows
+        scores = parallel.together(scores, model.device)
         return {
-            "embedding": self.retrieval(model, base=True, progress=progress),
-            "reranking": random_heads(pooled, self.pairs, self.reranking_qrels),
+            "embedding": self.retrieval(model, base=True, progress=progress, keep=keep),
+            "reranking": over_heads(scores, self.pairs, self.reranking_qrels),
         }

@@ -21,6 +21,7 @@ from eval.collections import Collection
 from eval.machine import peak_bytes
 from eval.retrieval import Ids, to_keys, to_run
 from eval.sources import rows, strings_of, text_of
+from eval.stages import Stages
 from eval.vectors import Vectors
 from model import saved
 from model.generate import generate, output_matrix
@@ -199,11 +200,14 @@ def players(folder: str, side: str, specialists: Sequence[str], device: str) -> 
 
 def measure(
     folder: str, side: str, collection: Collection, split: str, answers: dict[str, list[str]],
-    settings: Settings, device: str, stored: Vectors, specialists: Sequence[str] = (),
+    settings: Settings, device: str, stored: Vectors, stages: Stages,
+    specialists: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Every question of `answers` with the models of a side; means, latencies, memory. stored: the
-    documents' vectors by the side's embedder.
+    """Every question of `answers` with the models of a side; means, latencies, memory.
 
+    Args:
+        stored: the documents' vectors by the side's embedder. stages: have the questions that an
+            earlier call answered.
     Raises:
         ValueError: they are another model's, or as of `Pipeline`.
     """
@@ -215,8 +219,12 @@ def measure(
         )
     models = players(folder, side, specialists, device)
     pipeline = Pipeline(models, collection, stored, settings)
-    normalise, rows = NORMALISERS[settings.rule], {}
+    normalise, earlier = NORMALISERS[settings.rule], stages.rows("questions")
+    rows = {row["query"]: row["row"] for row in earlier}
+    peak = max((row["peak_bytes"] for row in earlier), default=0)
     for query, gold in answers.items():
+        if query in rows:
+            continue
         answer, read, seconds = pipeline.ask(query)
         relevant = collection.qrels[split].get(query, {})
         rows[query] = {
@@ -225,6 +233,8 @@ def measure(
             "f1": f1(answer, gold, normalise, settings.rule == "hotpotqa"),
             "found": float(any(relevant.get(d, 0) > 0 for d in read)),
         }  # fmt: skip
+        row = {"query": query, "row": rows[query], "peak_bytes": peak_bytes(device)}
+        stages.append("questions", row)
     took = {stage: [row["seconds"][stage] for row in rows.values()] for stage in STAGES}
     took["together"] = [sum(row["seconds"].values()) for row in rows.values()]
     return {
@@ -234,7 +244,8 @@ def measure(
         "latency": {stage: {"median": float(np.median(values)),
                             "p95": float(np.quantile(values, 0.95))}
                     for stage, values in took.items()},
-        "resident_bytes": resident_bytes(models, pipeline.head), "peak_bytes": peak_bytes(device),
+        "resident_bytes": resident_bytes(models, pipeline.head),
+        "peak_bytes": max(peak, peak_bytes(device)),
         "documents": stored.documents,
         "vectors": {key: stored.manifest[key] for key in ("dtype", "document_tokens")},
         "questions": rows,

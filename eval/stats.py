@@ -288,7 +288,7 @@ def alpha_at_look(seeds: int, previous: int | None = None, alpha: float = ALPHA)
 
 
 def decide(tasks: Mapping[str, TaskResult], seeds: int, alpha: float | None = None) -> dict:
-    """The fixed rule: {"decision", "supported", "reason"}; alpha: of this look.
+    """The fixed rule: {"decision", "supported", "reason"}; alpha: of this look, I: to 9 digits.
 
     I >= 2 % on a measurable task: `proceed`. Every task measurable and under 1 %: `pivot`. A
     measurable task between: `more_seeds`, from 9 seeds `inconclusive`. A task that is not
@@ -301,7 +301,7 @@ def decide(tasks: Mapping[str, TaskResult], seeds: int, alpha: float | None = No
     if not tasks or seeds < 1:
         raise ValueError(f"need a task and a seed; found {list(tasks)}, {seeds} seeds")
     alpha = alpha_at_look(seeds) if alpha is None else alpha
-    # To nine digits, so that rounding alone does not put 2 % below 2.
+    tasks = {"retrieval" if k == "embedding" else k: task for k, task in tasks.items()}  # as shown
     size = {k: round(t["interference"], 9) for k, t in tasks.items() if t["measurable"]}
     large = [k for k in size if size[k] >= PROCEED_FROM]
     between = [k for k in size if PIVOT_BELOW <= size[k] < PROCEED_FROM]

@@ -12,11 +12,11 @@ which are memory-mapped from then on. While it is written 24 bytes a document ar
 afterwards none: the system keeps the pages that are read, and takes them back when it needs them.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -113,7 +113,7 @@ def stored(
     Args:
         files: what they come from; one that has changed in size or time is stored anew.
         documents: (id, text) of each, read only if they are not stored yet.
-        folder: of all stored corpora.
+        folder: of all stored corpora. Of several processes one writes, the others wait for it.
     Raises:
         ValueError: there is no document, or an id occurs twice.
     """
@@ -122,14 +122,18 @@ def stored(
     place = folder / name
     if not place.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder))
-        try:
-            _write(part, documents)
-            _check_unique(StoredTexts(part), files)
-            if not place.exists():  # another process may have stored the same
-                os.replace(part, place)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        with open(folder / f".{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the system, however this process ends
+            if not place.exists():  # another process may have stored it while this one waited
+                part = folder / f".{name}.part"  # of this one, or of one that was killed
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                try:
+                    _write(part, documents)
+                    _check_unique(StoredTexts(part), files)
+                    os.replace(part, place)
+                finally:
+                    shutil.rmtree(part, ignore_errors=True)
     return StoredTexts(place)
 
 

@@ -7,7 +7,6 @@ is not encoded again. In memory are one window's texts, token ids and vectors, a
 each document while the corpus is looked through.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-from eval.files import write_array, write_json
+from eval.files import locked, write_array, write_json
 from eval.machine import trim_heap
 from eval.sources import Sources, documents
 from model.heads import truncate
@@ -152,16 +151,9 @@ def encode(
 
 @contextmanager
 def _alone(folder: Path, rank: str) -> Iterator[None]:
-    """Hold the folder's lock of a rank; the system frees it however the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".{rank}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another process encodes rank {rank} of it: wait for it, or give each "
-                "its own RANK"
-            ) from None
+    """Hold the folder's lock of a rank."""
+    what = f"another process encodes rank {rank} of it: wait for it, or give each its own RANK"
+    with locked(folder, what, f".{rank}.lock"):
         yield
 
 
@@ -273,19 +265,18 @@ class Vectors:
         Raises:
             ValueError: a file is damaged.
         """
-        parts = [
-            self._open(self.path(shard, "ids.npy"), "|S", (self.size(shard),))
-            for shard in range(self.shards)
-        ]
-        found = np.empty(self.documents, f"S{max(part.dtype.itemsize for part in parts)}")
-        for shard, part in enumerate(parts):
+        found = np.empty(self.documents, "S1")
+        for shard in range(self.shards):  # one open at a time: there may be thousands
+            part = self._open(self.path(shard, "ids.npy"), "|S", (self.size(shard),))
+            if part.dtype.itemsize > found.dtype.itemsize:
+                found = found.astype(part.dtype)
             found[shard * self.window :][: len(part)] = part
         return found
 
     def _open(self, path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         try:
             found = open_memmap(path, mode="r")
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise ValueError(
                 f"{path} cannot be read ({error}): remove it and start `encode` again"
             ) from error

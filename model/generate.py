@@ -5,6 +5,7 @@ and generates. Shapes: B texts, T tokens of the longest, H query and G key/value
 """
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 from kernels.attention import attention
 from kernels.elementwise import rope
 from model import bases, weights
-from model.config import DecoderConfig
+from model.config import DecoderConfig, ModelConfig
 from model.layers import Attention, DecoderLayer
 from model.packed import Packed, pack
 from model.transformer import Decoder
@@ -101,21 +102,32 @@ def decode(decoder: Decoder, tokens: Tensor, cache: KeyValueCache) -> Tensor:
     return decoder.norm(x)
 
 
+def require_whole(config: ModelConfig) -> Path:
+    """The folder of a model's base, if the model can generate.
+
+    Raises:
+        ValueError: layers of the base were cut off, or it is not causal.
+    """
+    folder = bases.resolve(config.base, config.revision)
+    whole = DecoderConfig.read(folder).num_hidden_layers
+    layers = config.layers or whole
+    if layers < whole or not config.causal:
+        raise ValueError(
+            f"generation needs the whole causal base, but this model has {layers} of {whole} "
+            f"layers and causal={config.causal}"
+        )
+    return folder
+
+
 def output_matrix(model: UniMoER) -> Tensor:
     """(V, D): the embeddings where the base ties them, else its `lm_head.weight`, read from disk.
 
     Raises:
-        ValueError: layers of the base were cut off, or it is not causal: it cannot generate.
+        ValueError: as of `require_whole`.
     """
-    folder, mine = bases.resolve(model.config.base, model.config.revision), model.decoder.config
-    whole = DecoderConfig.read(folder).num_hidden_layers
-    if mine.num_hidden_layers < whole or not mine.causal:
-        raise ValueError(
-            f"generation needs the whole causal base, but this model has "
-            f"{mine.num_hidden_layers} of {whole} layers and causal={mine.causal}"
-        )
+    folder = require_whole(model.config)
     table = model.decoder.embed_tokens.weight
-    if mine.tie_word_embeddings:
+    if model.decoder.config.tie_word_embeddings:
         return table
     head = torch.empty_like(table)
     weights.load_into(

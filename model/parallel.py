@@ -75,6 +75,11 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
+def apart() -> bool:
+    """Whether this is `alone` beside others, which do not see what is done here."""
+    return dist.is_initialized() and _alone
+
+
 @contextmanager
 def first() -> Iterator[None]:
     """Rank 0 runs this before the others do: it makes the files that they then find."""

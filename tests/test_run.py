@@ -3,6 +3,7 @@
 "The same" is bit for bit: scores per query and loss curves.
 """
 
+import gc
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +24,15 @@ import analysis.report
 import experiments
 import model.prefix
 import run
+import train.provenance
 import train.trial
 from analysis import overview
 from eval.collections import load
 from eval.metrics import METRICS
-from eval.protocol import EvaluationSet
+from eval.protocol import EvaluationSet, without_states
 from experiments import Config
 from model.unimoer import UniMoER
-from tests.train.tiny import TEST, tiny_config, tokens_only, write_collection
+from tests.train.tiny import TEST, tiny_config, write_collection
 from train.mining import Settings, mine
 from train.negatives import mined_sha256
 
@@ -82,7 +85,9 @@ def words(tiny_base: Path, data: Path) -> Callable[..., list[str]]:
 
     def words(runs: Path, *more: str, command: str = "run") -> list[str]:
         where = ["--scale", "smoke", "--base", str(tiny_base), "--data", str(data)]
-        line = [command, "kill_gate", *where, "--runs", str(runs), "--seeds", "1"]
+        line = [command, "kill_gate", *where, "--runs", str(runs)]
+        if command in ("run", "status"):
+            line += ["--seeds", "1"]
         if command == "run":
             line += ["--arms", *ARMS, "--device", "cpu"]
             line += [w for name, value in FIELDS.items() for w in ("--set", f"{name}={value}")]
@@ -153,7 +158,7 @@ def test_the_trained_model_is_kept(done, data):
     collection = load(str(data))
     trial = read(done, "joint-moe")
     config = Config.from_json(trial["config"])
-    evaluation = EvaluationSet(collection, model.tokenizer, config, tokens_only)
+    evaluation = EvaluationSet(collection, model.tokenizer, config, without_states)
     found = evaluation.retrieval(model)
     close = [math.isclose(found[q]["map"], row["map"], abs_tol=1e-6)
              for q, row in trial["scores"]["embedding"].items()]  # fmt: skip
@@ -303,7 +308,7 @@ def test_the_config_of_another_version_is_an_error_too(copy, words, tmp_path, ca
 
 
 def test_changed_sources_are_a_warning(copy, words, tmp_path, cache, monkeypatch, capsys):
-    monkeypatch.setattr(run, "sources", lambda: "another")
+    monkeypatch.setattr(run.reuse, "sources", lambda: "another")
     assert run.main(words(tmp_path / "runs")) == 0
     error = capsys.readouterr().err
     for name in ("baselines.json", "emb-only/seed0.json", "joint-moe/seed0.json"):
@@ -315,13 +320,55 @@ def test_sources_are_the_modules_that_make_numbers(tmp_path, monkeypatch):
     for folder in folders:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.py").write_text("1")
-    monkeypatch.setattr(train.trial, "ROOT", tmp_path)
-    seen = [train.trial.sources()]
+    monkeypatch.setattr(train.provenance, "ROOT", tmp_path)
+    sources = train.provenance.sources.__wrapped__  # which a process asks once
+    seen = [sources()]
     for folder in folders:
         (tmp_path / folder / "a.py").write_text("2")
-        seen.append(train.trial.sources())
+        seen.append(sources())
     assert len(set(seen[:5])) == 5  # each of the first four counts
     assert seen[4] == seen[5] == seen[6]  # what only reads results does not
+
+
+def test_other_data_under_the_same_name_are_no_result_of_these(
+    copy, words, data, tmp_path, cache, capsys
+):
+    """The config is the same, so only what is read tells them apart."""
+    path = data / "qrels" / "test.tsv"
+    before = path.read_text()
+    lines = before.splitlines()
+    try:
+        path.write_text("\n".join(lines[:-1]) + "\n")
+        assert run.main(words(tmp_path / "runs")) == 2
+    finally:
+        path.write_text(before)
+    error = capsys.readouterr().err
+    assert f"{copy / 'baselines.json'} is of another data (data: " in error
+    assert "move it away first" in error
+
+
+def test_results_of_the_other_kernels(copy, words, tmp_path, cache, capsys):
+    for path in (*copy.glob("*/seed0.json"), copy / "baselines.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"kernels": "triton"}))
+    assert run.main(words(tmp_path / "runs")) == 0  # whatever made them
+    assert run.main(words(tmp_path / "runs", "--kernels", "torch")) == 2
+    assert "is of another kernels (kernels: triton there, torch here)" in capsys.readouterr().err
+
+
+def test_a_model_is_not_kept_beyond_its_trial(tiny_base, data, tmp_path):
+    """The evaluation set is, and with it the base would stay in memory beside the next one."""
+    bench = train.trial.Workbench(str(data), "cpu", tmp_path, keep_prefix=False)
+    config, models, make = tiny_config(tiny_base, data, prefix=True), [], bench.model
+
+    def model(config: Config) -> UniMoER:
+        made = make(config)
+        models.append(weakref.ref(made))
+        return made
+
+    bench.model = model
+    train.trial.run_baselines(config, bench, lambda *_: None)
+    gc.collect()
+    assert bench.evaluation(make(config), config)._sets and [ref() for ref in models] == [None]
 
 
 def test_a_new_arm_joins_what_is_there(copy, words, tmp_path, cache):
@@ -521,7 +568,11 @@ def test_publish_copies_what_is_quoted(copy, words, setting, tmp_path, monkeypat
     target = tmp_path / "repository" / "results" / "kill_gate" / setting
     target.mkdir(parents=True)
     (target / "old.json").write_text("{}")  # of an earlier time
-    assert run.main(words(tmp_path / "runs", command="publish")) == 0
+    assert run.main(words(tmp_path / "runs", command="publish")) == 2
+    assert "lacks 10 trials (arm, seed): emb-only 1, emb-only 2, rank-only 0" in (
+        capsys.readouterr().err
+    ) and (target / "old.json").exists()  # fmt: skip
+    assert run.main(words(tmp_path / "runs", "--partial", command="publish")) == 0
     files = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     assert files == {"baselines.json", "report.md", *(f"{arm}/seed0.json" for arm in ARMS)}
     there, here = (
@@ -543,7 +594,16 @@ def test_publish_copies_what_is_quoted(copy, words, setting, tmp_path, monkeypat
         (["--set", "steps"], "--set 'steps': expected FIELD=VALUE"),
         (["--set", "stepz=3"], "a field of trials.Config"),
         (["--set", "=3"], "expected FIELD=VALUE"),
-        (["--set", "seed=3"], "a field of trials.Config"),  # seeds have an option
+        (["--set", "seed=3"], "seed has an option of its own, --seeds"),
+        (["--set", "data=scifact"], "data has an option of its own, --data"),
+        (
+            ["--set", "seed_offset=1000", "--arms", "emb-only", "emb-only-aa"],
+            "--set makes emb-only and emb-only-aa the same trial",
+        ),
+        (["--controls"], "--arms names all arms that are run: leave out --controls"),
+        (["--set", "checkpoint_every=0"], "checkpoint_every must be at least 1, got 0"),
+        (["--set", "reranking_queries=-1"], "reranking_queries must be at least 0, got -1"),
+        (["--set", "probes=1", "--set", "shard=true"], "probes watch whole weights"),
         (["--set", "steps=many"], "--set 'steps=many': expected <class 'int'>, as 1000"),
         (["--set", "steps=1.5"], "expected <class 'int'>"),
         (["--set", "layers=all"], "expected int | None"),

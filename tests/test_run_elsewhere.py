@@ -177,9 +177,11 @@ def test_a_model_of_another_config_is_not_measured(
     """Its result was changed after it was trained."""
     assert go() == 0
     (path,) = (tmp_path / "runs").rglob("emb-only/seed0.json")
-    stored = run.stored
+    stored = run.reuse.stored
     monkeypatch.setattr(
-        run, "stored", lambda at, config: read(at) if at == path else stored(at, config)
+        run.reuse,
+        "stored",
+        lambda at, config, bench: read(at) if at == path else stored(at, config, bench),
     )
     other = read(path)
     path.write_text(json.dumps(other | {"config": other["config"] | {"clip": 9.0}}))
@@ -187,7 +189,9 @@ def test_a_model_of_another_config_is_not_measured(
     assert "was trained with another config (clip: 9.0, not 1.0)" in capsys.readouterr().err
     path.unlink()
     monkeypatch.setattr(
-        run, "stored", lambda at, config: other if at == path else stored(at, config)
+        run.reuse,
+        "stored",
+        lambda at, config, bench: other if at == path else stored(at, config, bench),
     )
     assert go("--evaluate", str(data[1])) == 2
     assert f"there is no {path} with its model" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from analysis import measures
 from eval.machine import device_name
 from model.unimoer import UniMoER
 from tests.train.tiny import write_collection
-from train.trial import sources
+from train.provenance import sources
 
 STEPS = ["--set", "steps=2", "--set", "dtype=float32", "--set", "measured=10"]
 

@@ -4,7 +4,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from trials import Config
 # Called after each step with the step and its log line, to which it may add before it is written:
 # what is in the log is there after a kill. What an analysis watches is passed in.
 Callback = Callable[[int, dict], None]
+
+
+STATE = "state.safetensors"
 
 
 class NonFiniteLoss(RuntimeError):
@@ -65,6 +69,7 @@ def train(
     *,
     callback: Callback | None = None,
     title: str = "train",
+    origin: Mapping[str, str] | None = None,
 ) -> list[dict]:
     """Train experts, routers and head in place; return the log, one line per step.
 
@@ -77,9 +82,11 @@ def train(
     Args:
         place: `<place>.log.jsonl` and `<place>.checkpoint/` are written beside it. The checkpoint
             is removed by `forget` when the caller has stored the trial's result.
+        origin: what the run is of besides its config, such as the data's fingerprint; a checkpoint
+            is gone on from only where that is the same.
     Raises:
         NonFiniteLoss: with the step and the batch's ids.
-        ValueError: the checkpoint belongs to another config, or not all processes see it.
+        ValueError: the checkpoint belongs to another config or origin, or not all processes see it.
         LostProcess: another process of the job is gone.
     """
     parameters, writes = model.trained(), parallel.rank() == 0
@@ -90,7 +97,9 @@ def train(
     routers = list(model.routers().values())
     seed = config.seed + config.seed_offset
     log_path, folder = _log_path(place), _checkpoint_folder(place)
-    start, log = _resume(model, optimizer, parameters, config, folder, log_path)
+    before, began = spent(place), time.perf_counter()
+    about = {"config": json.dumps(config.to_json()), "origin": json.dumps(dict(origin or {}))}
+    start, log = _resume(model, optimizer, parameters, about, folder, log_path)
     sharding.renew(model.decoder)
     parallel.require_same(start, f"the step of {folder}, which must lie on a disk that all share,")
     log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,9 +167,12 @@ def train(
             log.append(line)
             log_file.write(json.dumps(line) + "\n")
             log_file.flush()
-            if writes and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+            done = step + 1
+            # The last one too: what follows, such as encoding a corpus, may take longer still.
+            if writes and (done % config.checkpoint_every == 0 or done == config.steps):
                 os.fsync(log_file.fileno())  # the log is never behind its checkpoint
-                _save(optimizer, parameters, config, folder, step + 1)
+                seconds = before + time.perf_counter() - began
+                _save(optimizer, parameters, about | {"seconds": f"{seconds}"}, folder, done)
             bar.update()
             bar.set_postfix({k[5:]: f"{v:.3f}" for k, v in line.items() if k.startswith("loss_")})
     model.eval()
@@ -189,40 +201,54 @@ def _checkpoint_folder(place: Path) -> Path:
     return place.with_name(place.name + ".checkpoint")
 
 
+def spent(place: Path) -> float:
+    """Seconds that the steps took which a checkpoint holds; 0 where there is none."""
+    path = _checkpoint_folder(place) / STATE
+    return float(weights.read_metadata(path).get("seconds", 0)) if path.exists() else 0.0
+
+
 def forget(place: Path) -> None:
     """Remove a finished trial's checkpoint and log; the result holds the curve."""
     shutil.rmtree(_checkpoint_folder(place), ignore_errors=True)
     _log_path(place).unlink(missing_ok=True)
 
 
-def _save(optimizer, parameters: dict, config: Config, folder: Path, step: int) -> None:
-    """One safetensors file, renamed into place: parameters, Adam's moments, step and config."""
+def _save(optimizer, parameters: dict, about: dict[str, str], folder: Path, step: int) -> None:
+    """One safetensors file, renamed into place: parameters, Adam's moments, and what they are."""
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"parameter.{name}"] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = torch.as_tensor(value)
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"step": str(step), "config": json.dumps(config.to_json())}
-    weights.save(tensors, folder / "state.safetensors", metadata)
+    weights.save(tensors, folder / STATE, about | {"step": str(step)})
 
 
 @torch.no_grad()
 def _resume(
-    model: UniMoER, optimizer, parameters: dict, config: Config, folder: Path, log_path: Path
+    model: UniMoER,
+    optimizer,
+    parameters: dict,
+    about: dict[str, str],
+    folder: Path,
+    log_path: Path,
 ) -> tuple[int, list[dict]]:
     """Load the checkpoint if there is one; (first step to do, log of the steps before it)."""
-    path = folder / "state.safetensors"
+    path = folder / STATE
     writes = parallel.rank() == 0
     if not path.exists():
         if writes:
             log_path.unlink(missing_ok=True)
         return 0, []
     metadata = weights.read_metadata(path)
-    if json.loads(metadata["config"]) != json.loads(json.dumps(config.to_json())):
-        raise ValueError(
-            f"{path} belongs to a run with another config: remove {folder} to start anew"
-        )
+    for what, text in about.items():
+        was, now = json.loads(metadata.get(what, "{}")), json.loads(text)
+        if other := [f"{k}: {was.get(k)!r} there, {now.get(k)!r} here"
+                     for k in was | now if was.get(k) != now.get(k)]:  # fmt: skip
+            raise ValueError(
+                f"{path} belongs to a run with another {what} ({', '.join(other)}): remove "
+                f"{folder} to start anew"
+            )
     step, tensors = int(metadata["step"]), load_file(path, device=str(model.device))
     for name, parameter in parameters.items():
         parameter.copy_(tensors[f"parameter.{name}"])

@@ -28,6 +28,7 @@ import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from eval import retrieval
 from eval.collections import Collection
-from eval.files import write_array, write_json, write_text
+from eval.files import locked, write_array, write_json, write_text
 from eval.machine import device_name
 from model import saved
 from model.unimoer import UniMoER
@@ -132,8 +133,8 @@ def mine(
         negatives than asked for before `fill`) and `none` (no negative at all).
     Raises:
         ValueError: the folder holds something else, or was mined with other models, data, settings
-            or on another device; there is no train split, or the pool is too small to fill from; or
-            reranker or teacher score lists.
+            or on another device, or another process is at it; there is no train split, or the pool
+            is too small to fill from; or reranker or teacher score lists.
     """
     names = {name for name in (retriever, reranker, teacher) if name not in ("", LEXICAL)}
     for name in {reranker, teacher} - {""}:
@@ -145,39 +146,39 @@ def mine(
     order = training_queries(collection, settings.queries)
     if not order:
         raise ValueError(f"{collection.name}: no training query has a relevant document")
-    manifest = _begin(
-        folder,
-        {
-            "format": FORMAT,
-            "retriever": LEXICAL if retriever == LEXICAL else revision(retriever),
-            "reranker": revision(reranker) if reranker else "",
-            "teacher": revision(teacher) if teacher else "",
-            "scores": "sigmoid" if reranker else "bm25" if retriever == LEXICAL else "cosine",
-            "data": {"name": collection.name, "fingerprint": collection.fingerprint},
-            **json.loads(json.dumps(asdict(settings))),
-            "device": device_name(device) if names else "",  # BM25 is the same everywhere
-        },
-    )
-    if "sha256" in manifest:
-        return manifest
-    size = settings.part
-    parts = {
-        folder / "parts" / f"{i:06d}.jsonl": order[at : at + size]
-        for i, at in enumerate(range(0, len(order), size))
+    identity = {
+        "format": FORMAT,
+        "retriever": LEXICAL if retriever == LEXICAL else revision(retriever),
+        "reranker": revision(reranker) if reranker else "",
+        "teacher": revision(teacher) if teacher else "",
+        "scores": "sigmoid" if reranker else "bm25" if retriever == LEXICAL else "cosine",
+        "data": {"name": collection.name, "fingerprint": collection.fingerprint},
+        **json.loads(json.dumps(asdict(settings))),
+        "device": device_name(device) if names else "",  # BM25 is the same everywhere
     }
-    if todo := {path: queries for path, queries in parts.items() if not path.exists()}:
-        models = {name: UniMoER.from_pretrained(name, device) for name in names}
-        pool = collection.pools["train"]
-        if retriever == LEXICAL:
-            search, score = _lexical(collection)
-        else:
-            search, score = _dense(models[retriever], collection, pool, folder / "vectors")
-        again = _sigmoid(_logits(models[reranker], collection)) if reranker else None
-        judge = _logits(models[teacher], collection) if teacher else None
-        for path, queries in tqdm(todo.items(), desc="mine", unit="part", leave=False):
-            rows = _part(queries, collection, settings, search, score, again, judge)
-            write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-    return _finish(folder, manifest, list(parts), settings.negatives)
+    busy = "another process mines into it: wait for it, or choose another --out"
+    with locked(folder, busy):
+        manifest = _begin(folder, identity)
+        if "sha256" in manifest:
+            return manifest
+        size = settings.part
+        parts = {
+            folder / "parts" / f"{i:06d}.jsonl": order[at : at + size]
+            for i, at in enumerate(range(0, len(order), size))
+        }
+        if todo := {path: queries for path, queries in parts.items() if not path.exists()}:
+            models = {name: UniMoER.from_pretrained(name, device) for name in names}
+            pool = collection.pools["train"]
+            if retriever == LEXICAL:
+                search, score = _lexical(collection)
+            else:
+                search, score = _dense(models[retriever], collection, pool, folder / "vectors")
+            again = _sigmoid(_logits(models[reranker], collection)) if reranker else None
+            judge = _logits(models[teacher], collection) if teacher else None
+            for path, queries in tqdm(todo.items(), desc="mine", unit="part", leave=False):
+                rows = _part(queries, collection, settings, search, score, again, judge)
+                write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        return _finish(folder, manifest, list(parts), settings.negatives)
 
 
 def _part(
@@ -308,11 +309,15 @@ def _dense(
         return best
 
     def score(pairs: list[tuple[str, str]]) -> list[float]:
-        found = []
-        opened = [np.load(path, mmap_mode="r") for path in shards]
-        for query, document in pairs:
-            shard, row = place[document]
-            found.append(float(asked[query] @ torch.from_numpy(np.array(opened[shard][row]))))
+        found = [0.0] * len(pairs)
+        at = [place[document] for _, document in pairs]
+        for shard, run in groupby(
+            sorted(range(len(pairs)), key=at.__getitem__), lambda i: at[i][0]
+        ):
+            there = np.load(shards[shard], mmap_mode="r")  # one open at a time
+            for i in run:
+                vector = torch.from_numpy(np.array(there[at[i][1]]))
+                found[i] = float(asked[pairs[i][0]] @ vector)
         return found
 
     return search, score
@@ -338,7 +343,7 @@ def _begin(folder: Path, identity: dict) -> dict:
     """The manifest that is there, if it is of this run; else a new one."""
     path = folder / MANIFEST
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and was not mined: choose another --out")
         write_json(path, identity)
         return identity

@@ -3,36 +3,35 @@
 import hashlib
 import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from eval.collections import Collection, load
-from eval.machine import device_name, peak_bytes, trim_heap
+from eval.machine import peak_bytes, trim_heap
 from eval.protocol import EvaluationSet, Scores
-from model import parallel, sharding
+from model import bases, parallel, sharding
 from model.layers import RMSNorm
 from model.lora import LinearGroup, LoRAConfig
 from model.prefix import LIMIT, TextSet, prefix_states
 from model.router import SIMILARITY, RouterConfig
 from model.tokens import Prompts
 from model.unimoer import ModelConfig, UniMoER
+from model.weights import revision
 from train.batches import TrainingData
-from train.loop import Callback, train
+from train.loop import Callback, spent, train
 from train.mixture import training_data
 from train.negatives import mined_sha256
 from train.pilots import fit_pilots
+from train.provenance import made_by
 from train.start import Held, begin
 from trials import Config, parts
 
-ROOT = Path(__file__).parent.parent
 SCHEMA = 1
 TRIM_EVERY = 4  # steps
 MEASURED = ("measured_on", "split")  # what may differ between how it is trained and measured
@@ -120,13 +119,15 @@ class Workbench:
     def __init__(
         self, data: str, device: str, cache: Path, keep_prefix: bool, kernels: str = "auto"
     ):
+        made_by(device)  # the code as it is now, not when the first trial ends
         self.device, self.cache, self.keep_prefix = device, cache, keep_prefix
         self.kernels = kernels
         # Several are trained on together; the first is what is measured.
         self.collections = [load(part, cache / "data") for part in parts(data)]
         self.collection: Collection = self.collections[0]
+        self._bases: dict[tuple[str, str | None], str] = {}
         self._sets: dict[str, TextSet] = {}
-        self._evaluation: dict[str, EvaluationSet] = {}
+        self._evaluation: tuple[str, EvaluationSet] | None = None
 
     def model(self, config: Config) -> UniMoER:
         """A new model.
@@ -148,10 +149,13 @@ class Workbench:
         return made
 
     def states(self, model: UniMoER, config: Config) -> Callable[[list[list[int]], str], TextSet]:
-        """Turns token ids into a TextSet, with prefix states where the config wants them."""
+        """Turns token ids into a TextSet, with prefix states where the config wants them.
+
+        With `shard` the lower layers are run again: each process has but a share of their weights.
+        """
 
         def make(ids: list[list[int]], title: str) -> TextSet:
-            if not config.prefix or config.adapter_layers == 0 or not ids:
+            if not config.prefix or config.shard or config.adapter_layers == 0 or not ids:
                 return TextSet(ids)
             tokens = sum(len(row) for row in ids)
             if 2 * tokens * model.decoder.config.hidden_size > LIMIT:
@@ -159,7 +163,8 @@ class Workbench:
             fields = (config.adapter_layers, config.dtype, config.causal)
             text = json.dumps([ids, *fields, model.identity])
             key = hashlib.sha256(text.encode()).hexdigest()
-            if key not in self._sets:
+            found = self._sets.get(key)
+            if found is None:
                 with (
                     parallel.first(),  # it makes the file, the others find it
                     tqdm(total=tokens, desc=title, unit="token", leave=False) as bar,
@@ -176,10 +181,19 @@ class Workbench:
                         self.cache / "prefix" if self.keep_prefix else None,
                         advance=advance,
                     )
-                self._sets[key] = TextSet(ids, states)
-            return self._sets[key]
+                found = TextSet(ids, states)
+                if not parallel.apart():
+                    self._sets[key] = found
+            return found
 
         return make
+
+    def base_of(self, config: Config) -> str:
+        """The fingerprint of the config's base."""
+        key = config.base, config.revision
+        if key not in self._bases:
+            self._bases[key] = str(bases.identity(bases.resolve(*key))["fingerprint"])
+        return self._bases[key]
 
     @property
     def mixture(self) -> str:
@@ -192,18 +206,25 @@ class Workbench:
         return training_data(self.collections, model.tokenizer, config, states)
 
     def evaluation(self, model: UniMoER, config: Config) -> EvaluationSet:
-        """The evaluation set; one is kept, for trials that differ only in arm and seed."""
+        """The evaluation set; one is kept, for trials that differ only in arm and seed.
+
+        Apart from the other processes of a job nothing is kept: they would not have it, and who
+        has something and who has not would then not wait for each other in the same places.
+        """
         names = (
             "split", "retrieval_depth", "candidates", "reranking_queries", "document_tokens",
             "query_prompt", "document_prompt", "pair_prompt", "reranking_pooling", "prefix",
-            "adapter_layers", "layers", "dtype", "causal", "end_token", "rerank_head",
+            "adapter_layers", "layers", "dtype", "causal", "end_token", "rerank_head", "shard",
         )  # fmt: skip
         key = json.dumps([getattr(config, name) for name in names] + [model.identity])
-        if key not in self._evaluation:
-            states = self.states(model, config)  # which holds the model
-            made = EvaluationSet(self.collection, model.tokenizer, config, states)
-            self._evaluation = {key: made}
-        return self._evaluation[key]
+        if self._evaluation and self._evaluation[0] == key:
+            made = self._evaluation[1]
+            return made.read_by(model.tokenizer) if parallel.apart() else made
+        states = partial(self.states, config=config)
+        made = EvaluationSet(self.collection, model.tokenizer, config, states)
+        if not parallel.apart():
+            self._evaluation = key, made
+        return made
 
 
 # Makes a callback of the training loop for a trial, or None.
@@ -216,9 +237,10 @@ def run_trial(
     """Train and evaluate one arm with one seed; the result as it is stored.
 
     watch: what is to be measured during training; its numbers go into the curve.
-    The trained model lies beside it as `<place>.model`, for `UniMoER.from_pretrained`.
+    The trained model lies beside it as `<place>.model`, for `UniMoER.from_pretrained`. Seconds are
+    those of the steps that were kept, also where the trial was stopped and gone on with.
     """
-    started = time.perf_counter()
+    started, before = time.perf_counter(), spent(place)
     model = bench.model(config)
     merged = begin(model, config, place)
     sharding.renew(model.decoder)
@@ -237,13 +259,19 @@ def run_trial(
                 trim_heap()
 
         title = f"{arm} seed {config.seed}"
-        log = train(model, data, config, place, callback=after_step, title=title)
+        origin = {"base": str(model.identity["fingerprint"]), "data": bench.collection.fingerprint,
+                  "mixture": bench.mixture}  # fmt: skip
+        log = train(model, data, config, place, callback=after_step, title=title, origin=origin)
     trained = time.perf_counter()
-    scores = _scores(model, config, bench)
-    ended = time.perf_counter()
     if parallel.rank() == 0:
         model.save_pretrained(place.with_name(place.name + ".model"))
-    seconds = {"prepare": prepared - started, "train": trained - prepared, "test": ended - trained}
+    saved = time.perf_counter()
+    scores = _scores(model, config, bench)
+    seconds = {
+        "prepare": prepared - started,
+        "train": before + trained - prepared,
+        "test": time.perf_counter() - saved,
+    }
     parameters = sum(p.numel() for p in model.trained().values())
     parameters = parameters - Held(model, config.frozen).count if config.steps else 0
     return {
@@ -257,17 +285,21 @@ def run_trial(
     }
 
 
-def measure_trial(config: Config, arm: str, place: Path, bench: Workbench) -> dict:
+def model_of(path: Path) -> str | None:
+    """What the trained model of a result is, `weights.revision`; None where it is gone."""
+    folder = path.with_suffix(".model")
+    return revision(folder) if folder.exists() else None
+
+
+def measure_trial(config: Config, arm: str, source: Path, bench: Workbench) -> dict:
     """A trained trial, measured on `config.measured_on`: its result with the scores there.
 
     Args:
-        place: <runs>/<experiment>/<setting>-on-<name>/<arm>/seed<k>; it was trained in <setting>.
+        source: of the result where it was trained, <runs>/<experiment>/<setting>/<arm>/seed<k>.json
         bench: of the collection that is measured.
     Raises:
         ValueError: it is not finished there, or was trained with another config.
     """
-    home = place.parents[1]
-    source = home.with_name(home.name.rpartition("-on-")[0]) / arm / f"{place.name}.json"
     model_folder = source.with_suffix(".model")
     if not (source.exists() and model_folder.exists()):
         raise ValueError(f"there is no {source} with its model: train it before it is measured")
@@ -282,7 +314,8 @@ def measure_trial(config: Config, arm: str, place: Path, bench: Workbench) -> di
     return {
         **trained,
         **_record(config, arm, bench, model),
-        "trained": {k: trained[k] for k in ("data", "git", "sources", "versions", "device")},
+        "trained": {k: trained[k] for k in ("data", "git", "sources", "versions", "device")}
+        | {"model": revision(model_folder)},
         "scores": scores,
         "seconds": {**trained["seconds"], "test": time.perf_counter() - started},
         "peak_bytes": peak_bytes(bench.device),
@@ -343,37 +376,6 @@ def _record(config: Config, arm: str, bench: Workbench, model: UniMoER) -> dict:
         "processes": parallel.world(),
         "kernels": "triton" if model.decoder.fused else "torch",
     }
-
-
-def _git() -> dict:
-    def ask(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changed = ask("status", "--porcelain", "--untracked-files=no")
-    return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(changed)}
-
-
-def made_by(device: str, *more: str) -> dict:
-    """The commit, sources, versions and device that make a result. more: see `sources`."""
-    return {
-        "git": _git(),
-        "sources": sources(*more),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "numpy", "tokenizers", "bm25s")},
-        },
-        "device": device_name(device),
-    }
-
-
-def sources(*more: str) -> str:
-    """One hash over the modules that produce the numbers of trials. more: folders beside theirs."""
-    digest = hashlib.sha256()
-    for folder in ("kernels", "model", "eval", "train", *more):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def _body_parameters(model: UniMoER) -> int:

@@ -9,10 +9,10 @@ import torch
 import experiments
 from analysis import ablation
 from eval.collections import load
-from eval.protocol import EvaluationSet
+from eval.protocol import EvaluationSet, without_states
 from model.packed import pack
 from model.unimoer import UniMoER
-from tests.train.tiny import build, tiny_config, tokens_only, write_collection
+from tests.train.tiny import build, tiny_config, write_collection
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def made(tiny_base: Path, data: Path) -> tuple[UniMoER, EvaluationSet]:
         for name, parameter in model.trained().items():
             if ".lora_B" in name:
                 parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
-    return model, EvaluationSet(load(str(data)), model.tokenizer, texts.config, tokens_only)
+    return model, EvaluationSet(load(str(data)), model.tokenizer, texts.config, without_states)
 
 
 def hidden(model: UniMoER, evaluation: EvaluationSet, base: bool = False) -> torch.Tensor:

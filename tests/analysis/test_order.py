@@ -12,10 +12,10 @@ from analysis import order
 from analysis.measures import MEASURES
 from eval import order as evaluated
 from eval.collections import load
-from eval.protocol import EvaluationSet
+from eval.protocol import EvaluationSet, without_states
 from model.unimoer import UniMoER
 from tests.analysis.made import Maker, write_json
-from tests.train.tiny import NOISY_MOE, tiny_config, tokens_only, write_collection
+from tests.train.tiny import NOISY_MOE, tiny_config, write_collection
 from train.trial import model_config
 
 SCORES = {  # reranking; MoE adds 1 point pointwise, 5 listwise and 1 by pseudo-query
@@ -138,7 +138,7 @@ def test_measured_of_a_saved_model(tiny_base: Path, tmp_path: Path) -> None:
     model = UniMoER(model_config(config))
     place = tmp_path / "arm" / "seed0"
     model.save_pretrained(place.with_name("seed0.model"))
-    evaluation = EvaluationSet(load(config.data), model.tokenizer, config, tokens_only)
+    evaluation = EvaluationSet(load(config.data), model.tokenizer, config, without_states)
     found = order.measure(model, evaluation, lambda: pytest.fail("no training data"), config, place)
     part = evaluation.sample(5)
     assert found["order"] == evaluated.sensitivity(model, part, order.ORDERS)

@@ -115,7 +115,7 @@ def test_publishing_a_collection_renews_the_page_that_shows_it(
         maker.arm("emb-only", {"embedding": 0.5})
         maker.arm("rank-only", {"reranking": 0.5})
         maker.arm("joint-single", {"embedding": 0.5, "reranking": 0.45})
-        words = ["publish", "kill_gate", "--scale", "smoke", "--data", data]
+        words = ["publish", "kill_gate", "--scale", "smoke", "--data", data, "--partial"]
         assert run.main([*words, "--runs", str(tmp_path / "runs")]) == 0
     results = tmp_path / "results"
     assert "[smoke-scifact](kill_gate/smoke-scifact/" in (results / "smoke.md").read_text()

@@ -17,9 +17,9 @@ from analysis.page import over_seeds
 from analysis.subspace import between, factor, rank_for, stir
 from eval import stats
 from eval.collections import load
-from eval.protocol import EvaluationSet
+from eval.protocol import EvaluationSet, without_states
 from model.packed import pack
-from tests.train.tiny import build, tiny_config, tokens_only, write_collection
+from tests.train.tiny import build, tiny_config, write_collection
 from train.loop import train
 
 
@@ -219,7 +219,7 @@ def trained(arm: str, base: Path, data: Path, place: Path, **changes):
     model, texts = build(config)
     train(model, texts, config, place)
     model.save_pretrained(place.with_name(f"{place.name}.model"))
-    return model, EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only), texts
+    return model, EvaluationSet(load(str(data)), model.tokenizer, config, without_states), texts
 
 
 def test_features_are_the_means_of_what_the_next_block_reads(

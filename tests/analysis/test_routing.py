@@ -9,8 +9,8 @@ import pytest
 import experiments
 from analysis import routes, routing
 from eval.collections import load
-from eval.protocol import EvaluationSet
-from tests.train.tiny import build, tiny_config, tokens_only, write_collection
+from eval.protocol import EvaluationSet, without_states
+from tests.train.tiny import build, tiny_config, write_collection
 
 EXPERTS = ("embedding", "reranking", "shared")
 N, LAYERS = 80, 2
@@ -131,7 +131,7 @@ def test_weights_of_a_model_are_those_of_its_texts(
     row = {**experiments.SPARSEGEN, "ranks": (4, 4, 4), **changes}
     config = tiny_config(tiny_base, data, **row)
     model, _ = build(config)
-    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only)
+    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, without_states)
     found = routing.measure(model, evaluation, 6)
     assert found is not None and found["texts"] == dict.fromkeys(routing.KINDS, 6)
     assert len(found["means"]["pair"]) == 2 and found["first_layer"] == 2
@@ -151,7 +151,7 @@ def test_a_router_that_reads_the_task_and_one_that_cannot(
         tiny_base, data, **{**experiments.SPARSEGEN, "ranks": (4, 4, 4), "router": router}
     )
     model, _ = build(config)
-    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only)
+    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, without_states)
     found = routing.measure(model, evaluation, 8)
     assert found is not None and len(found["task"]) == 2
     for row, read in zip(found["task"], found["decoded"], strict=True):
@@ -166,7 +166,7 @@ def test_without_its_template_a_pair_has_the_same_words(tiny_base: Path, tmp_pat
     data = write_collection(tmp_path / "tiny")
     config = tiny_config(tiny_base, data, document_tokens=2, pair_prompt="{query}\n{document}")
     model, _ = build(config)
-    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only)
+    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, without_states)
     ids, _ = routing.inputs(evaluation, 6)
     assert ids["bare pair"] == ids["pair"] and len({len(row) for row in ids["document"]}) == 1
 
@@ -175,5 +175,5 @@ def test_a_model_without_a_router_has_no_routing(tiny_base: Path, tmp_path: Path
     data = write_collection(tmp_path / "tiny")
     config = tiny_config(tiny_base, data)
     model, _ = build(config)
-    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, tokens_only)
+    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, without_states)
     assert routing.measure(model, evaluation, 4) is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import corpus, encoding, reranking, timing, training
+from bench import corpus, encoding, index, reranking, timing, training
 from model.heads import LinearScore
 from model.unimoer import UniMoER
 from tests.train.tiny import write_collection
@@ -180,6 +180,22 @@ def test_corpora_of_growing_size(base, bench):
     assert f"| 30 | {rows[1]['tokens']:,} | " in command.corpus_table(rows)
     with pytest.raises(ValueError, match="encoding 3 texts ended with an error"):
         corpus.run(bench, "nowhere/at/all", counts=(3,))
+
+
+def test_indexes_of_growing_size():
+    texts = index.Drawn(50)
+    assert texts[3:5] == [texts[3], texts[4]] and texts[3] != texts[4]
+    assert {len(text.split()) for text in texts} == {index.WORDS}
+    words = " ".join(texts).split()
+    assert words.count("w0") > 2 * words.count("w9") > 0  # after Zipf: ten times as frequent
+    rows = index.run(counts=(200, 20_000))
+    assert [row["documents"] for row in rows] == [200, 20_000]
+    for row in rows:
+        assert 0 < row["before_bytes"] <= row["made_bytes"] <= row["peak_bytes"]
+    assert index.growth(rows, "peak_bytes") > index.growth(rows, "made_bytes") > 4 * index.WORDS
+    assert "| 20,000 | " in command.index_table(rows)
+    with pytest.raises(ValueError, match="indexing 0 documents ended with an error"):
+        index.run(counts=(0,))
 
 
 def test_the_record(base, bench, monkeypatch, tmp_path, capsys):

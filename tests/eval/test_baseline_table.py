@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from eval.retrieval import search
 from experiments import ON_BASE, PAIR
 from model import bases
 from model.pseudo import ByPseudoQuery, PseudoQuery
+from model.saved import read_config
 from model.unimoer import UniMoER
 from tests.eval import qwen
 from tests.train.tiny import tiny_config, write_collection
@@ -138,6 +140,32 @@ def test_all_rows(run, data: Path, folders, saved: list[Path], tmp_path: Path) -
     # A pseudo-query needs no head: its model is the saved one without that.
     assert sizes["task-seed0"] == sizes["task-seed0-pseudo-query"] + 33
     assert sizes["task-seed0"] == sizes["joint-single-seed0"]
+
+
+def test_the_untrained_base_of_saved_models(
+    run, data: Path, tiny_base: Path, saved: list[Path], tmp_path: Path
+) -> None:
+    """One row for the models that read in one way, with a bare model's vectors and few numbers."""
+    deeper = tmp_path / "deeper" / "seed0.model"
+    UniMoER(model_config(tiny_config(tiny_base, data, layers=3))).save_pretrained(deeper)
+    folders = [*map(str, saved), str(deeper)]
+    code, out, err = run("--rows", "bm25", "--models", *folders, "--untrained")
+    assert code == 0, err
+    rows = [name for name in lines(out) if name.endswith("-untrained")]
+    assert rows == ["joint-single-seed0-untrained", "deeper-seed0-untrained"]
+    found = result(tmp_path, rows[0])
+    bare = UniMoER(replace(read_config(saved[0])[0], lora=None, router=None))
+    collection = load(str(data))
+    queries, documents = list(collection.qrels["test"]), list(collection.pools["test"])
+    near = search(
+        bare.encode_query([collection.queries[q] for q in queries]),
+        bare.encode_document([collection.corpus[d] for d in documents]), queries, documents, 20,
+    )  # fmt: skip
+    assert found["scores"]["embedding"] == evaluate(collection.qrels["test"], near)
+    trained = result(tmp_path, "joint-single-seed0")
+    assert found["scores"]["reranking"] != trained["scores"]["reranking"]
+    tensors = bare.decoder.named_weights().values()
+    assert found["parameters"] == sum(t.numel() for t in tensors) < trained["parameters"]
 
 
 def test_the_scores_are_those_of_the_models(run, data: Path, folders, tmp_path: Path) -> None:

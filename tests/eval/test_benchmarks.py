@@ -1,6 +1,7 @@
 """`python -m eval beir` on every benchmark, end to end: a tiny model and a few real texts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from eval import hub as H
 from eval import metrics
 from eval.benchmarks import summary, tables
 from eval.collections import load
+from eval.protocol import EvaluationSet
 from eval.retrieval import search
 from model.prefix import TextSet
 from model.tokens import Prompts, Tokenizer
@@ -73,7 +75,7 @@ def test_all_of_beir(hub, run, tmp_path: Path) -> None:
     write_collection(tmp_path / "cache" / "data" / "robust04")
     code, out, _ = run("--data", "all")
     assert code == 0
-    text = (tmp_path / "out" / "beir" / "arm-seed0" / "summary.md").read_text()
+    text = (tmp_path / "out" / "beir" / "arm-seed0" / "summary-beir.md").read_text()
     assert text.strip() in out
     rows = {}
     for name in H.BEIR:
@@ -225,7 +227,45 @@ def test_results_from_before_there_were_dimensions_are_read(run, tmp_path: Path)
     del old["dimensions"]
     file.write_text(json.dumps(old))
     assert run("--data", str(place))[0] == 0
-    assert not (file.parent / "summary.md").exists()  # one collection needs none
+    assert not [*file.parent.glob("summary*")]  # one collection needs none
+
+
+@pytest.mark.parametrize("moment", ["a window", "reranking", "the untrained base"])
+def test_a_collection_that_was_stopped_goes_on(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """What was finished is not computed again, and the result is the same to the last bit."""
+    place = write_collection(tmp_path / "Tiny")
+    monkeypatch.setattr("eval.protocol.WINDOW", 10)  # of 42 documents
+    words = ("--data", str(place), "--dimensions", "8", "--untrained")
+    assert run(*words)[0] == 0
+    whole = result(tmp_path, "tiny-test")
+    shutil.rmtree(tmp_path / "out")
+    name = {"a window": "_search", "reranking": "reranking", "the untrained base": "untrained"}
+    stage, calls = getattr(EvaluationSet, name[moment]), []
+
+    def stopped(*args, **options):
+        calls.append(args)
+        if len(calls) == (3 if moment == "a window" else 1):
+            raise KeyboardInterrupt
+        return stage(*args, **options)
+
+    monkeypatch.setattr(EvaluationSet, name[moment], stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(*words)
+    part = tmp_path / "out" / "beir" / "arm-seed0" / "tiny-test.json.part"
+    assert part.is_dir() and not part.with_suffix("").exists()
+    code, _, err = run(*words[:4])  # another setting
+    assert code == 2 and "holds pieces of a run that was stopped, with another asked" in err
+    if moment != "a window":  # what is finished cannot be asked for once more
+        monkeypatch.setattr(EvaluationSet, "_search", None)
+        monkeypatch.setattr(
+            EvaluationSet, "retrieval", lambda *_, **__: whole["untrained"]["embedding"]
+        )
+    assert run(*words)[0] == 0
+    assert result(tmp_path, "tiny-test") == whole and not part.exists()
+    if moment == "a window":  # two before, the third again, then two, and five of the bare base
+        assert len(calls) == 3 + 3 + 5
 
 
 def test_the_groups_are_tables_of_their_own() -> None:

@@ -25,12 +25,12 @@ from eval import __main__ as program
 from eval import metrics, mteb_adapter
 from eval.collections import load
 from eval.hub import MIRACL, MMARCO
-from eval.protocol import EvaluationSet
+from eval.protocol import EvaluationSet, without_states
 from experiments import Config
 from model.unimoer import UniMoER
 from model.weights import revision
 from tests.eval.shared import real
-from tests.train.tiny import NOISY_MOE, moved, tiny_config, tokens_only, write_collection
+from tests.train.tiny import NOISY_MOE, moved, tiny_config, write_collection
 from train.trial import model_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mteb's own
@@ -71,7 +71,7 @@ def test_the_scores_are_ours(
     name: str, model: UniMoER, config: Config, data: Path, tmp_path: Path
 ) -> None:
     place = data if name == "Tiny" else real(name)
-    evaluation = EvaluationSet(load(str(place)), model.tokenizer, config, tokens_only)
+    evaluation = EvaluationSet(load(str(place)), model.tokenizer, config, without_states)
     sides = (mteb_adapter.Encoder(model, "unimoer/x", "1"),
              mteb_adapter.CrossEncoder(model, "unimoer/x-reranker", "1"))  # fmt: skip
     assert isinstance(sides[0], EncoderProtocol) and isinstance(sides[1], CrossEncoderProtocol)

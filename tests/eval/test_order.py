@@ -12,12 +12,12 @@ from torch import Tensor
 
 from eval import metrics, order
 from eval.collections import Collection, load
-from eval.protocol import EvaluationSet
+from eval.protocol import EvaluationSet, without_states
 from eval.rerank import to_run
 from experiments import Config
 from model.pseudo import PseudoQuery
 from model.unimoer import UniMoER
-from tests.train.tiny import NOISY_MOE, moved, tiny_config, tokens_only, write_collection
+from tests.train.tiny import NOISY_MOE, moved, tiny_config, write_collection
 
 LOST = "q37"  # its words are in no document, so it has no candidates
 Make = Callable[..., EvaluationSet]
@@ -46,7 +46,7 @@ def pointwise(config: Config) -> UniMoER:
 
 @pytest.fixture(scope="module")
 def evaluation(config: Config, collection: Collection, listwise: UniMoER) -> EvaluationSet:
-    return EvaluationSet(collection, listwise.tokenizer, config, tokens_only)
+    return EvaluationSet(collection, listwise.tokenizer, config, without_states)
 
 
 # Reranking of lists ---------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_equal_scores_are_ranked_as_trec_eval_does(evaluation, listwise, monkeyp
 
 def test_one_candidate_has_no_order(evaluation, config, collection, listwise) -> None:
     single = EvaluationSet(
-        collection, listwise.tokenizer, replace(config, candidates=1), tokens_only
+        collection, listwise.tokenizer, replace(config, candidates=1), without_states
     )
     found = order.sensitivity(listwise, single, 2)
     assert found["tau"] is None and found["spread"] == pytest.approx(0, abs=1e-9)

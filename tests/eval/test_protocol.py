@@ -10,7 +10,7 @@ import torch
 from eval import metrics
 from eval.bm25 import BM25
 from eval.collections import Collection, load
-from eval.protocol import EvaluationSet
+from eval.protocol import EvaluationSet, without_states
 from eval.rerank import random_heads, to_run
 from experiments import Config
 from model.heads import pool
@@ -41,7 +41,9 @@ def model(config: Config) -> UniMoER:
 @pytest.fixture(scope="module")
 def make(config: Config, collection: Collection, model: UniMoER) -> Make:
     def make(**changes) -> EvaluationSet:
-        return EvaluationSet(collection, model.tokenizer, replace(config, **changes), tokens_only)
+        return EvaluationSet(
+            collection, model.tokenizer, replace(config, **changes), without_states
+        )
 
     return make
 
@@ -117,7 +119,7 @@ def test_the_split_decides_queries_and_pool(make, collection):
     dev = make(split="dev")
     assert dev.queries == list(collection.qrels["dev"])
     own = replace(collection, pools={**collection.pools, "dev": ["d24", "d25", "d0"]})
-    evaluation = EvaluationSet(own, dev.tokenizer, dev.config, tokens_only)
+    evaluation = EvaluationSet(own, dev.tokenizer, dev.config, without_states)
     assert evaluation.documents == ["d24", "d25", "d0"]
     assert {d for _, d in evaluation.pairs} <= {"d24", "d25", "d0"}
     with pytest.raises(ValueError, match="tiny has no final split"):
@@ -128,7 +130,7 @@ def test_clusters_are_domains_where_there_are_any(make, collection, model, confi
     assert make().clusters == {q: q for q in collection.qrels["test"]}
     first = next(iter(collection.qrels["test"]))
     labelled = replace(collection, domain={first: "os"})
-    evaluation = EvaluationSet(labelled, model.tokenizer, config, tokens_only)
+    evaluation = EvaluationSet(labelled, model.tokenizer, config, without_states)
     assert evaluation.clusters[first] == "os" and evaluation.clusters[LOST] == LOST
 
 
@@ -235,7 +237,7 @@ def test_a_large_corpus_is_searched_window_by_window(make, collection, model, mo
     first = next(iter(collection.qrels["test"]))
     struck = replace(collection, excluded={first: list(collection.pools["test"])[:3]})
     whole = make(retrieval_depth=5)
-    whole = EvaluationSet(struck, model.tokenizer, whole.config, tokens_only)
+    whole = EvaluationSet(struck, model.tokenizer, whole.config, without_states)
     expected, vectors = whole.retrieved(model, (4, 8))
     assert vectors is not None and len({str(scores) for scores in expected}) == 3
     monkeypatch.setattr("eval.protocol.WINDOW", size)
@@ -265,7 +267,7 @@ def test_what_is_excluded_is_taken_out_before_the_cut(collection, model, config,
     out = [top[first][0], "d0", top[first][2]]  # two of the best, one that is far down
     struck = replace(collection, excluded={first: out})
     settings = replace(config, candidates=3, retrieval_depth=4)
-    evaluation = EvaluationSet(struck, model.tokenizer, settings, tokens_only)
+    evaluation = EvaluationSet(struck, model.tokenizer, settings, without_states)
     left = [d for d in top[first] if d not in out]
     assert list(evaluation.bm25[first]) == left[:4]
     assert list(evaluation.candidates[first]) == left[:3]
@@ -286,7 +288,7 @@ def test_what_is_excluded_is_taken_out_before_the_cut(collection, model, config,
            for q, row in ranked.items()}  # fmt: skip
     run = {q: dict(list(row.items())[:30]) for q, row in run.items()}
     settings = replace(config, retrieval_depth=30)
-    found = EvaluationSet(struck, model.tokenizer, settings, tokens_only).retrieval(model)
+    found = EvaluationSet(struck, model.tokenizer, settings, without_states).retrieval(model)
     assert found == metrics.evaluate(free.qrels, run)
     before = make(retrieval_depth=30).retrieval(model)
     assert found[first]["recip_rank"] > before[first]["recip_rank"]
@@ -296,7 +298,7 @@ def test_what_is_excluded_is_taken_out_before_the_cut(collection, model, config,
 def test_the_collection_s_own_prompt_goes_before_queries_alone(collection, model, config, make):
     template = "Instruct: find it\nQuery: {query}"
     own = replace(collection, query_prompt=template)
-    evaluation = EvaluationSet(own, model.tokenizer, config, tokens_only)
+    evaluation = EvaluationSet(own, model.tokenizer, config, without_states)
     assert evaluation.tokenizer.prompts == replace(model.tokenizer.prompts, query=template)
     assert model.tokenizer.prompts.query == config.query_prompt  # the model keeps its own
     plain = make().vectors(model)

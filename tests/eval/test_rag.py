@@ -13,6 +13,7 @@ import torch
 from eval import __main__ as program
 from eval import hub, large, rag
 from eval.collections import load
+from eval.stages import Stages
 from eval.vectors import Vectors, encode
 from experiments import SPARSEGEN
 from model.generate import generate
@@ -100,7 +101,7 @@ def test_vectors_of_something_else(folder: Path, data: Path, tmp_path: Path) -> 
         ValueError, match="holds vectors of the model .*, expected those of .*other"
     ):
         rag.measure(str(tmp_path / "other"), "one", collection, "test", {}, rag.Settings(), "cpu",
-                    stored)  # fmt: skip
+                    stored, Stages(tmp_path / "of.json", {}))  # fmt: skip
     stored.path(0).unlink()
     with pytest.raises(ValueError, match="1 of 1 shards are missing"):
         rag.Pipeline([model] * 3, collection, stored, rag.Settings())
@@ -157,10 +158,12 @@ def test_specialists_take_the_place_of_one_model_thrice(
         path = tmp_path / "out" / "rag" / "arm-seed0" / f"tiny-test-{side}.json"
         found = json.loads(path.read_text())
         read[side] = [row["read"] for row in found["questions"].values()]
-        assert [of["revision"] for of in found["specialists"]] == list(map(revision, both))
+        mine = list(map(revision, both)) if side == "three" else []
+        assert [of["revision"] for of in found["specialists"] or []] == mine
     assert read["three"] == [row[::-1] for row in read["one"]]
     assert program.main([*line, "--sides", "three"]) == 2  # those were of other models
     assert "is of another model" in capsys.readouterr().err
+    assert program.main([*line, "--sides", "one"]) == 0  # which they have no part in
 
 
 def test_right_answers_count(folder: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
@@ -171,11 +174,21 @@ def test_right_answers_count(folder: Path, data: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(rag.Pipeline, "ask", lambda self, query: (
         f"The {answers[query][0]}.", [], dict.fromkeys(rag.STAGES, 0.1)))  # fmt: skip
     stored = encoded(folder, data, tmp_path)
-    found = rag.measure(
-        str(folder), "one", collection, "test", answers, rag.Settings(), "cpu", stored
-    )
+    stages = Stages(tmp_path / "result.json", {})
+
+    def measure() -> dict:
+        settings = rag.Settings()
+        line = str(folder), "one", collection, "test", answers, settings, "cpu", stored, stages
+        return rag.measure(*line)
+
+    found = measure()
     assert (found["exact_match"], found["f1"], found["found"]) == (1, 1, 0)
     assert found["latency"]["together"]["p95"] == pytest.approx(0.3)
+    # Started again it asks none of them a second time.
+    monkeypatch.setattr(rag.Pipeline, "ask", None)
+    again = measure()
+    assert again["questions"] == found["questions"]
+    assert again["peak_bytes"] >= found["peak_bytes"]
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_decision_table(embedding, reranking, seeds, decision):
     got = stats.decide({"embedding": embedding, "reranking": reranking}, seeds)
     assert got["decision"] == decision
     assert not got["supported"]
-    for name, t in (("embedding", embedding), ("reranking", reranking)):
+    for name, t in (("retrieval", embedding), ("reranking", reranking)):
         assert (f"{name} is not measurable" in got["reason"]) == (not t["measurable"])
 
 

@@ -194,14 +194,14 @@ def test_the_checkpoint_of_another_config_is_refused(run, noisy, tmp_path):
     with pytest.raises(Stopped):
         run(noisy, place, stop_after(4))
     before = (tmp_path / "seed0.checkpoint" / "state.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=r"seed0\.checkpoint.*another config: remove"):
+    with pytest.raises(ValueError, match=r"seed0\.checkpoint.*another config \(.*remove"):
         run(replace(noisy, learning_rate=1e-4), place)
     assert (tmp_path / "seed0.checkpoint" / "state.safetensors").read_bytes() == before
     # A field of another version is another config as well, not a TypeError.
     path = tmp_path / "seed0.checkpoint" / "state.safetensors"
     later = json.dumps(noisy.to_json() | {"a later field": 1})
     weights.save(load_file(path), path, {**weights.read_metadata(path), "config": later})
-    with pytest.raises(ValueError, match="another config: remove"):
+    with pytest.raises(ValueError, match="another config .*remove"):
         run(noisy, place)
     forget(place)
     assert list(tmp_path.iterdir()) == []

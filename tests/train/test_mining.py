@@ -202,7 +202,7 @@ def test_an_embedder_by_the_definition(
     manifest = mine(tmp_path / "out", collection, settings, folders[0])
     assert manifest["scores"] == "cosine"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "manifest.json", "negatives.jsonl",
+        ".lock", "manifest.json", "negatives.jsonl",
     ]  # fmt: skip
     model = UniMoER.from_pretrained(folders[0])
     names = list(collection.corpus)

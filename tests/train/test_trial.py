@@ -1,11 +1,14 @@
 """What the trials of a process share."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from model import parallel
 from tests.train.tiny import tiny_config, write_collection
-from train import trial
+from train import loop, trial
+from train.loop import spent
 from train.trial import Workbench
 
 
@@ -23,3 +26,60 @@ def test_no_states_are_kept_beyond_the_limit(
     monkeypatch.setattr(trial, "LIMIT", size - 1)
     found = bench.states(model, config)(ids, "texts")
     assert found.states is None and found.ids == ids
+
+
+def test_what_is_done_apart_from_the_others_is_not_kept(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 alone looks into models: what only it had would part it from the others later."""
+    data = write_collection(tmp_path / "tiny")
+    config = tiny_config(tiny_base, data, prefix=True)
+    bench = Workbench(str(data), "cpu", tmp_path / "cache", True)
+    model = bench.model(config)
+    monkeypatch.setattr(parallel, "apart", lambda: True)
+    alone = bench.evaluation(model, config)
+    scores = alone.pair_scores(model)
+    assert not bench._sets and bench._evaluation is None
+    monkeypatch.setattr(parallel, "apart", lambda: False)
+    kept = bench.evaluation(model, config)
+    assert kept is bench.evaluation(model, config) is not alone and not kept._sets
+    assert kept.pair_scores(model).equal(scores) and bench._sets
+    monkeypatch.setattr(parallel, "apart", lambda: True)
+    assert bench.evaluation(model, config) is not kept
+
+
+def test_a_sharded_base_keeps_no_states(tiny_base: Path, tmp_path: Path) -> None:
+    """The processes would have to compute them together."""
+    data = write_collection(tmp_path / "tiny")
+    config = tiny_config(tiny_base, data, prefix=True)
+    bench = Workbench(str(data), "cpu", tmp_path / "cache", True)
+    model = bench.model(config)
+    assert bench.states(model, replace(config, shard=True))([[1, 2]], "texts").states is None
+
+
+def test_the_time_of_a_trial_that_was_stopped(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is that of all steps that were kept, and the last of them is kept before the scores."""
+    data = write_collection(tmp_path / "tiny")
+    config = tiny_config(tiny_base, data)
+    bench = Workbench(str(data), "cpu", tmp_path / "cache", False)
+    place = tmp_path / "runs" / "arm" / "seed0"
+    scores = trial._scores
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trial, "_scores", die)
+    with pytest.raises(KeyboardInterrupt):
+        trial.run_trial(config, "arm", place, bench)
+    before = spent(place)
+    assert before > 0 and place.with_name("seed0.model").is_dir()
+    monkeypatch.setattr(trial, "_scores", scores)
+    monkeypatch.setattr(loop, "run", die)  # no step is taken again
+    result = trial.run_trial(config, "arm", place, bench)
+    assert before < result["seconds"]["train"] < before + 5 and len(result["curve"]) == config.steps
+    # A checkpoint of other data under the same name is not gone on from.
+    bench.collection = replace(bench.collection, fingerprint="other")
+    with pytest.raises(ValueError, match=r"another origin .*other.*remove .*seed0\.checkpoint"):
+        trial.run_trial(config, "arm", place, bench)

@@ -1,0 +1,117 @@
+"""The tables of a verdict in Markdown: scores, interference, what is won back."""
+
+from collections.abc import Callable
+from typing import Any
+
+from analysis.figures import (
+    METRIC,
+    METRICS,
+    REFERENCE_ROWS,
+    SECONDS,
+    TASKS,
+    label,
+    p_value,
+    percent,
+    score,
+    span,
+    table,
+)
+
+OTHER = [(t, m) for t in TASKS for m in METRICS if m != METRIC]
+OTHER.remove(("reranking", "recall_100"))  # the candidates set it, no arm changes it
+AGAINST = (
+    "The other arms against Joint-Single, in points of nDCG@10 with 95 % intervals; above 0 the "
+    "arm is the better one. Holm: p adjusted over all differences of the table. Detectable: the "
+    "smallest difference that this run would find with 80 % power at Holm's first step. Won back: "
+    "what the arm is above Joint-Single as a share of that loss, told only where the loss's "
+    "interval excludes 0, adjusted or not."
+)
+
+
+def arms_tables(verdict: dict[str, Any]) -> str:
+    """nDCG@10 with intervals, seeds and cost; then the other metrics. Scores are x 100."""
+    main, other = [], []
+    for name, text in REFERENCE_ROWS.items():
+        found = verdict["references"][name]
+        cells = [f"{100 * found[t][METRIC]:.2f}" if t in found else "-" for t in TASKS]
+        main.append([text, *cells, "-", "-", "-"])
+        other.append([text, *_others(found)])
+    for arm, row in verdict["arms"].items():
+        absent = {t: "missing" if t in row["tasks"] else "-" for t in TASKS}
+        cells = [score(row["scores"][t]) if t in row["scores"] else absent[t] for t in TASKS]
+        late = f" (missing: {', '.join(map(str, row['missing_seeds']))})"
+        cells.append(f"{len(row['seeds'])}{late if row['missing_seeds'] else ''}")
+        cost = [f"{row['trainable_parameters'] or 0:,}", f"{row['training_seconds'] or 0:,.0f}"]
+        main.append([label(arm), *cells, *(cost if row["seeds"] else "--")])
+        other.append([label(arm), *_others(row["scores"])])
+    head = ["", *(f"{name} nDCG@10" for name in TASKS.values())]
+    return table([*head, "seeds", "trainable parameters", SECONDS], main) + table(
+        ["", *(f"{TASKS[task]} {METRICS[m]}" for task, m in OTHER)], other
+    )
+
+
+def _others(found: dict[str, dict[str, float]]) -> list[str]:
+    return [f"{100 * found[task][m]:.2f}" if task in found else "-" for task, m in OTHER]
+
+
+def effects_table(tasks: dict[str, dict[str, Any]], joint: str) -> str:
+    """What `stats.verdict` gives for each task, a statistic a row."""
+    if not tasks:
+        return "Not run.\n\n"
+
+    def measurable(t: dict[str, Any]) -> str:
+        gain = f"specialist {100 * (t['specialist'] - t['base']):+.2f} over the base"
+        return f"{'yes' if t['measurable'] else '**no**'}: {gain}"
+
+    def gain(t: dict[str, Any]) -> str:
+        interval = t["gain_normalised_interval"]
+        return f"{percent(t['gain_normalised'], 100)} {span(interval, 100) if interval else ''}"
+
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "specialist, nDCG@10": lambda t: f"{100 * t['specialist']:.2f}",
+        f"{joint}, nDCG@10": lambda t: f"{100 * t['joint']:.2f}",
+        "**interference I**": lambda t: f"**{percent(t['interference'])}**",
+        "95 % interval of I": lambda t: span(t["interval"], 1, " %"),
+        "p of I = 0 (crossed t)": lambda t: p_value(t["p"]),
+        "p, Holm over the tasks": lambda t: p_value(t["p_holm"]),
+        "p, randomisation (these models, new queries)": lambda t: p_value(t["p_randomisation"]),
+        "p of \\|I\\| ≥ 2 % (equivalence)": lambda t: p_value(t["p_equivalence"]),
+        "gain-normalised I": gain,
+        "detectable I (power 80 %)": lambda t: percent(t["smallest_detectable_effect"]),
+        "measurable (+5.00 needed)": measurable,
+    }
+    cells = [[name, *(read(t) for t in tasks.values())] for name, read in rows.items()]
+    return table(["", *(TASKS[task] for task in tasks)], cells)
+
+
+def back(found: dict[str, Any]) -> str:
+    """What is won back of the joint arm's loss, or why that is not told."""
+    if found["won_back"] is None:
+        return f"not told: {found['won_back_reason']}" if "won_back_reason" in found else "-"
+    return f"{100 * found['won_back']:.0f} % {span(found['won_back_interval'], 100, ' %', 0)}"
+
+
+def won_back(verdict: dict[str, Any]) -> str:
+    """What Joint-MoE wins back, beside every other arm's difference to the joint arm."""
+    text = "".join(f"- {TASKS[task]}: {back(f)}\n" for task, f in verdict["tasks"].items())
+    rows = []
+    for arm, row in verdict["arms"].items():
+        cells = []
+        for task in TASKS:
+            found = row["against_joint"].get(task)
+            cells += ["-"] * 4 if found is None else [
+                f"{found['difference']:+.2f} {span(found['interval'])}",
+                f"{p_value(found['p'])} ({p_value(found['p_holm'])})",
+                "-" if found["detectable"] is None else f"{found['detectable']:.2f}",
+                back(found),
+            ]  # fmt: skip
+        if row["against_joint"]:
+            rows.append([label(arm), *cells, f"{row['trainable_parameters']:,}"])
+    if not rows:
+        return text or "Not run.\n"
+    head = [
+        f"{name}, {what}"
+        for name in TASKS.values()
+        for what in ("points", "p (Holm)", "detectable", "won back")
+    ]
+    return f"{text}\n{AGAINST}\n\n{table(['', *head, 'trainable parameters'], rows)}"

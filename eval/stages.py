@@ -1,0 +1,70 @@
+"""A result that takes hours, in pieces that outlive the process."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.files import write_array, write_json, write_text
+
+
+class Stages:
+    """The pieces of one result: what is there is not computed again, and `done` removes them.
+
+    Args:
+        place: of the result; the pieces lie in `<place>.part/` beside it.
+        identity: what they are of, as JSON.
+    Raises:
+        ValueError: those that are there are of something else.
+    """
+
+    def __init__(self, place: Path, identity: dict[str, Any]):
+        self.folder = place.with_name(f"{place.name}.part")
+        of, note = json.loads(json.dumps(identity)), self.folder / "of.json"
+        if note.exists() and (was := json.loads(note.read_text())) != of:
+            other = [key for key in of.keys() | was.keys() if of.get(key) != was.get(key)]
+            raise ValueError(
+                f"{self.folder} holds pieces of a run that was stopped, with another "
+                f"{', '.join(sorted(other))}: remove it, or give the same command again"
+            )
+        write_json(note, of)
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """A piece, read or made and written; a JSON value."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            write_json(path, {"made": make()})
+        return json.loads(path.read_text())["made"]
+
+    def latest(self, name: str) -> tuple[int, np.ndarray] | None:
+        """The last array of `advance`, and how far it had come."""
+        found = sorted(self.folder.glob(f"{name}-[0-9]*.npy"))
+        return (int(found[-1].stem.rpartition("-")[2]), np.load(found[-1])) if found else None
+
+    def advance(self, name: str, end: int, array: np.ndarray) -> None:
+        """Keep an array in place of the one before; `end`: how far it has come."""
+        before = list(self.folder.glob(f"{name}-[0-9]*.npy"))
+        write_array(self.folder / f"{name}-{end:012}.npy", array)
+        for path in before:
+            path.unlink()
+
+    def rows(self, name: str) -> list[Any]:
+        """What `append` has kept, in its order."""
+        path = self.folder / f"{name}.jsonl"
+        if not path.exists():
+            return []
+        whole = path.read_text().rpartition("\n")[0]  # of the last line a kill may leave a part
+        write_text(path, whole + "\n" if whole else "")
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def append(self, name: str, row: Any) -> None:
+        """Keep one more JSON value."""
+        with open(self.folder / f"{name}.jsonl", "a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def done(self) -> None:
+        """The result is stored."""
+        shutil.rmtree(self.folder, ignore_errors=True)

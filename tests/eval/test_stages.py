@@ -1,0 +1,54 @@
+"""Pieces of a long result."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval.stages import Stages
+
+
+def forbidden() -> None:
+    raise AssertionError("this is there already")
+
+
+def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+    stages = Stages(tmp_path / "result.json", {"depth": 3, "widths": (1, 2)})
+    made = {"q": {"map": 0.1 + 0.2}}
+    assert stages.kept("retrieval", lambda: made) == made
+    again = Stages(tmp_path / "result.json", {"depth": 3, "widths": (1, 2)})
+    assert again.kept("retrieval", forbidden) == made
+    again.done()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pieces_of_something_else(tmp_path: Path) -> None:
+    Stages(tmp_path / "result.json", {"depth": 3, "device": "cpu"}).kept("a", lambda: 1)
+    with pytest.raises(ValueError, match=r"result.json.part holds pieces .* another depth: remove"):
+        Stages(tmp_path / "result.json", {"depth": 4, "device": "cpu"})
+
+
+def test_an_array_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    stages = Stages(tmp_path / "result.json", {})
+    assert stages.latest("keys") is None
+    for end in (9, 10, 200):
+        stages.advance("keys", end, np.full(2, end))
+    stages.advance("keys-of-base", 5, np.zeros(1))
+    end, found = stages.latest("keys") or (0, np.zeros(0))
+    assert end == 200 and found.tolist() == [200, 200]
+    assert len(list(stages.folder.glob("*.npy"))) == 2
+    # Killed between the new one and the removal of the old.
+    np.save(stages.folder / "keys-000000000010.npy", np.zeros(2))
+    assert (stages.latest("keys") or (0,))[0] == 200
+
+
+def test_a_line_that_a_kill_cut_is_left_out(tmp_path: Path) -> None:
+    stages = Stages(tmp_path / "result.json", {})
+    assert stages.rows("questions") == []
+    for row in ({"q": 1}, {"q": "zwei"}):
+        stages.append("questions", row)
+    with open(stages.folder / "questions.jsonl", "a") as file:
+        file.write('{"q": 3')
+    assert stages.rows("questions") == [{"q": 1}, {"q": "zwei"}]
+    stages.append("questions", {"q": 4})
+    assert stages.rows("questions")[-1] == {"q": 4}
