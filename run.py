@@ -19,6 +19,7 @@ from analysis import (
     compare,
     conflict,
     gradients,
+    judge,
     leaderboard,
     measures,
     order,
@@ -47,6 +48,7 @@ from model.config import DTYPES
 from scales import SCALES
 from train.loop import NonFiniteLoss, forget
 from train.mixture import training_steps
+from train.provenance import sources
 from train.start import check_starts
 from train.trial import (
     Workbench,
@@ -99,6 +101,7 @@ def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> N
 
 
 def command_run(args: argparse.Namespace) -> None:
+    sources("analysis")  # of measures: as it is now, not when the first is taken
     overrides = {
         key: value
         for key, value in (("base", args.base), ("data", args.data), ("split", args.split))
@@ -130,9 +133,13 @@ def command_run(args: argparse.Namespace) -> None:
         for arm in chosen:
             config = experiments.config(args.experiment, arm, args.scale, seed, **overrides)
             trials.append((arm, resolved(config)))
-    made: dict[Config, str] = {}
+    made, where = {}, {k: v for k, v in overrides.items() if k in ("base", "data", "split")}
     for arm, config in trials:
-        if (other := made.setdefault(config, arm)) != arm:
+        other = made.setdefault(config, arm)
+        # Planned twins, such as a rank that a width happens to give, stand for each other.
+        apart = {experiments.config(args.experiment, a, args.scale, config.seed, **where)
+                 for a in (arm, other)}  # fmt: skip
+        if len(apart) > 1 and other != arm:
             raise ValueError(
                 f"--set makes {other} and {arm} the same trial: leave out what sets them apart, or "
                 "choose other --arms"
@@ -211,7 +218,8 @@ def evaluate(
         path = place.with_suffix(".json")
         source = setting_folder(args) / arm / f"seed{trained.seed}.json"
         result = reuse.stored(path, config, bench)
-        if result and result["trained"].get("model") not in (None, model_of(source)):
+        known = result and result["trained"].get("model"), model_of(source)
+        if all(known) and known[0] != known[1]:
             raise ValueError(
                 f"{path} is of another model than {source}, which was trained anew: move "
                 f"{folder} away first"
@@ -295,9 +303,13 @@ def command_publish(args: argparse.Namespace) -> None:
     seeds = experiments.seeds(args.experiment, args.scale)
     absent = [f"{arm} {seed}" for arm in arms for seed in range(seeds)
               if not (folder / arm / f"seed{seed}.json").exists()]  # fmt: skip
+    for name in experiments.EXPERIMENTS[args.experiment].measures:
+        for arm in arms:
+            there = [(folder / judge.measure_file(arm, name, s)).exists() for s in range(seeds)]
+            absent += [f"{name} of {arm} {s}" for s in range(seeds) if any(there) and not there[s]]
     if absent and not args.partial:
         raise ValueError(
-            f"{folder} lacks {len(absent)} trials (arm, seed): {', '.join(absent)}. Run them, or "
+            f"{folder} lacks {len(absent)} results (arm, seed): {', '.join(absent)}. Run them, or "
             "publish what there is with --partial: the report names what is missing"
         )
     # What cannot be reported is not published.

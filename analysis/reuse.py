@@ -11,6 +11,7 @@ from analysis import gradients
 from eval.machine import device_name
 from model import parallel
 from train.provenance import sources
+from train.start import started_from
 from train.trial import Workbench
 from trials import Config
 
@@ -32,14 +33,21 @@ def stored(path: Path, config: Config, bench: Workbench) -> dict | None:
         raise ValueError(f"{path} was made with another config ({shown}): move it away first")
     now = {"data": bench.collection.fingerprint, "data beside": bench.mixture,
            "base": bench.base_of(config), "kernels": bench.kernels}  # fmt: skip
-    was = {"data": result["data"]["fingerprint"], "data beside": result["data"].get("mixture", ""),
-           "base": result["base"]["fingerprint"], "kernels": result["kernels"]}  # fmt: skip
+    of = result["data"]
+    was = {"data": of["fingerprint"], "data beside": of.get("mixture", ""),
+           "base": result["base"]["fingerprint"],
+           "kernels": result.get("kernels", "torch")}  # fmt: skip
     if bench.kernels == "auto":
         now["kernels"] = was["kernels"]
     if other := [name for name in now if was[name] != now[name]]:
         shown = ", ".join(f"{name}: {was[name]} there, {now[name]} here" for name in other)
         raise ValueError(
             f"{path} is of another {' and '.join(other)} ({shown}): move it away first"
+        )
+    now, was = started_from(config, path), result.get("started_from", {})
+    if other := [arm for arm in now if was.get(arm) and now[arm] and was[arm] != now[arm]]:
+        raise ValueError(
+            f"{path} began as {', '.join(other)}, trained anew since: move it away first"
         )
     if result["sources"] != sources():
         print(f"warning: the source has changed since {path} was made", file=sys.stderr)
@@ -54,7 +62,8 @@ def same(result: dict, config: Config, bench: Workbench) -> bool:
         and result["device"] == device_name(bench.device)
         and result["data"]["fingerprint"] == bench.collection.fingerprint
         and result["data"].get("mixture", "") == bench.mixture
-        and bench.kernels in ("auto", result["kernels"])
+        and bench.kernels in ("auto", result.get("kernels", "torch"))
+        and result["base"]["fingerprint"] == bench.base_of(config)
     )
 
 

@@ -119,7 +119,8 @@ def answer(args: argparse.Namespace) -> None:
                 write_json(place, {"model": args.name, **mine, **made})
                 stages.done()
             result = json.loads(place.read_text())
-            if {k: result.get(k) for k in mine} != mine:
+            asked_of = mine if side == "three" else origin  # once stored for all sides
+            if {k: result.get(k) for k in asked_of} != asked_of:
                 raise ValueError(
                     f"{place} is of another model, data, setting or device: move it away, or give "
                     "another --name"

@@ -120,9 +120,7 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
             "ceiling": {"reranking": evaluation.ceiling()},
         }  # fmt: skip
         if args.untrained:
-            result["untrained"] = stages.kept(
-                "untrained", lambda: evaluation.untrained(model, progress=True, keep=stages)
-            )
+            result["untrained"] = evaluation.untrained(model, progress=True, keep=stages)
         write_json(place, result)
         stages.done()
     show(result)

@@ -281,20 +281,28 @@ class EvaluationSet:
     ) -> dict[str, Scores]:
         """The bare base: its vectors as they are, and the mean of 20 random relevance heads. keep:
         as of `retrieved`."""
-        texts = self._set("reranking", model)
         weights = head_weights(model.decoder.config.hidden_size).to(model.device)
-        scores = torch.zeros(len(texts.ids), HEADS)
 
         def score(batch, states, base) -> tuple[Tensor, list[Tensor]]:
             read, routing = model.pooled(batch, "reranking", states, base)
             return read.float() @ weights, routing
 
-        for indices, rows in in_batches(
-            model.decoder, texts, score, base=True, progress=progress, shared=True, trie=True
-        ):
-            scores[indices] = rows
-        scores = parallel.together(scores, model.device)
+        def reranking() -> Scores:
+            texts = self._set("reranking", model)
+            scores = torch.zeros(len(texts.ids), HEADS)
+            for indices, rows in in_batches(
+                model.decoder, texts, score, base=True, progress=progress, shared=True, trie=True
+            ):
+                scores[indices] = rows
+            scores = parallel.together(scores, model.device)
+            return over_heads(scores, self.pairs, self.reranking_qrels)
+
+        def retrieval() -> Scores:
+            return self.retrieval(model, base=True, progress=progress, keep=keep)
+
+        if keep is None:
+            return {"embedding": retrieval(), "reranking": reranking()}
         return {
-            "embedding": self.retrieval(model, base=True, progress=progress, keep=keep),
-            "reranking": over_heads(scores, self.pairs, self.reranking_qrels),
+            "embedding": keep.kept("retrieval-of-base", retrieval),
+            "reranking": keep.kept("reranking-of-base", reranking),
         }

@@ -24,7 +24,8 @@ class Stages:
     def __init__(self, place: Path, identity: dict[str, Any]):
         self.folder = place.with_name(f"{place.name}.part")
         of, note = json.loads(json.dumps(identity)), self.folder / "of.json"
-        if note.exists() and (was := json.loads(note.read_text())) != of:
+        begun = self.folder.is_dir() and any(p != note for p in self.folder.glob("[!.]*"))
+        if begun and note.exists() and (was := json.loads(note.read_text())) != of:
             other = [key for key in of.keys() | was.keys() if of.get(key) != was.get(key)]
             raise ValueError(
                 f"{self.folder} holds pieces of a run that was stopped, with another "
@@ -46,10 +47,11 @@ class Stages:
 
     def advance(self, name: str, end: int, array: np.ndarray) -> None:
         """Keep an array in place of the one before; `end`: how far it has come."""
-        before = list(self.folder.glob(f"{name}-[0-9]*.npy"))
-        write_array(self.folder / f"{name}-{end:012}.npy", array)
-        for path in before:
-            path.unlink()
+        mine = self.folder / f"{name}-{end:012}.npy"
+        write_array(mine, array)
+        for path in self.folder.glob(f"{name}-[0-9]*.npy"):
+            if path.name < mine.name:  # of a process that came further, where two do the same
+                path.unlink(missing_ok=True)
 
     def rows(self, name: str) -> list[Any]:
         """What `append` has kept, in its order."""
@@ -62,6 +64,7 @@ class Stages:
 
     def append(self, name: str, row: Any) -> None:
         """Keep one more JSON value."""
+        self.folder.mkdir(parents=True, exist_ok=True)  # `done` in a process that did the same
         with open(self.folder / f"{name}.jsonl", "a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 

@@ -569,7 +569,7 @@ def test_publish_copies_what_is_quoted(copy, words, setting, tmp_path, monkeypat
     target.mkdir(parents=True)
     (target / "old.json").write_text("{}")  # of an earlier time
     assert run.main(words(tmp_path / "runs", command="publish")) == 2
-    assert "lacks 10 trials (arm, seed): emb-only 1, emb-only 2, rank-only 0" in (
+    assert "lacks 10 results (arm, seed): emb-only 1, emb-only 2, rank-only 0" in (
         capsys.readouterr().err
     ) and (target / "old.json").exists()  # fmt: skip
     assert run.main(words(tmp_path / "runs", "--partial", command="publish")) == 0

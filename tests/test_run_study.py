@@ -191,3 +191,19 @@ def test_every_experiment_goes_from_data_to_its_report(
     for figure in re.findall(r"!\[\w+\]\((\w+\.png)\)", text):
         assert (folder / figure).exists()
     assert r"\toprule" in (folder / "tables.tex").read_text()
+
+
+def test_arms_that_are_equal_by_plan_stand_for_each_other(tmp_path, monkeypatch, capsys) -> None:
+    """Rank in proportion to a width may be the rank that another arm has anyway."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments, "width", lambda base: 64 * 16)
+    monkeypatch.setattr(run, "check_starts", stop)
+    line = ["run", "scale_study", "--scale", "full", "--seeds", "1", "--device", "cpu",
+            "--runs", str(tmp_path), "--arms", "emb-only"]  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        run.main([*line, "emb-only-w64"])
+    assert run.main([*line, "emb-only-r4", "--set", "ranks=[8]"]) == 2
+    assert "--set makes emb-only and emb-only-r4 the same trial" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -69,7 +70,7 @@ def train(
     *,
     callback: Callback | None = None,
     title: str = "train",
-    origin: Mapping[str, str] | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> list[dict]:
     """Train experts, routers and head in place; return the log, one line per step.
 

@@ -156,6 +156,9 @@ def mine(
         **json.loads(json.dumps(asdict(settings))),
         "device": device_name(device) if names else "",  # BM25 is the same everywhere
     }
+    if (folder / MANIFEST).exists() and "sha256" in (found := _begin(folder, identity)):
+        return found
+    _require_ours(folder)
     busy = "another process mines into it: wait for it, or choose another --out"
     with locked(folder, busy):
         manifest = _begin(folder, identity)
@@ -339,12 +342,17 @@ def _sigmoid(logits: Score) -> Score:
 # The folder --------------------------------------------------------------------------------------
 
 
+def _require_ours(folder: Path) -> None:
+    """Raise ValueError if a folder without a manifest holds something."""
+    if folder.exists() and not (folder / MANIFEST).exists():
+        if any(not p.name.startswith(".") for p in folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and was not mined: choose another --out")
+
+
 def _begin(folder: Path, identity: dict) -> dict:
     """The manifest that is there, if it is of this run; else a new one."""
     path = folder / MANIFEST
     if not path.exists():
-        if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and was not mined: choose another --out")
         write_json(path, identity)
         return identity
     manifest = read_manifest(path)

@@ -30,6 +30,17 @@ def check_starts(trials: list[tuple[str, Config]], folder: Path) -> None:
         known.add((arm, config.seed))
 
 
+def started_from(config: Config, place: Path) -> dict[str, str | None]:
+    """arm -> what its trained model is (`weights.revision`), of the arms that this trial begins as;
+    None where that is gone. place: of the trial's files, with any suffix."""
+    folders = {
+        arm: place.parent.parent / arm / f"seed{config.seed}.model"
+        for arms in config.starts().values()
+        for arm in arms
+    }
+    return {arm: weights.revision(at) if at.exists() else None for arm, at in folders.items()}
+
+
 @torch.no_grad()
 def begin(model: UniMoER, config: Config, place: Path) -> dict[str, float]:
     """Put into the parts that `config.start` names what other arms have made of theirs.

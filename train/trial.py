@@ -29,7 +29,7 @@ from train.mixture import training_data
 from train.negatives import mined_sha256
 from train.pilots import fit_pilots
 from train.provenance import made_by
-from train.start import Held, begin
+from train.start import Held, begin, started_from
 from trials import Config, parts
 
 SCHEMA = 1
@@ -240,7 +240,7 @@ def run_trial(
     The trained model lies beside it as `<place>.model`, for `UniMoER.from_pretrained`. Seconds are
     those of the steps that were kept, also where the trial was stopped and gone on with.
     """
-    started, before = time.perf_counter(), spent(place)
+    entered, before, started = time.perf_counter(), spent(place), started_from(config, place)
     model = bench.model(config)
     merged = begin(model, config, place)
     sharding.renew(model.decoder)
@@ -259,8 +259,11 @@ def run_trial(
                 trim_heap()
 
         title = f"{arm} seed {config.seed}"
-        origin = {"base": str(model.identity["fingerprint"]), "data": bench.collection.fingerprint,
-                  "mixture": bench.mixture}  # fmt: skip
+        origin = {
+            "base": model.identity["fingerprint"], "data": bench.collection.fingerprint,
+            "mixture": bench.mixture, "kernels": "triton" if model.decoder.fused else "torch",
+            "start": started,
+        }  # fmt: skip
         log = train(model, data, config, place, callback=after_step, title=title, origin=origin)
     trained = time.perf_counter()
     if parallel.rank() == 0:
@@ -268,7 +271,7 @@ def run_trial(
     saved = time.perf_counter()
     scores = _scores(model, config, bench)
     seconds = {
-        "prepare": prepared - started,
+        "prepare": prepared - entered,
         "train": before + trained - prepared,
         "test": time.perf_counter() - saved,
     }
@@ -280,6 +283,7 @@ def run_trial(
         "curve": log,
         "trainable_parameters": parameters,
         "merged_energy": merged,
+        **({"started_from": started} if started else {}),
         "seconds": seconds,
         "peak_bytes": peak_bytes(bench.device),
     }

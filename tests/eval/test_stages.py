@@ -26,6 +26,9 @@ def test_pieces_of_something_else(tmp_path: Path) -> None:
     Stages(tmp_path / "result.json", {"depth": 3, "device": "cpu"}).kept("a", lambda: 1)
     with pytest.raises(ValueError, match=r"result.json.part holds pieces .* another depth: remove"):
         Stages(tmp_path / "result.json", {"depth": 4, "device": "cpu"})
+    # Nothing was finished there yet.
+    Stages(tmp_path / "other.json", {"depth": 3})
+    assert Stages(tmp_path / "other.json", {"depth": 4}).kept("a", lambda: 1) == 1
 
 
 def test_an_array_takes_the_place_of_the_one_before(tmp_path: Path) -> None:

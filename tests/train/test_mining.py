@@ -346,6 +346,7 @@ def test_a_mixture_is_refused(collection: Collection, folders: list[str], tmp_pa
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match="is not empty and was not mined"):
         mine(tmp_path / "mine", collection, WIDE, LEXICAL)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
 def test_data_that_cannot_be_mined(collection: Collection, tmp_path: Path) -> None:
