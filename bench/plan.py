@@ -34,7 +34,7 @@ LINK = 300e9  # bytes/s of gradients between two cards, each way (NVLink of an A
 TOKEN = 40  # bytes of a token id in a list: a pointer and an int
 # Bytes of BM25's index a document of 56 words, at its peak and once it is made: the growth from
 # 100,000 to 300,000 made-up texts, which `make bench` measures (bench/index.py).
-BM25_PEAK, BM25_MADE = 2270, 770
+BM25_PEAK, BM25_MADE = 2680, 1280
 WORD, SAMPLE = 1.4, 1000  # tokens of a word, and texts counted, where COLLECTIONS says nothing
 HERE = "here"  # the price's key of the machine that is probed
 
