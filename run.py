@@ -49,12 +49,11 @@ from scales import SCALES
 from train.loop import NonFiniteLoss, forget
 from train.mixture import training_steps
 from train.provenance import sources
-from train.start import check_starts
+from train.start import check_starts, model_of
 from train.trial import (
     Workbench,
     measure_trial,
     model_config,
-    model_of,
     repeatable,
     resolved,
     run_baselines,

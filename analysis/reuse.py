@@ -31,18 +31,10 @@ def stored(path: Path, config: Config, bench: Workbench) -> dict | None:
         differ = [k for k in new if old.get(k) != new[k]] + sorted(old.keys() - new.keys())
         shown = ", ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in differ)
         raise ValueError(f"{path} was made with another config ({shown}): move it away first")
-    now = {"data": bench.collection.fingerprint, "data beside": bench.mixture,
-           "base": bench.base_of(config), "kernels": bench.kernels}  # fmt: skip
-    of = result["data"]
-    was = {"data": of["fingerprint"], "data beside": of.get("mixture", ""),
-           "base": result["base"]["fingerprint"],
-           "kernels": result.get("kernels", "torch")}  # fmt: skip
-    if bench.kernels == "auto":
-        now["kernels"] = was["kernels"]
-    if other := [name for name in now if was[name] != now[name]]:
-        shown = ", ".join(f"{name}: {was[name]} there, {now[name]} here" for name in other)
+    if other := _differs(result, config, bench):
         raise ValueError(
-            f"{path} is of another {' and '.join(other)} ({shown}): move it away first"
+            f"{path} is of another {' and '.join(other)} ({', '.join(other.values())}): move it "
+            "away first"
         )
     now, was = started_from(config, path), result.get("started_from", {})
     if other := [arm for arm in now if was.get(arm) and now[arm] and was[arm] != now[arm]]:
@@ -54,16 +46,29 @@ def stored(path: Path, config: Config, bench: Workbench) -> dict | None:
     return result
 
 
+def _differs(result: dict, config: Config, bench: Workbench) -> dict[str, str]:
+    """What a result is of, beside its config, where that is not what there is here; as text."""
+    data, kernels = result["data"], result.get("kernels", "torch")
+    pairs = {
+        "data": (data["fingerprint"], bench.collection.fingerprint),
+        "data beside": (data.get("mixture", ""), bench.mixture),
+        "base": (result["base"]["fingerprint"], bench.base_of(config)),
+        "kernels": (kernels, kernels if bench.kernels == "auto" else bench.kernels),
+    }
+    return {
+        name: f"{name}: {there} there, {here} here"
+        for name, (there, here) in pairs.items()
+        if there != here
+    }
+
+
 def same(result: dict, config: Config, bench: Workbench) -> bool:
     """Whether a stored result is of this config, source, data and device."""
     return (
         result["config"] == json.loads(json.dumps(config.to_json()))
         and result["sources"] == sources()
         and result["device"] == device_name(bench.device)
-        and result["data"]["fingerprint"] == bench.collection.fingerprint
-        and result["data"].get("mixture", "") == bench.mixture
-        and bench.kernels in ("auto", result.get("kernels", "torch"))
-        and result["base"]["fingerprint"] == bench.base_of(config)
+        and not _differs(result, config, bench)
     )
 
 

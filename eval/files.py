@@ -37,16 +37,18 @@ def whole(path: Path, mark: str = "") -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def locked(folder: Path, busy: str, name: str = ".lock") -> Iterator[None]:
+def locked(folder: Path, busy: str = "", name: str = ".lock") -> Iterator[None]:
     """Hold a folder's lock, which the system frees however the process ends.
 
+    Args:
+        busy: what another process does that holds it; "": wait for that one.
     Raises:
-        ValueError: another process holds it; `busy` says what that one does.
+        ValueError: with `busy`, where another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / name, "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
             raise ValueError(f"{folder}: {busy}") from None
         yield

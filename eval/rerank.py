@@ -16,25 +16,13 @@ def to_run(scores: Tensor, pairs: list[tuple[str, str]]) -> dict[str, dict[str, 
     return run
 
 
-def random_heads(
-    pooled: Tensor,
-    pairs: list[tuple[str, str]],
-    qrels: dict[str, dict[str, int]],
-    heads: int = HEADS,
-) -> dict[str, dict[str, float]]:
-    """What reranking is worth before training: per query, the mean over random linear heads.
-
-    An untrained model has no relevance head, and one random head may be lucky by several points,
-    so the reference is the mean of many, each with weights drawn as `heads.LinearScore` draws them.
-
-    Args:
-        pooled: (n, D) pooled final states of the bare base, one row per pair.
-    """
-    return over_heads(pooled @ head_weights(pooled.shape[1], heads), pairs, qrels)
-
-
 def head_weights(width: int, heads: int = HEADS) -> Tensor:
-    """(width, heads) weights of random linear heads, always the same."""
+    """(width, heads) weights of random linear heads, always the same, drawn as `heads.LinearScore`
+    draws its own.
+
+    What reranking is worth before training: an untrained model has no relevance head, and one
+    random head may be lucky by several points, so the reference is the mean of many.
+    """
     return torch.rand(width, heads, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 

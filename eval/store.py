@@ -12,7 +12,6 @@ which are memory-mapped from then on. While it is written 24 bytes a document ar
 afterwards none: the system keeps the pages that are read, and takes them back when it needs them.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ from typing import overload
 import numpy as np
 from tqdm import tqdm
 
-from eval.files import write_array
+from eval.files import locked, write_array
 
 FORMAT = 1
 MODULUS = 2**256
@@ -121,9 +120,7 @@ def stored(
     name = hashlib.sha256(json.dumps([FORMAT, facts]).encode()).hexdigest()[:32]
     place = folder / name
     if not place.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f".{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the system, however this process ends
+        with locked(folder, name=f".{name}.lock"):
             if not place.exists():  # another process may have stored it while this one waited
                 part = folder / f".{name}.part"  # of this one, or of one that was killed
                 shutil.rmtree(part, ignore_errors=True)

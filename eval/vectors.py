@@ -12,7 +12,6 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -119,7 +118,9 @@ def encode(
         )
     if not 0 <= dimension <= (width := model.decoder.config.hidden_size):
         raise ValueError(f"dimension={dimension}: expected 1 to {width}, or 0 for all")
-    with _alone(folder, f"{rank}-of-{world}"):
+    mine = f"{rank}-of-{world}"
+    busy = f"another process encodes rank {mine} of it: wait for it, or give each its own RANK"
+    with locked(folder, busy, f".{mine}.lock"):
         count, mark = survey(sources)
         manifest = {
             "format": FORMAT, "revision": revision, "base": model.identity,
@@ -128,7 +129,7 @@ def encode(
             "documents": count, "fingerprint": mark, "window": window, "dtype": dtype,
             "dimension": dimension or width,
         }  # fmt: skip
-        _begin(folder, manifest, f".{rank}-of-{world}")
+        _begin(folder, manifest, f".{mine}")
         stored = Vectors(folder)
         missing = stored.missing()
         _check_room(stored, missing)
@@ -142,19 +143,11 @@ def encode(
                     if not np.isfinite(vectors).all():
                         bad = ids[int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])]
                         raise ValueError(f"document {bad!r}: its vector is not finite")
-                    _write(stored, shard, ids, vectors.astype(dtype), f".{rank}-of-{world}")
+                    _write(stored, shard, ids, vectors.astype(dtype), f".{mine}")
                     trim_heap()
                     bar.update(len(ids))
             bar.close()
     return stored
-
-
-@contextmanager
-def _alone(folder: Path, rank: str) -> Iterator[None]:
-    """Hold the folder's lock of a rank."""
-    what = f"another process encodes rank {rank} of it: wait for it, or give each its own RANK"
-    with locked(folder, what, f".{rank}.lock"):
-        yield
 
 
 def _begin(folder: Path, manifest: dict, mark: str) -> None:

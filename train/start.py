@@ -30,15 +30,17 @@ def check_starts(trials: list[tuple[str, Config]], folder: Path) -> None:
         known.add((arm, config.seed))
 
 
+def model_of(path: Path) -> str | None:
+    """What the trained model of a result is, `weights.revision`; None where it is gone."""
+    folder = path.with_suffix(".model")
+    return weights.revision(folder) if folder.exists() else None
+
+
 def started_from(config: Config, place: Path) -> dict[str, str | None]:
-    """arm -> what its trained model is (`weights.revision`), of the arms that this trial begins as;
-    None where that is gone. place: of the trial's files, with any suffix."""
-    folders = {
-        arm: place.parent.parent / arm / f"seed{config.seed}.model"
-        for arms in config.starts().values()
-        for arm in arms
-    }
-    return {arm: weights.revision(at) if at.exists() else None for arm, at in folders.items()}
+    """arm -> its `model_of`, of the arms that this trial begins as. place: of the trial's files,
+    with any suffix."""
+    arms = dict.fromkeys(arm for sources in config.starts().values() for arm in sources)
+    return {arm: model_of(place.parent.parent / arm / f"seed{config.seed}.json") for arm in arms}
 
 
 @torch.no_grad()

@@ -289,12 +289,6 @@ def run_trial(
     }
 
 
-def model_of(path: Path) -> str | None:
-    """What the trained model of a result is, `weights.revision`; None where it is gone."""
-    folder = path.with_suffix(".model")
-    return revision(folder) if folder.exists() else None
-
-
 def measure_trial(config: Config, arm: str, source: Path, bench: Workbench) -> dict:
     """A trained trial, measured on `config.measured_on`: its result with the scores there.
 

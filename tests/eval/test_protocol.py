@@ -11,7 +11,7 @@ from eval import metrics
 from eval.bm25 import BM25
 from eval.collections import Collection, load
 from eval.protocol import EvaluationSet, without_states
-from eval.rerank import random_heads, to_run
+from eval.rerank import HEADS, head_weights, over_heads, to_run
 from experiments import Config
 from model.heads import pool
 from model.packed import pack
@@ -197,6 +197,10 @@ def test_the_untrained_rows_ignore_what_was_trained(make, model, config):
     assert rows["reranking"].keys() == heads.keys()
     found, expected = (metrics.mean(r, "ndcg_cut_10") for r in (rows["reranking"], heads))
     assert found == pytest.approx(expected, abs=0.02)  # rounding may swap two documents
+
+
+def random_heads(pooled, pairs, qrels, heads: int = HEADS):
+    return over_heads(pooled @ head_weights(pooled.shape[1], heads), pairs, qrels)
 
 
 def test_random_heads_are_a_mean_over_twenty():

@@ -10,15 +10,24 @@ from tests.train.tiny import tiny_config, write_collection
 from train import loop, trial
 from train.loop import spent
 from train.trial import Workbench
+from trials import Config
+
+Made = tuple[Workbench, Config]
+
+
+@pytest.fixture
+def made(tiny_base: Path, tmp_path: Path) -> Made:
+    """A workbench, and a config whose prefix states it keeps on disk."""
+    data = write_collection(tmp_path / "tiny")
+    config = tiny_config(tiny_base, data, prefix=True)
+    return Workbench(str(data), "cpu", tmp_path / "cache", True), config
 
 
 def test_no_states_are_kept_beyond_the_limit(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then the lower layers are run again each time, and the disk stays as it was."""
-    data = write_collection(tmp_path / "tiny")
-    config = tiny_config(tiny_base, data, prefix=True)
-    bench = Workbench(str(data), "cpu", tmp_path / "cache", True)
+    bench, config = made
     model, ids = bench.model(config), [[1, 2, 3], [4]]
     assert bench.states(model, config)(ids, "texts").states is not None
     size = 2 * 4 * model.decoder.config.hidden_size
@@ -29,12 +38,10 @@ def test_no_states_are_kept_beyond_the_limit(
 
 
 def test_what_is_done_apart_from_the_others_is_not_kept(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0 alone looks into models: what only it had would part it from the others later."""
-    data = write_collection(tmp_path / "tiny")
-    config = tiny_config(tiny_base, data, prefix=True)
-    bench = Workbench(str(data), "cpu", tmp_path / "cache", True)
+    bench, config = made
     model = bench.model(config)
     monkeypatch.setattr(parallel, "apart", lambda: True)
     alone = bench.evaluation(model, config)
@@ -48,22 +55,18 @@ def test_what_is_done_apart_from_the_others_is_not_kept(
     assert bench.evaluation(model, config) is not kept
 
 
-def test_a_sharded_base_keeps_no_states(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_sharded_base_keeps_no_states(made: Made) -> None:
     """The processes would have to compute them together."""
-    data = write_collection(tmp_path / "tiny")
-    config = tiny_config(tiny_base, data, prefix=True)
-    bench = Workbench(str(data), "cpu", tmp_path / "cache", True)
+    bench, config = made
     model = bench.model(config)
     assert bench.states(model, replace(config, shard=True))([[1, 2]], "texts").states is None
 
 
 def test_the_time_of_a_trial_that_was_stopped(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is that of all steps that were kept, and the last of them is kept before the scores."""
-    data = write_collection(tmp_path / "tiny")
-    config = tiny_config(tiny_base, data)
-    bench = Workbench(str(data), "cpu", tmp_path / "cache", False)
+    bench, config = made
     place = tmp_path / "runs" / "arm" / "seed0"
     scores = trial._scores
 
