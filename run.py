@@ -161,8 +161,6 @@ def command_run(args: argparse.Namespace) -> None:
     elsewhere = {data: Workbench(data, *options) for data in args.evaluate}
     for data, there in elsewhere.items():
         require_split(there.collection, args.split or hub.own_split(data))
-    # A pilot compares the times of its trials, so all of them are its own.
-    shared = experiments.EXPERIMENTS[args.experiment].report != "pilot"
     if parallel.rank() == 0:
         of = f"{parallel.world()} x " if parallel.world() > 1 else ""
         title = f"{args.experiment} {folder.name}: {len(trials)} trials"
@@ -179,7 +177,7 @@ def command_run(args: argparse.Namespace) -> None:
         path = place.with_suffix(".json")
         if (result := reuse.stored(path, config, bench)) is None:
             with tracking.tracked(args.wandb, place, config) as track:
-                result = reuse.taken_over(path, config, bench) if shared else None
+                result = reuse.taken_over(path, config, bench)
                 result = result or run_trial(
                     config, arm, place, bench, track.beside(gradients.watch)
                 )

@@ -51,6 +51,7 @@ FIELDS = {
 RESULT = {
     "schema", "arm", "seed", "config", "base", "data", "git", "sources", "versions", "device",
     "kernels", "processes", "seconds", "peak_bytes", "body_parameters", "width",
+    "layers",
 }  # fmt: skip
 
 

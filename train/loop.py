@@ -116,7 +116,7 @@ def train(
                 group["lr"] = group["peak"] * share
             for router in routers:
                 router.anneal = 1 - step / config.steps
-            line: dict = {"step": step, "learning_rate": config.learning_rate * share}
+            line: dict = {"step": step, "learning_rate": config.learning_rate * share, "tokens": 0}
             rest = torch.zeros((), device=model.device)  # losses of no task
             routing, ids = {}, {}
             penalties: list[Tensor] = []
@@ -124,6 +124,7 @@ def train(
             carries: list[Callable[[], None]] = []
             for task in config.tasks:
                 work = WORK[task](data, step)
+                line["tokens"] += work.tokens
                 made = run(model, work, config.cached_tokens)
                 loss = work.loss(made.rows)
                 routing[task], ids[task] = made.routing, work.ids

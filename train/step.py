@@ -41,6 +41,11 @@ class Work:
     loss: Callable[[Tensor], Tensor]
     ids: list[str]
 
+    @property
+    def tokens(self) -> int:
+        """Of all its texts, in all processes."""
+        return sum(self.texts.lengths[i] for i in self.indices)
+
     def __post_init__(self):
         if len(self.indices) < parallel.world():
             raise ValueError(

@@ -371,6 +371,7 @@ def _record(config: Config, arm: str, bench: Workbench, model: UniMoER) -> dict:
         **made_by(bench.device),
         "body_parameters": _body_parameters(model),
         "width": model.decoder.config.hidden_size,
+        "layers": model.decoder.config.num_hidden_layers,
         "processes": parallel.world(),
         "kernels": "triton" if model.decoder.fused else "torch",
     }

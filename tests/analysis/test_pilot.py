@@ -10,12 +10,12 @@ import experiments
 import scales
 from analysis import pilot
 
-SCORES = {  # setting -> (score, seconds of training) by arm; all untrained bases have .10
-    "as-is": {"emb-only": (0.40, 30.0), "rank-only": (0.30, 60.0)},
-    "4-layers": {"emb-only": (0.50, 10.0), "rank-only": (0.15, 20.0)},  # one task does not learn
-    "160-steps": {"emb-only": (0.60, 90.0), "rank-only": (0.50, 120.0)},  # too long
-    "32-tokens": {"emb-only": (0.21, 10.0), "rank-only": (0.20, 30.0)},  # at the limit
-    "bce": {"rank-only": (0.45, 75.0)},  # retrieval as it is
+SCORES = {  # setting -> (score, tokens of training) by arm; all untrained bases have .10
+    "as-is": {"emb-only": (0.40, 300), "rank-only": (0.30, 600)},
+    "4-layers": {"emb-only": (0.50, 400), "rank-only": (0.15, 500)},  # one task does not learn
+    "160-steps": {"emb-only": (0.60, 600), "rank-only": (0.50, 1200)},  # too much
+    "32-tokens": {"emb-only": (0.21, 100), "rank-only": (0.20, 300)},  # at the limit
+    "bce": {"rank-only": (0.45, 750)},  # retrieval as it is
 }
 FACTS: dict[str, Any] = {
     **{"base": {"name": "tiny"}, "data": {"name": "toy"}, "device": "cpu", "sources": "s"},
@@ -37,15 +37,18 @@ def folder(tmp_path: Path) -> Path:
     place = tmp_path / "pilot" / "small"
     names = {"baselines.json"}
     for setting, arms in SCORES.items():
-        for arm, (score, seconds) in arms.items():
+        for arm, (score, tokens) in arms.items():
             name = f"{arm}-{setting}"
             task = {"emb-only": "embedding", "rank-only": "reranking"}[arm]
             losses = [*[4.0] * 2, *[2.0] * 16, *[1.0] * 2]
+            config = experiments.config("pilot", name, "small", 0).to_json()
             put(place / name / "seed0.json", {
-                "config": experiments.config("pilot", name, "small", 0).to_json(),
+                "arm": name,
+                "config": config,
+                "layers": config["layers"],
                 "scores": {task: rows(score)},
-                "curve": [{f"loss_{task}": loss} for loss in losses],
-                "seconds": {"prepare": 30.0, "train": seconds, "test": 5.0},
+                "curve": [{f"loss_{task}": loss, "tokens": tokens} for loss in losses],
+                "seconds": {"prepare": 30.0, "train": tokens / 10, "test": 5.0},
             })  # fmt: skip
             names.add(experiments.baselines_name(experiments.size_of("pilot", name, "small")))
     for name in names:
@@ -65,16 +68,19 @@ def test_the_rule(folder: Path):
     assert taken == {
         "as-is": True, "4-layers": False, "160-steps": False, "32-tokens": True, "bce": True,
     }  # fmt: skip
-    times = {name: row["time"] for name, row in found["rows"].items()}
-    assert times["as-is"] == 1 and times["bce"] == pytest.approx((30 + 75) / 90)
-    assert times["160-steps"] == pytest.approx(210 / 90)
+    work = {name: row["work"] for name, row in found["rows"].items()}
+    assert work["as-is"] == 1 and work["bce"] == pytest.approx((300 + 750) / 900)
+    assert work["160-steps"] == pytest.approx(2)
+    # 4 layers, forward and backward; as it is, 12 more that nine trials share.
+    assert work["4-layers"] == pytest.approx(8 / (12 / 9 + 8))
+    assert found["rows"]["4-layers"]["time"] == 1
     row = found["rows"]["32-tokens"]["tasks"]["embedding"]
     assert (row["untrained"], row["score"], row["gain"]) == pytest.approx((0.10, 0.21, 0.11))
     assert row["losses"] == [4.0, 2.0, 1.0]
     said = pilot.summary(found)
     assert "The setting stays: training gains 30.0 on retrieval and 20.0 on reranking" in said
     assert "Could be taken as well: bce, 32-tokens." in said
-    assert "Take too long: 160-steps (2.3 times)." in said
+    assert "Take too much work: 160-steps (2.0 times)." in said
     assert "Gain too little: 4-layers (reranking)." in said
     assert "missing: emb-only-8-layers" in said
 
@@ -86,12 +92,12 @@ def test_a_setting_that_cannot_be_taken_gives_way_to_the_cheapest_that_can(folde
     found = pilot.write(folder)
     assert found["rows"]["as-is"]["taken"] is found["rows"]["bce"]["taken"] is False
     assert pilot.reading(found).endswith(
-        "the cheapest that can: 32-tokens. Take too long: 160-steps (2.3 times). "
+        "the cheapest that can: 32-tokens. Take too much work: 160-steps (2.0 times). "
         "Gain too little: 4-layers (reranking)."
     )
     path.unlink()
     found = pilot.write(folder)
-    assert all(row["time"] is row["taken"] is None for row in found["rows"].values())
+    assert all(row["time"] is row["work"] is row["taken"] is None for row in found["rows"].values())
     assert "so nothing is settled" in pilot.reading(found)
 
 
@@ -99,7 +105,7 @@ def test_a_row_without_one_of_its_specialists_is_not_judged(folder: Path):
     """What a change touches does not count as it is; what it leaves alone does."""
     (folder / "emb-only-32-tokens" / "seed0.json").unlink()
     found = pilot.write(folder)
-    assert found["rows"]["32-tokens"]["taken"] is found["rows"]["32-tokens"]["time"] is None
+    assert found["rows"]["32-tokens"]["taken"] is found["rows"]["32-tokens"]["work"] is None
     assert found["rows"]["bce"]["taken"]
     assert "32-tokens" not in pilot.reading(found)
 
@@ -108,13 +114,31 @@ def test_the_report(folder: Path):
     pilot.write(folder)
     text = (folder / "report.md").read_text()
     both = "10.00 | 40.00 | 30.00 | 10.00 | 30.00 | 20.00"
-    assert f"| as-is | nothing | {both} | 1.00 | **yes** |" in text
+    assert f"| as-is | nothing | {both} | 1.00 | 1.00 | **yes** |" in text
     one = "- | - | - | 10.00 | 45.00 | 35.00"
-    assert f"| bce | reranking_loss bce | {one} | 1.17 | **yes** |" in text
+    assert f"| bce | reranking_loss bce | {one} | 1.17 | 1.17 | **yes** |" in text
     assert "| 4-layers | 4.00 | 2.00 | 1.00 | 4.00 | 2.00 | 1.00 |" in text
     assert "Missing: emb-only-8-layers, rank-only-8-layers" in text
     assert "BM25 has 33.00 on retrieval and 33.00 on reranking" in text
     assert {"pilot.png", "pilot.svg"} <= {path.name for path in folder.iterdir()}
+
+
+def test_states_that_are_not_kept_are_shared_with_no_trial(folder: Path):
+    for path in folder.glob("*-4-layers/seed0.json"):
+        trial = json.loads(path.read_text())
+        trial["config"] |= {"layers": 4, "adapter_layers": 3, "prefix": False}
+        path.write_text(json.dumps(trial))
+    work = pilot.write(folder)["rows"]["4-layers"]["work"]
+    assert work == pytest.approx((3 + 2) / (12 / 9 + 8))
+
+
+def test_a_trial_that_does_not_say_what_it_took(folder: Path):
+    path = folder / "rank-only-bce" / "seed0.json"
+    trial = json.loads(path.read_text())
+    del trial["layers"]
+    path.write_text(json.dumps(trial))
+    with pytest.raises(ValueError, match="rank-only-bce was trained before tokens were counted"):
+        pilot.write(folder)
 
 
 def test_without_a_trial(folder: Path):

@@ -128,6 +128,24 @@ def test_the_same_seed_twice(run, noisy, tmp_path, unbroken):
     assert_same(run(noisy, tmp_path / "again"), unbroken)
 
 
+def test_a_line_says_how_many_tokens_its_step_read(tiny, collection, tmp_path):
+    """As the decoder counts them, in one part or in many."""
+    logs = []
+    for cached in (0, 32):
+        model, data = build(replace(tiny, cached_tokens=cached), collection)
+        read: list[int] = []
+
+        def count(module, args, *, read: list[int] = read):
+            read.append(len(args[0].positions))
+
+        with model.decoder.register_forward_pre_hook(count):
+            logs.append(train(model, data, data.config, tmp_path / str(cached)))
+        passes = sum(read) if not cached else sum(read) / 2  # each part is run again
+        assert sum(line["tokens"] for line in logs[-1]) == passes
+    assert [line["tokens"] for line in logs[0]] == [line["tokens"] for line in logs[1]]
+    assert logs[0][0]["tokens"] > tiny.embedding_batch * 2 + tiny.reranking_batch
+
+
 def test_another_seed_differs_from_the_first_step(run, noisy, tmp_path, unbroken):
     log, parameters = run(replace(noisy, seed=1), tmp_path / "a")
     assert log[0]["loss_embedding"] != unbroken[0][0]["loss_embedding"]
