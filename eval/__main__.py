@@ -180,8 +180,10 @@ def parser() -> argparse.ArgumentParser:
                       "0: 1000, or 20 for rag")  # fmt: skip
     made.add_argument("--candidates", type=int, default=100, help="of BM25, that are reranked")
     made.add_argument("--queries", type=int, default=0, help="reranked, or asked by rag; 0: all")
-    made.add_argument("--sides", nargs="+", choices=rag.SIDES, default=list(rag.SIDES),
-                      help="rag: how many models play the three roles")  # fmt: skip
+    made.add_argument("--sides", nargs="+", choices=[*rag.SIDES, *rag.PARTS],
+                      default=[*rag.SIDES, "no-rerank", "closed-book"],
+                      help="rag: how many models play the three roles; or what stages are left out "
+                      "(bm25: it retrieves, nothing reranks, its index is in memory)")  # fmt: skip
     made.add_argument("--specialists", nargs=2, metavar=("EMBEDDER", "RERANKER"), default=[],
                       help="rag: the folders of two of the three models, instead of --model "
                       "thrice")  # fmt: skip

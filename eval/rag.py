@@ -3,6 +3,9 @@
 The three jobs are roles of models: one UniMoER does all three (its generator is the bare base); or
 a bare base of its own generates beside it; or there are three, embedder, reranker and bare base.
 Where these have the same weights, answers agree and memory does not.
+
+What a stage is good for is seen where it is left out: the one model without reranking, or without
+any document; or BM25's documents in place of both.
 """
 
 import json
@@ -14,10 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 from eval import hub
 from eval.answers import NORMALISERS, exact_match, f1, squad
-from eval.collections import Collection
+from eval.bm25 import BM25
+from eval.collections import Collection, Texts
 from eval.machine import peak_bytes
 from eval.retrieval import Ids, to_keys, to_run
 from eval.sources import rows, strings_of, text_of
@@ -37,6 +42,11 @@ PROMPT = (
 )
 SIDES = ("one", "two", "three")  # models for the three roles
 STAGES = ("retrieve", "rerank", "generate")
+PARTS = {  # the stages that are left of "one"
+    "no-rerank": ("retrieve", "generate"),
+    "closed-book": ("generate",),
+    "bm25": ("retrieve", "generate"),  # with BM25 in place of the embedder
+}
 
 
 @dataclass(frozen=True)
@@ -119,13 +129,17 @@ def published_answers(
 class Pipeline:
     """The models of the three roles, and in memory the embedder's vectors of all documents.
 
+    Args:
+        side: of `SIDES` or `PARTS`, which says what stages there are.
     Raises:
         ValueError: vectors are missing, or are of another number of documents.
     """
 
     def __init__(
-        self, models: Sequence[UniMoER], collection: Collection, stored: Vectors, s: Settings
-    ):
+        self, models: Sequence[UniMoER], collection: Collection, stored: Vectors, s: Settings,
+        side: str = "one",
+    ):  # fmt: skip
+        self.stages = PARTS.get(side, STAGES)
         self.embedder, self.reranker, self.generator = models
         self.collection, self.settings = collection, s
         stored.require_all()
@@ -144,24 +158,39 @@ class Pipeline:
         fast = self.generator.tokenizer.fast
         lines = {i for i in range(fast.get_vocab_size()) if "\n" in fast.decode([i])}
         self.stop: set[int] = lines | {self.generator.tokenizer.end_id}
+        self.bm25 = None
+        if side == "bm25":
+            ids = list(collection.corpus)
+            texts = Texts(collection.corpus, ids)
+            self.bm25 = BM25(ids, texts, language=collection.language)
 
     def ask(self, query: str) -> tuple[str, list[str], dict[str, float]]:
         """The answer to one question, the documents that were read, and seconds by stage."""
         s, text, clock = self.settings, self.collection.queries[query], [time.perf_counter()]
-        vector = self.embedder.encode_query([text])
-        keys = to_keys(vector @ self.vectors.t(), self.places)
-        best = keys.topk(min(s.depth, len(self.ids)), dim=1).values
-        near = list(to_run(best, [query], self.ids)[query])
-        clock.append(time.perf_counter())
-        order = self.reranker.rank(text, [self.collection.corpus[d] for d in near], s.passages)
-        read = [near[i] for i, _ in order]
-        clock.append(time.perf_counter())
+        read: list[str] = []
+        if "retrieve" in self.stages:
+            read = self.retrieve(query, text)
+            clock.append(time.perf_counter())
+        if "rerank" in self.stages:
+            documents = [self.collection.corpus[d] for d in read]
+            read = [read[i] for i, _ in self.reranker.rank(text, documents, s.passages)]
+            clock.append(time.perf_counter())
+        read = read[: s.passages]
         prompt, options = self.prompt(text, read), {"stop": self.stop, "head": self.head}
         ids = generate(self.generator, [prompt], s.new_tokens, **options)[0]
         clock.append(time.perf_counter())
         answer = self.generator.tokenizer.fast.decode([i for i in ids if i not in self.stop])
         took = np.diff(clock).tolist()
-        return answer.strip(), read, dict(zip(STAGES, took, strict=True))
+        return answer.strip(), read, dict(zip(self.stages, took, strict=True))
+
+    def retrieve(self, query: str, text: str) -> list[str]:
+        """The ids of the `depth` nearest documents, best first; of BM25 perhaps fewer."""
+        if self.bm25 is not None:
+            return list(self.bm25.search({query: text}, self.settings.depth)[query])
+        vector = self.embedder.encode_query([text])
+        keys = to_keys(vector @ self.vectors.t(), self.places)
+        best = keys.topk(min(self.settings.depth, len(self.ids)), dim=1).values
+        return list(to_run(best, [query], self.ids)[query])
 
     def prompt(self, question: str, documents: Sequence[str]) -> list[int]:
         """Token ids of the passages, each cut, and the question."""
@@ -169,7 +198,8 @@ class Pipeline:
         for document in documents:
             ids = fast.encode(self.collection.corpus[document], add_special_tokens=False).ids
             passages.append(fast.decode(ids[: self.settings.passage_tokens]))
-        text = PROMPT.format(passages="\n\n".join(passages), question=question)
+        form = PROMPT if passages else PROMPT.replace("{passages}\n\n", "")
+        text = form.format(passages="\n\n".join(passages), question=question)
         return fast.encode(text, add_special_tokens=False).ids
 
 
@@ -188,7 +218,7 @@ def players(folder: str, side: str, specialists: Sequence[str], device: str) -> 
     """
     first, second = specialists if specialists and side == "three" else (folder, folder)
     embedder = UniMoER.from_pretrained(first, device).compact()
-    if side == "one":
+    if side == "one" or side in PARTS:
         return [embedder] * 3
     config = saved.read_config(Path(folder))[0]
     bare = replace(config, lora=None, router=None, rerank_head="linear")
@@ -218,7 +248,7 @@ def measure(
             f"those of {embedder}, {mine}: remove it, they are encoded again"
         )
     models = players(folder, side, specialists, device)
-    pipeline = Pipeline(models, collection, stored, settings)
+    pipeline = Pipeline(models, collection, stored, settings, side)
     normalise, earlier = NORMALISERS[settings.rule], stages.rows("questions")
     rows = {row["query"]: row["row"] for row in earlier}
     peak = max((row["peak_bytes"] for row in earlier), default=0)
@@ -235,7 +265,7 @@ def measure(
         }  # fmt: skip
         row = {"query": query, "row": rows[query], "peak_bytes": peak_bytes(device)}
         stages.append("questions", row)
-    took = {stage: [row["seconds"][stage] for row in rows.values()] for stage in STAGES}
+    took = {stage: [row["seconds"][stage] for row in rows.values()] for stage in pipeline.stages}
     took["together"] = [sum(row["seconds"].values()) for row in rows.values()]
     return {
         "side": side, "models": len({id(model) for model in models}),
@@ -253,17 +283,44 @@ def measure(
 
 
 def table(found: Sequence[dict[str, Any]], title: str) -> str:
-    """A line for each side: answers, latencies in ms (median, p95), memory in GB."""
+    """A line for each side: answers with their 95 % intervals over questions, latencies in ms
+    (median, p95), memory in GB. Below it: whether one, two and three models answer alike, and the
+    paired differences to what lacks a stage."""
     stages = "".join(f"{stage:>18}" for stage in (*STAGES, "together"))
-    head = f"{'models':<8}{'EM':>7}{'F1':>7}{'found':>7}{stages}{'resident':>10}{'peak':>8}"
+    head = f"{'models':<12}{'EM':>14}{'F1':>14}{'found':>7}{stages}{'resident':>10}{'peak':>8}"
     lines = [title, head]
     for row in found:
-        cells = [f"{row['side']:<8}", *(f"{row[k]:7.3f}" for k in ("exact_match", "f1", "found"))]
-        for of in row["latency"].values():
-            cells.append(f"{1000 * of['median']:.0f}, {1000 * of['p95']:.0f} ms".rjust(18))
+        cells = [f"{row['side']:<12}"]
+        for key in ("exact_match", "f1"):
+            mean, half = _interval([of[key] for of in row["questions"].values()])
+            cells.append(f"{mean:.3f} ± {half:.3f}".rjust(14))
+        cells.append(f"{row['found']:7.3f}")
+        for stage in (*STAGES, "together"):
+            of = row["latency"].get(stage)
+            took = f"{1000 * of['median']:.0f}, {1000 * of['p95']:.0f} ms" if of else "-"
+            cells.append(took.rjust(18))
         cells += [f"{row['resident_bytes'] / 1e9:10.3f}", f"{row['peak_bytes'] / 1e9:8.3f}"]
         lines.append("".join(cells))
-    same = [{q: row["answer"] for q, row in of["questions"].items()} for of in found]
-    if len(found) > 1:
+    questions = {row["side"]: row["questions"] for row in found}
+    same = [{q: row["answer"] for q, row in questions[s].items()} for s in SIDES if s in questions]
+    if len(same) > 1:
         lines.append(f"the sides give the same answers: {'yes' if same[1:] == same[:-1] else 'no'}")
+    whole = next((questions[side] for side in SIDES if side in questions), None)
+    for part in PARTS if whole is not None else ():
+        if part in questions:
+            said = []
+            for key, name in (("exact_match", "EM"), ("f1", "F1")):
+                pairs = [whole[q][key] - row[key] for q, row in questions[part].items()]
+                mean, half = _interval(pairs)
+                said.append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] {name}")
+            lines.append(f"all stages against {part}: {', '.join(said)}")
     return "\n".join(lines)
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of its 95 % interval, by Student's t, of independent questions; NaN of one."""
+    count = len(values)
+    if count < 2:
+        return float(np.mean(values)), float("nan")
+    half = stats.t.isf(0.025, count - 1) * np.std(values, ddof=1) / count**0.5
+    return float(np.mean(values)), float(half)

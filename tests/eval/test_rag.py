@@ -87,6 +87,56 @@ def test_each_stage_hands_on_what_it_found(folder: Path, data: Path, tmp_path: P
     assert all("\n" in fast.decode([i]) for i in made.stop - {model.tokenizer.end_id})
 
 
+def test_stages_that_are_left_out(folder: Path, data: Path, tmp_path: Path) -> None:
+    """Without reranking the retriever's best are read, or BM25's; without documents, none."""
+    model, collection = UniMoER.from_pretrained(folder), load(str(data))
+    settings = rag.Settings(depth=6, passages=2, passage_tokens=5, new_tokens=4)
+    stored = encoded(folder, data, tmp_path)
+    query, made = "q30", {}
+    for side in ("one", *rag.PARTS):
+        pipeline = rag.Pipeline([model] * 3, collection, stored, settings, side)
+        made[side] = answer, read, seconds = pipeline.ask(query)
+        assert tuple(seconds) == rag.PARTS.get(side, rag.STAGES)
+        ids = generate(model, [pipeline.prompt(collection.queries[query], read)], 4,
+                       stop=pipeline.stop)[0]  # fmt: skip
+        assert (
+            answer
+            == model.tokenizer.fast.decode([i for i in ids if i not in pipeline.stop]).strip()
+        )
+    near = rag.Pipeline([model] * 3, collection, stored, settings).retrieve(query, "rare30")
+    assert len(near) == 6
+    vectors = model.encode_document(list(collection.corpus.values()))
+    best = (model.encode_query([collection.queries[query]]) @ vectors.t())[0].topk(2).indices
+    assert made["no-rerank"][1] == [list(collection.corpus)[i] for i in best.tolist()]
+    found = collection.bm25("test").search({query: collection.queries[query]}, 2)[query]
+    assert made["bm25"][1] == list(found) and list(found)[0] == "d30"
+    assert made["closed-book"][1] == []
+    closed = rag.Pipeline([model] * 3, collection, stored, settings, "closed-book")
+    prompt = model.tokenizer.fast.decode(closed.prompt("who am i", []))
+    assert prompt.endswith("Answer: 366\n\nQuestion: who am i\nAnswer:")
+
+
+def test_intervals_of_the_table() -> None:
+    """Student's t by hand, and a paired difference that no question disagrees with."""
+
+    def side(name: str, scores: list[float]) -> dict:
+        rows = {f"q{i}": {"exact_match": s, "f1": s, "answer": str(s)}
+                for i, s in enumerate(scores)}  # fmt: skip
+        took = {
+            s: {"median": 0.1, "p95": 0.2} for s in (*rag.PARTS.get(name, rag.STAGES), "together")
+        }
+        return {"side": name, "questions": rows, "found": 0.5, "latency": took,
+                "resident_bytes": 10**9, "peak_bytes": 2 * 10**9}  # fmt: skip
+
+    text = rag.table([side("one", [1, 0, 1, 0]), side("no-rerank", [0.75, 0, 0.75, 0])], "title")
+    # mean 0.5, sd 0.577, 3 degrees of freedom: 3.182 * 0.577 / 2
+    title, head, one, without, last = text.splitlines()
+    assert title == "title" and "0.500 ± 0.919" in one and "0.375 ± 0.689" in without
+    assert one.count("100, 200 ms") == 4 and without.count("100, 200 ms") == 3
+    assert last.startswith("all stages against no-rerank: +0.125 [-0.105, +0.355] EM")
+    assert "nan" in rag.table([side("one", [1])], "title")
+
+
 def test_vectors_of_something_else(folder: Path, data: Path, tmp_path: Path) -> None:
     """Of other documents, of another model on the same base, or not all there."""
     model, collection = UniMoER.from_pretrained(folder), load(str(data))
@@ -120,8 +170,9 @@ def test_more_models_hold_more_and_answer_alike(
 
     monkeypatch.setattr(subprocess, "run", counted)
     assert program.main(line) == 0
-    assert commands == ["encode", "rag", "rag", "rag"]  # encoded once for the three
+    assert commands == ["encode", *["rag"] * 5]  # encoded once for all
     out = capsys.readouterr().out
+    assert "all stages against no-rerank: " in out and "all stages against closed-book: " in out
     assert "the sides give the same answers: yes" in out
     results = [json.loads((tmp_path / "rag" / "arm-seed0" / f"tiny-test-{side}.json").read_text())
                for side in rag.SIDES]  # fmt: skip
@@ -134,7 +185,7 @@ def test_more_models_hold_more_and_answer_alike(
         assert len(result["questions"]) == 3 and result["exact_match"] <= result["f1"] <= 1
         assert result["peak_bytes"] > 0 and set(result["latency"]) == {*rag.STAGES, "together"}
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.json"))
-    assert program.main(line) == 0 and len(commands) == 4  # nothing is computed twice
+    assert program.main(line) == 0 and len(commands) == 6  # nothing is computed twice
     assert before == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.json"))
     assert program.main([*line, "--passages", "1"]) == 2
     assert "is of another model, data, setting or device" in capsys.readouterr().err
@@ -305,12 +356,14 @@ def test_a_set_by_name(hub_files, folder: Path, tmp_path: Path, monkeypatch, cap
 
 
 def test_real_questions_and_answers(folder: Path, tmp_path: Path, capsys) -> None:
-    """NQ's own questions and answers over 2,000 passages: all sides, to the end."""
+    """NQ's own questions and answers over 2,000 passages, to the end."""
+    sides = ("one", "three", "bm25")
     line = ["rag", "--model", str(folder), "--data", str(real("nq-open-silver")), "--queries", "4",
             "--out", str(tmp_path), "--device", "cpu", "--depth", "5"]  # fmt: skip
-    assert program.main(line) == 0
-    assert "the sides give the same answers: yes" in capsys.readouterr().out
-    for side in rag.SIDES:
+    assert program.main([*line, "--sides", *sides]) == 0
+    out = capsys.readouterr().out
+    assert "the sides give the same answers: yes" in out and "all stages against bm25: " in out
+    for side in sides:
         place = tmp_path / "rag" / "arm-seed0" / f"nq-open-silver-test-{side}.json"
         found = json.loads(place.read_text())
         assert len(found["questions"]) == 4 and found["asked"]["rule"] == "nq"
