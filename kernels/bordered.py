@@ -44,8 +44,9 @@ class _FusedLinear(torch.autograd.Function):
         own = x if narrow else wide[:, layout.x]
         s, z = x.new_empty(n, p), None
         mlp = None if up is None else (up, up_bias, down, down_bias)
-        # The kernel reads one x; dropout of the experts' input must not reach the router.
-        one_pass = group.matrix_units and keep is None
+        # The kernel reads one x; dropout of the experts' input must not reach the router. It
+        # multiplies in tf32, in which fp32 values would lose half of their digits.
+        one_pass = group.matrix_units and keep is None and x.dtype != torch.float32
         if mlp is not None:
             weights = mlp[0].new_empty(n, len(mlp[2]))
             if one_pass:

@@ -13,7 +13,7 @@ class _Entmax15(torch.autograd.Function):
         mean = ordered.cumsum(-1) / count
         squares = ordered.square().cumsum(-1) - count * mean.square()
         tau = mean - ((1 - squares) / count).clamp(min=0).sqrt()
-        size = (tau <= ordered).sum(-1, keepdim=True)
+        size = (tau <= ordered).sum(-1, keepdim=True).clamp(min=1)  # NaN stays NaN, not an index
         p = (x - tau.gather(-1, size - 1)).clamp(min=0).square()
         ctx.save_for_backward(p)
         return p

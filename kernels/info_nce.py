@@ -108,6 +108,7 @@ def info_nce(
         temperature: in (0, 1]. margin: in cosine.
     """
     if len(documents) <= chunk:
-        return reference.info_nce(queries, documents, positive, relevant, temperature, margin)
+        wide = _wide(queries), _wide(documents)
+        return reference.info_nce(*wide, positive, relevant, temperature, margin)
     arguments = (queries, documents, positive, relevant, temperature, margin, chunk)
     return _ChunkedInfoNCE.apply(*arguments)

@@ -56,14 +56,14 @@ class DecoderConfig:
             ("attention_bias", raw.get("attention_bias", False), False),
             ("mlp_bias", raw.get("mlp_bias", False), False),
             ("rope type", rope_type, "default"),
+            ("quantization_config", raw.get("quantization_config"), None),
         ):
             if found != expected:
                 raise ValueError(f"{path}: {name} is {found!r}, only {expected!r} is implemented")
-        window = raw.get("sliding_window")
-        if raw["model_type"] == "qwen3" and not raw.get("use_sliding_window", False):
-            window = None
-        elif raw["model_type"] == "qwen3":
+        if raw["model_type"] == "qwen3" and raw.get("use_sliding_window", False):
             raise ValueError(f"{path}: use_sliding_window of Qwen3 is not implemented")
+        # As transformers has it: 4,096 where Mistral's key is absent; Llama has none.
+        window = raw.get("sliding_window", 4096) if raw["model_type"] == "mistral" else None
         try:
             heads = raw["num_attention_heads"]
             config = cls(
@@ -163,6 +163,8 @@ class ModelConfig:
                 "with rerank_head='pseudo_query' all texts are embedded, so routing by task (or "
                 "task_prior) or by similarity would leave the reranking expert idle: use another"
             )
+        if self.lora is None and self.router is not None:
+            raise ValueError("a router weighs experts, and lora=None has none: set router=None too")
         check_pooling(self.embedding_pooling, self.causal)
         check_pooling(self.reranking_pooling, self.causal)
 

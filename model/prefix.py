@@ -13,6 +13,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -182,7 +183,7 @@ def prefix_states(
     stored = _stored_dtype(weight.dtype)
     if 2 * shape[0] * shape[1] > limit_bytes:
         folder = None
-    place = f"{weight.dtype} {weight.device.type} {decoder.fused} {decoder.config.causal}"
+    place = f"{weight.dtype} {_machine(weight.device)} {decoder.fused} {decoder.config.causal}"
     texts = hashlib.sha256(f"{identity} {place} {budget} {torch.__version__} {_code()}".encode())
     for text in ids:
         texts.update(np.asarray([len(text), *text], dtype=np.int32).tobytes())
@@ -220,6 +221,7 @@ def prefix_states(
             # The note goes first: a states file without its note is never believed.
             part = Path(path).with_suffix(".json.part")  # another process may build the same
             part.write_text(json.dumps(header))
+            os.chmod(path, part.stat().st_mode)  # as the umask has it: others may share the cache
             os.replace(part, note)
             os.replace(path, folder / f"{name}.states")
     finally:
@@ -227,21 +229,30 @@ def prefix_states(
     return PrefixStates(out, lengths, stored)
 
 
+def _machine(device: torch.device) -> str:
+    """What rounds alike: a card by its name, a CPU by its instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+
+
 def _open(path: Path, shape: tuple[int, int], key: str) -> Mapped | None:
     """The cached states, or None where they are absent, damaged or another list's."""
-    note = path.with_suffix(".json")
-    if not (path.exists() and note.exists()):
+    try:
+        with suppress(PermissionError):  # another user's, who shares the cache
+            os.utime(path)  # first: what is in use is not evicted by another process
+        note, size = path.with_suffix(".json").read_bytes(), path.stat().st_size
+    except FileNotFoundError:
         return None
     try:
-        header = json.loads(note.read_text())
+        header = json.loads(note)
     except ValueError:
         header = {}
     expected = {"key": key, "shape": list(shape)}
     if isinstance(header, dict) and {k: header.get(k) for k in expected} == expected:
-        if path.stat().st_size == 2 * shape[0] * shape[1]:
+        if size == 2 * shape[0] * shape[1]:
             states = Mapped(path, shape)
             if states.checksum() == header.get("crc32"):
-                os.utime(path)
                 return states
     print(f"{path}: damaged, made again")
     return None
@@ -249,15 +260,20 @@ def _open(path: Path, shape: tuple[int, int], key: str) -> Mapped | None:
 
 def _evict(folder: Path, keep_bytes: int) -> None:
     """Remove the least recently used files until at most `keep_bytes` are left."""
-    for part in folder.glob("*.part"):  # left by a killed run; a live one is younger than this
-        if time.time() - part.stat().st_mtime > 24 * 3600:
-            part.unlink(missing_ok=True)
-    files = sorted(folder.glob("*.states"), key=lambda p: p.stat().st_mtime)
-    total = sum(p.stat().st_size for p in [*files, *folder.glob("*.part")])
-    for path in files:
+    found = {}
+    for path in [*folder.glob("*.states"), *folder.glob("*.part")]:
+        with suppress(FileNotFoundError):  # another process finished or evicted it
+            found[path] = path.stat()
+    for path, of in list(found.items()):  # left by a killed run; a live one is younger than this
+        if path.suffix == ".part" and time.time() - of.st_mtime > 24 * 3600:
+            path.unlink(missing_ok=True)
+            del found[path]
+    total = sum(of.st_size for of in found.values())
+    files = (path for path in found if path.suffix == ".states")
+    for path in sorted(files, key=lambda path: found[path].st_mtime):
         if total <= keep_bytes:
             return
-        total -= path.stat().st_size
+        total -= found[path].st_size
         path.unlink(missing_ok=True)
         path.with_suffix(".json").unlink(missing_ok=True)
 

@@ -60,9 +60,10 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str | None]]:
     if record.get("format") != FORMAT:
         raise ValueError(f"{path}: format {record.get('format')!r}, expected {FORMAT}")
     try:
-        return ModelConfig.from_json(record["model"]), record["identity"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not what save_pretrained writes: {error}") from error
+        identity = {key: record["identity"][key] for key in ("name", "revision", "fingerprint")}
+        return ModelConfig.from_json(record["model"]), identity
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not what save_pretrained writes: {error!r}") from error
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

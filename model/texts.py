@@ -60,6 +60,12 @@ def in_batches(
             indices = batches[min(turn + rank, len(batches) - 1)]
             batch, states = texts.batch(indices, device, dtype, trie)
             rows = step(batch, states, base)[0].cpu()
+            if not rows.isfinite().all():
+                raise ValueError(
+                    f"{title}: the model computes values that are not finite in {dtype} for the "
+                    f"texts {indices[:5]} or one after them: take bfloat16 or float32, and look at "
+                    "what it was trained to"
+                )
             if turn + rank < len(batches):
                 yield indices, rows
             bar.update(sum(texts.lengths[i] for of in batches[turn : turn + world] for i in of))

@@ -85,7 +85,10 @@ class Tokenizer:
         self.prompts, self.document_tokens, self.pair_end = prompts, document_tokens, pair_end
         known = [t for t in ([end_token] if end_token else END_TOKENS) if self.id(t) is not None]
         if not known:
-            raise ValueError(f"{path}: none of {[end_token] if end_token else END_TOKENS} in it")
+            raise ValueError(
+                f"{path}: none of {[end_token] if end_token else END_TOKENS} in it: set end_token "
+                "to the token that ends a text there"
+            )
         self.end_token = known[0]
         end = self.fast.token_to_id(self.end_token)
         assert end is not None
@@ -229,8 +232,29 @@ def _fill(template: str, fields: dict[str, str]) -> Part:
     return text + template[at:], start, stop
 
 
-def listed(items: Sequence, name: str) -> Sequence:
-    """The items, unless they are one string: a sequence of characters is almost never meant."""
+def listed(items: Sequence, name: str, each: int = 1) -> Sequence:
+    """The items, if they are texts, or tuples of `each` texts.
+
+    Raises:
+        ValueError: they are one string (a sequence of characters is almost never meant), or an item
+            is something else or has half of a surrogate pair, which no tokenizer reads.
+    """
     if isinstance(items, str):
         raise ValueError(f"{name} must be a list, got one string: {items[:60]!r}")
+    expected = "a string" if each == 1 else f"{each} strings"
+    for i, item in enumerate(items):
+        parts = (item,) if each == 1 else item
+        whole = isinstance(parts, tuple | list) and len(parts) == each
+        if not whole or not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"{name}[{i}] must be {expected}, got {item!r:.60}")
+        if not all(part.isascii() or _encodes(part) for part in parts):
+            raise ValueError(f"{name}[{i}] has half of a surrogate pair, no text: {item!r:.60}")
     return items
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -50,6 +50,12 @@ class UniMoER(nn.Module):
         # The yes/no answer is read after the last word of the template, as it was trained.
         options = {"end_token": config.end_token, "pair_end": config.rerank_head != "yes_no"}
         self.tokenizer = Tokenizer(folder, config.prompts, config.document_tokens, **options)
+        if self.tokenizer.end_id >= shape.vocab_size:
+            raise ValueError(
+                f"{folder}: the end token {self.tokenizer.end_token!r} has id "
+                f"{self.tokenizer.end_id}, but the base embeds {shape.vocab_size} tokens: the "
+                "tokenizer is another model's, or end_token was added without a row"
+            )
         dtype = DTYPES[config.dtype]
         with torch.device(device):  # the weights are never in host memory whole
             self.decoder = Decoder(
@@ -238,15 +244,19 @@ class UniMoER(nn.Module):
         Args:
             vectors: (n, D) of each list's documents, which a pseudo-query then need not encode.
         Raises:
-            ValueError: vectors for another head, which reads the documents themselves; or more or
-                fewer of them than documents.
+            ValueError: the head scores pairs; vectors for another head, which reads the documents
+                themselves; or more or fewer of them than documents.
         """
         options = {"budget": budget, "progress": progress, "shared": shared}
         if isinstance(self.head, ByPseudoQuery):
             return self.head.scores(partial(self.embed_all, **options), lists, vectors)
         if vectors is not None:
             raise ValueError(f"rerank_head={self.config.rerank_head!r} has no use for vectors")
-        assert isinstance(self.head, Interaction), f"{self.config.rerank_head} scores pairs"
+        if not isinstance(self.head, Interaction):
+            raise ValueError(
+                f"rerank_head={self.config.rerank_head!r} scores pairs: use score_pairs, predict "
+                "or rank"
+            )
         made = [self.lists.blocks(query, documents) for query, documents in lists]
         texts = TextSet([block.ids for blocks in made for block in blocks])
         dtype = torch.promote_types(self.dtype, torch.float)
@@ -295,10 +305,15 @@ class UniMoER(nn.Module):
             budget: tokens of one batch; None: 2,048 on a CPU, `CARD_BUDGET` on a card.
             progress: a bar; None: from 1,000 texts up.
         Returns:
-            (n, D) on the CPU, fp32; the scores of a query are `similarity(query, documents)`.
+            (n, D) on the CPU, fp32 (float64 of a float64 model); the scores of a query are
+            `similarity(query, documents)`.
+        Raises:
+            ValueError: what is no list of texts, no task, or no number of dimensions; or a vector
+                is not finite in the model's dtype.
         """
         if task not in ("query", "document"):
             raise ValueError(f"task must be 'query' or 'document', got {task!r}")
+        truncate(torch.zeros(0, self.decoder.config.hidden_size), dimensions)  # before the work
         texts = listed(texts, "texts")
         tokenize = self.tokenizer.queries if task == "query" else self.tokenizer.documents
         bar = len(texts) >= 1000 if progress is None else progress
@@ -326,8 +341,12 @@ class UniMoER(nn.Module):
         budget: int | None = None,
         progress: bool | None = None,
     ) -> Tensor:
-        """Relevance in [0, 1] of (query, document) pairs, (n,); see `score_pairs`."""
-        bar = len(listed(pairs, "pairs")) >= 1000 if progress is None else progress
+        """Relevance in [0, 1] of (query, document) pairs, (n,); see `score_pairs`.
+
+        Raises:
+            ValueError: what is no list of pairs of texts; or a score is not finite.
+        """
+        bar = len(listed(pairs, "pairs", 2)) >= 1000 if progress is None else progress
         return self.relevance(self.score_pairs(pairs, budget=budget, progress=bar))
 
     def rank(
@@ -338,8 +357,15 @@ class UniMoER(nn.Module):
         vectors: Tensor | None = None,
     ) -> list[tuple[int, float]]:
         """(index of the document, relevance), best first, ties in the order given. vectors: (n, D),
-        see `score_lists`."""
+        see `score_lists`.
+
+        Raises:
+            ValueError: what is no list of texts; top_k below 0; or a score is not finite.
+        """
+        listed([query], "query")
         documents = listed(documents, "documents")
+        if top_k is not None and top_k < 0:
+            raise ValueError(f"top_k must be at least 0, or None for all, got {top_k}")
         if vectors is None:
             scores = self.score_pairs([(query, text) for text in documents])
         else:

@@ -14,7 +14,8 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +138,7 @@ def load_into(
     folder: Path,
     targets: Mapping[str, torch.Tensor],
     *,
-    ignore: Callable[[str], bool] | Iterable[str] = (),
+    ignore: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Copy every tensor of a checkpoint folder into its preallocated target, in place.
 
@@ -147,22 +148,20 @@ def load_into(
     copy: names and shapes must agree exactly.
 
     `ignore` excuses names that the checkpoint has and the model does not need (layers that were
-    cut off, `lm_head.weight` of a tied model, `inv_freq` buffers): a predicate, or regular
-    expressions of which one must match the whole name. It never excuses a target.
+    cut off, `lm_head.weight` of a tied model, `inv_freq` buffers). It never excuses a target.
 
     Raises one ValueError that lists what is missing, unexpected or misshapen with both shapes and
     the file; a ValueError that names the file if one is truncated, foreign or absent, or if a
     value does not fit the target's dtype (bf16 reaches 3e38, fp16 65504).
     """
     folder = Path(folder)
-    excused = ignore if callable(ignore) else _matcher(ignore)
     found = checkpoint(folder)
     problems = []
     for name in targets.keys() - found.keys():
         problems.append(f"missing: {name} {tuple(targets[name].shape)}")
     for name, (path, info) in found.items():
         if name not in targets:
-            if not excused(name):
+            if not ignore(name):
                 problems.append(f"unexpected: {name} {info.shape} in {path.name}")
             continue
         target = targets[name]
@@ -180,10 +179,12 @@ def load_into(
             )
     if problems:
         problems.sort()
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        kinds = [list(of) for _, of in groupby(problems, lambda problem: problem.split(":")[0])]
+        shown = [problem for of in kinds for problem in of[: SHOWN // len(kinds)]]
+        more = f"\n  and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
         raise ValueError(
             f"the checkpoint {folder} does not fit the model ({len(problems)} differences; is it "
-            "the model that config.json describes?):\n  " + "\n  ".join(problems[:SHOWN]) + more
+            "the model that config.json describes?):\n  " + "\n  ".join(shown) + more
         )
     # In file order, so that a cold disk is read once from front to back
     wanted = [(path, info.begin, name) for name, (path, info) in found.items() if name in targets]
@@ -209,6 +210,11 @@ def copy_exactly(
     ]
     if problems:
         raise ValueError(f"{source} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
+    if broken := [name for name in sorted(targets) if not tensors[name].isfinite().all()]:
+        raise ValueError(
+            f"{source} has values that are not finite in {', '.join(broken[:SHOWN])}: its training "
+            "has failed, or the file is damaged"
+        )
     for name, target in targets.items():
         target.copy_(tensors[name])
 
@@ -223,12 +229,6 @@ def fingerprint(folder: Path) -> str:
             file.seek(max(info.begin, (info.begin + info.end) // 2 - 2048))
             digest.update(file.read(min(4096, info.end - info.begin)))
     return digest.hexdigest()
-
-
-def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
-    assert not isinstance(patterns, str), f"ignore={patterns!r} must be a tuple of expressions"
-    compiled = [re.compile(pattern) for pattern in patterns]
-    return lambda name: any(pattern.fullmatch(name) for pattern in compiled)
 
 
 def checkpoint(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:

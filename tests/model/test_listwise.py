@@ -312,7 +312,7 @@ def test_similarity_cannot_route_lists() -> None:
 
 def test_other_heads_read_no_lists(tiny_base: Path) -> None:
     linear = UniMoER(ModelConfig(base=str(tiny_base)))
-    with pytest.raises(AssertionError, match="linear scores pairs"):
+    with pytest.raises(ValueError, match="'linear' scores pairs: use score_pairs"):
         linear.score_lists([(QUERY, DOCUMENTS)])
     with pytest.raises(AssertionError, match="linear reads no marks"):
         linear.marked(pack([[5, 6]]))

@@ -430,6 +430,28 @@ def test_what_killed_runs_left_goes_after_a_day(
     assert not old.exists() and live.exists()
 
 
+def test_files_that_go_while_they_are_looked_at(
+    model: UniMoER, ids: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process evicts or finishes them."""
+    build(model, ids, tmp_path, "a")
+    glob = Path.glob
+    gone = [tmp_path / "gone.states", tmp_path / "gone.part"]
+    monkeypatch.setattr(Path, "glob", lambda self, of: [*glob(self, of), *(
+        path for path in gone if path.match(of))])  # fmt: skip
+    build(model, ids, tmp_path, "b")
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_states_are_for_all_who_share_the_cache(
+    model: UniMoER, ids: list[list[int]], tmp_path: Path
+) -> None:
+    build(model, ids, tmp_path)
+    (note,) = tmp_path.glob("*.json")
+    (states,) = tmp_path.glob("*.states")
+    assert states.stat().st_mode == note.stat().st_mode
+
+
 # Batches -------------------------------------------------------------------------------------
 
 

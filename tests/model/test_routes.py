@@ -60,6 +60,13 @@ def test_tsallis_gradient_is_that_of_the_renormalised_softmax() -> None:
     )
 
 
+def test_entmax_of_nan_is_nan() -> None:
+    """So that the step fails with the batch's name, not with an index."""
+    u = torch.tensor([[1.0, 2.0, 0.5], [float("nan"), 0.0, 1.0]])
+    p = entmax15(u)
+    assert p[0].sum() == pytest.approx(1) and p[1].isnan().any()
+
+
 def test_entmax_router() -> None:
     made = router(RouterConfig("entmax15"))
     x = torch.randn(5, 8)

@@ -537,6 +537,10 @@ def test_expert_weights_are_used_per_text(tiny_base: Path) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type is 'yarn'"),
         ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window"),
         ({"intermediate_size": None}, "intermediate_size"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config is .'quant_method",
+        ),
     ],
 )
 def test_configs_that_are_not_implemented(
@@ -560,6 +564,24 @@ def test_more_layers_than_there_are(tiny_base: Path, layers: int) -> None:
 def test_experts_above_the_last_layer(tiny_base: Path, first: int) -> None:
     with pytest.raises(ValueError, match="layers 0 to 3"):
         Decoder(DecoderConfig.read(tiny_base), replace(THREE, first_layer=first))
+
+
+@pytest.mark.parametrize(
+    ("family", "change"), [("mistral", {}), ("mistral", {"sliding_window": None}),
+                           ("mistral", {"sliding_window": 7}), ("llama", {"sliding_window": 7})]
+)  # fmt: skip
+def test_windows_as_transformers_has_them(
+    make_base: Callable[..., Path], family: str, change: dict
+) -> None:
+    from transformers import AutoConfig
+
+    folder = make_base(model_type=family)
+    raw = json.loads((folder / "config.json").read_text())
+    raw.pop("sliding_window", None)
+    (folder / "config.json").write_text(json.dumps(raw | change))
+    read = DecoderConfig.read(folder).sliding_window
+    expected = getattr(AutoConfig.from_pretrained(folder), "sliding_window", None)
+    assert read == (expected if family == "mistral" else None)
 
 
 def test_qwen3_window_counts_only_when_switched_on(make_base: Callable[..., Path]) -> None:

@@ -285,6 +285,60 @@ def test_one_string_is_not_a_list(model: UniMoER, call: Callable[[UniMoER], obje
         call(model)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.encode(["a", None]), r"texts\[1\] must be a string, got None"),
+        (lambda m: m.encode_query(["a", "b", "\ud800"]), r"texts\[2\] has half of a surrogate"),
+        (lambda m: m.predict([("a", "b"), ("a", "b", "c")]), r"pairs\[1\] must be 2 strings"),
+        (lambda m: m.predict([("a", 3)]), r"pairs\[0\] must be 2 strings"),
+        (lambda m: m.rank("\udfff", ["a"]), r"query\[0\] has half of a surrogate"),
+        (lambda m: m.rank("a", ["b", 1.5]), r"documents\[1\] must be a string, got 1.5"),
+        (lambda m: m.rank("a", ["b"], top_k=-1), "top_k must be at least 0"),
+    ],
+)
+def test_one_bad_text_is_named(model: UniMoER, call: Callable, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(model)
+
+
+def test_bad_dimensions_cost_no_pass(model: UniMoER, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "embed_all", None)
+    with pytest.raises(ValueError, match="dimensions must be 1 to 32, got 64"):
+        model.encode(TEXTS, dimensions=64)
+
+
+@pytest.mark.parametrize("call", [
+    lambda m: m.encode(["fine", "too"]), lambda m: m.predict([("a", "b")]),
+    lambda m: m.rank("a", ["b", "c"]),
+])  # fmt: skip
+def test_values_that_overflow_are_no_result(tiny_base: Path, call: Callable) -> None:
+    model = make(tiny_base)
+    with torch.no_grad():
+        model.decoder.norm.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="not finite in torch.float32 for the texts"):
+        call(model)
+
+
+def test_an_end_token_that_the_base_does_not_embed(make_base: Callable[..., Path]) -> None:
+    folder = make_base(vocab_size=3)
+    with pytest.raises(ValueError, match="but the base embeds 3 tokens"):
+        UniMoER(ModelConfig(base=str(folder), end_token="yes"))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda r: r["identity"].pop("fingerprint"), lambda r: r["model"].update(lora=[]),
+    lambda r: r["model"].update(dtype="int4"), lambda r: r["model"].update(unknown=1),
+])  # fmt: skip
+def test_a_damaged_config_is_named(model: UniMoER, tmp_path: Path, damage: Callable) -> None:
+    model.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    damage(record)
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="config.json is not what save_pretrained writes"):
+        UniMoER.from_pretrained(tmp_path)
+
+
 def test_unknown_task(model: UniMoER) -> None:
     with pytest.raises(ValueError, match="'passage'"):
         model.encode(TEXTS, task="passage")
@@ -294,6 +348,7 @@ def test_unknown_task(model: UniMoER) -> None:
     ({"dtype": "int8"}, "'int8'"),
     ({"rerank_head": "cosine"}, "'cosine'"),
     ({"embedding_pooling": "max"}, "'max'"),
+    ({"router": RouterConfig()}, "a router weighs experts"),
 ])  # fmt: skip
 def test_bad_configs(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
