@@ -27,7 +27,7 @@ from eval.answers import NORMALISERS
 from eval.benchmarks import beir, evaluation_set, split_of
 from eval.collections import load, require_split
 from eval.command import exit_status
-from eval.files import write_json
+from eval.files import write_json, write_text
 from eval.machine import device_name
 from eval.stages import Stages
 from eval.vectors import Vectors
@@ -127,7 +127,10 @@ def answer(args: argparse.Namespace) -> None:
                 )
             found.append(result)
         if not args.alone:
-            print(rag.table(found, f"{collection.name}, {split}, {args.name}"))
+            text = rag.table(found, f"{collection.name}, {split}, {args.name}")
+            print(text)
+            name = f"{collection.name.lower()}-{split}.txt"
+            write_text(Path(args.out) / "rag" / args.name / name, text + "\n")
 
 
 def _embedder(args: argparse.Namespace, side: str) -> tuple[str, str]:

@@ -173,6 +173,7 @@ def test_more_models_hold_more_and_answer_alike(
     assert commands == ["encode", *["rag"] * 5]  # encoded once for all
     out = capsys.readouterr().out
     assert "all stages against no-rerank: " in out and "all stages against closed-book: " in out
+    assert (tmp_path / "rag" / "arm-seed0" / "tiny-test.txt").read_text() in out
     assert "the sides give the same answers: yes" in out
     results = [json.loads((tmp_path / "rag" / "arm-seed0" / f"tiny-test-{side}.json").read_text())
                for side in rag.SIDES]  # fmt: skip
