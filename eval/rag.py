@@ -296,9 +296,9 @@ def table(found: Sequence[dict[str, Any]], title: str) -> str:
             cells.append(f"{mean:.3f} ± {half:.3f}".rjust(14))
         cells.append(f"{row['found']:7.3f}")
         for stage in (*STAGES, "together"):
-            of = row["latency"].get(stage)
-            took = f"{1000 * of['median']:.0f}, {1000 * of['p95']:.0f} ms" if of else "-"
-            cells.append(took.rjust(18))
+            took = row["latency"].get(stage, {})
+            shown = ", ".join(f"{1000 * took[key]:.0f}" for key in ("median", "p95") if took)
+            cells.append((f"{shown} ms" if took else "-").rjust(18))
         cells += [f"{row['resident_bytes'] / 1e9:10.3f}", f"{row['peak_bytes'] / 1e9:8.3f}"]
         lines.append("".join(cells))
     questions = {row["side"]: row["questions"] for row in found}
