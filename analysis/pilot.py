@@ -173,11 +173,12 @@ def _judge(rows: dict[str, dict[str, Any]]) -> None:
         row["work"] = row["time"] = row["taken"] = None
         if row.pop("whole") and as_is.keys() >= TASKS.keys():
             both = as_is | row["tasks"]
-            for name, key in (("work", "work"), ("time", "seconds")):
-                of = [sum(task[key] for task in tasks.values()) for tasks in (both, as_is)]
-                row[name] = of[0] / of[1]
+            work, time = (
+                sum(task[key] for task in both.values()) / sum(t[key] for t in as_is.values())
+                for key in ("work", "seconds")
+            )
             enough = all(task["gain"] >= ENOUGH for task in both.values())
-            row["taken"] = enough and row["work"] <= MOST
+            row |= {"work": work, "time": time, "taken": enough and work <= MOST}
 
 
 def reading(v: dict[str, Any]) -> str:

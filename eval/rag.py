@@ -305,15 +305,14 @@ def table(found: Sequence[dict[str, Any]], title: str) -> str:
     same = [{q: row["answer"] for q, row in questions[s].items()} for s in SIDES if s in questions]
     if len(same) > 1:
         lines.append(f"the sides give the same answers: {'yes' if same[1:] == same[:-1] else 'no'}")
-    whole = next((questions[side] for side in SIDES if side in questions), None)
-    for part in PARTS if whole is not None else ():
-        if part in questions:
-            said = []
-            for key, name in (("exact_match", "EM"), ("f1", "F1")):
-                pairs = [whole[q][key] - row[key] for q, row in questions[part].items()]
-                mean, half = _interval(pairs)
-                said.append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] {name}")
-            lines.append(f"all stages against {part}: {', '.join(said)}")
+    whole = next((questions[side] for side in SIDES if side in questions), {})
+    for part in (part for part in PARTS if whole and part in questions):
+        said = []
+        for key, name in (("exact_match", "EM"), ("f1", "F1")):
+            pairs = [whole[q][key] - row[key] for q, row in questions[part].items()]
+            mean, half = _interval(pairs)
+            said.append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] {name}")
+        lines.append(f"all stages against {part}: {', '.join(said)}")
     return "\n".join(lines)
 
 
