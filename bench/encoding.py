@@ -19,7 +19,8 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from bench import timing
 from eval.collections import Collection
 from model import bases
-from model.unimoer import DTYPES, ModelConfig, UniMoER
+from model.config import DTYPES, ModelConfig
+from model.unimoer import UniMoER
 from train.trial import Workbench
 
 BATCHES = {"cpu": (2, 4, 8, 16, 32), "cuda": (16, 32, 64, 128, 256)}
