@@ -1,24 +1,14 @@
 """The band around a line that is a mean over seeds."""
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from scipy import stats as scipy_stats
+
+from eval.metrics import interval
 
 FEW = 12  # points; the ends of more are one more restless line
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The ends of the 95 % t interval of the mean; NaN of fewer than two values."""
-    n = len(values)
-    if n < 2:
-        return np.nan, np.nan
-    middle, se = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n)
-    half = float(scipy_stats.t.isf(0.025, n - 1)) * se
-    return middle - half, middle + half
 
 
 def shade(axes: Axes, at: Any, rows: Iterable[Sequence[float]], colour: str) -> None:

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
 from analysis import figures
-from analysis.bands import interval
 from eval import stats
+from eval.metrics import interval
 
 
 def write_folder(

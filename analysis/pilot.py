@@ -154,7 +154,7 @@ def _work(trial: dict[str, Any], readers: int) -> float:
     """Passes of a token through a layer in training, those below the experts shared by `readers`
     trials. The backward pass counts like the forward one: it multiplies by each frozen weight once.
     """
-    if "layers" not in trial:
+    if "tokens" not in trial["curve"][0]:
         raise ValueError(
             f"{trial['arm']} was trained before tokens were counted: delete it, and run again"
         )

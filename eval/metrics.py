@@ -1,9 +1,11 @@
-"""Per-query ranking metrics, through trec_eval (`pytrec_eval`)."""
+"""Per-query ranking metrics, through trec_eval (`pytrec_eval`); the interval of a mean."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pytrec_eval
+from scipy import stats
 
 METRICS = ("ndcg_cut_10", "map", "recip_rank", "recall_100")
 MRR_10 = "recip_rank_cut_10"  # MS MARCO's; trec_eval's recip_rank has no cut
@@ -102,3 +104,13 @@ def _float32(query: str, documents: Mapping[str, float]) -> dict[str, float]:
                 "finite float32; a ranking needs numbers"
             )
     return {document: float(v) for document, v in zip(documents, values, strict=True)}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of the 95 % t interval of the mean; NaN of fewer than two values."""
+    n = len(values)
+    if n < 2:
+        return np.nan, np.nan
+    middle, se = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = float(stats.t.isf(0.025, n - 1)) * se
+    return middle - half, middle + half

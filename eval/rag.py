@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from eval import hub
 from eval.answers import NORMALISERS, exact_match, f1, squad
 from eval.bm25 import BM25
 from eval.collections import Collection, Texts
 from eval.machine import peak_bytes
+from eval.metrics import interval
 from eval.retrieval import Ids, to_keys, to_run
 from eval.sources import rows, strings_of, text_of
 from eval.stages import Stages
@@ -292,8 +292,8 @@ def table(found: Sequence[dict[str, Any]], title: str) -> str:
     for row in found:
         cells = [f"{row['side']:<12}"]
         for key in ("exact_match", "f1"):
-            mean, half = _interval([of[key] for of in row["questions"].values()])
-            cells.append(f"{mean:.3f} ± {half:.3f}".rjust(14))
+            low, high = interval([of[key] for of in row["questions"].values()])
+            cells.append(f"{row[key]:.3f} ± {(high - low) / 2:.3f}".rjust(14))
         cells.append(f"{row['found']:7.3f}")
         for stage in (*STAGES, "together"):
             took = row["latency"].get(stage, {})
@@ -310,16 +310,7 @@ def table(found: Sequence[dict[str, Any]], title: str) -> str:
         said = []
         for key, name in (("exact_match", "EM"), ("f1", "F1")):
             pairs = [whole[q][key] - row[key] for q, row in questions[part].items()]
-            mean, half = _interval(pairs)
-            said.append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] {name}")
+            low, high = interval(pairs)
+            said.append(f"{np.mean(pairs):+.3f} [{low:+.3f}, {high:+.3f}] {name}")
         lines.append(f"all stages against {part}: {', '.join(said)}")
     return "\n".join(lines)
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % interval, by Student's t, of independent questions; NaN of one."""
-    count = len(values)
-    if count < 2:
-        return float(np.mean(values)), float("nan")
-    half = stats.t.isf(0.025, count - 1) * np.std(values, ddof=1) / count**0.5
-    return float(np.mean(values)), float(half)

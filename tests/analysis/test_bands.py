@@ -8,8 +8,9 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from scipy import stats
 
-from analysis.bands import interval, shade
+from analysis.bands import shade
 from analysis.page import over_seeds
+from eval.metrics import interval
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 9])

@@ -125,7 +125,9 @@ def test_intervals_of_the_table() -> None:
         took = {
             s: {"median": 0.1, "p95": 0.2} for s in (*rag.PARTS.get(name, rag.STAGES), "together")
         }
+        mean = sum(scores) / len(scores)
         return {"side": name, "questions": rows, "found": 0.5, "latency": took,
+                "exact_match": mean, "f1": mean,
                 "resident_bytes": 10**9, "peak_bytes": 2 * 10**9}  # fmt: skip
 
     text = rag.table([side("one", [1, 0, 1, 0]), side("no-rerank", [0.75, 0, 0.75, 0])], "title")
