@@ -48,7 +48,7 @@ from model.config import DTYPES
 from scales import SCALES
 from train.loop import NonFiniteLoss, forget
 from train.mixture import training_steps
-from train.provenance import sources
+from eval.provenance import sources
 from train.start import check_starts, model_of
 from train.trial import (
     Workbench,

@@ -11,7 +11,7 @@ from analysis import ablation, order, probing, representation, routing
 from eval.files import write_json
 from model.unimoer import UniMoER
 from model.weights import revision
-from train.provenance import made_by
+from eval.provenance import made_by
 from train.trial import Workbench
 from trials import Config
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from analysis import gradients
 from eval.machine import device_name
 from model import parallel
-from train.provenance import sources
+from eval.provenance import sources
 from train.start import started_from
 from train.trial import Workbench
 from trials import Config

@@ -15,6 +15,7 @@ import gc
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,18 +122,35 @@ class Loop(nn.Module):
 # Concatenated experts with addmm, compiled -------------------------------------------------
 
 
-class ConcatLinear(nn.Module):
-    """y = x W', then addmm of (g S) B': the experts concatenated along the rank."""
+class ConcatGroup(nn.Module):
+    """Linears of one input: y = x W', then addmm of (g S) B' for each; the experts concatenated
+    along the rank, W' and A' of all of them joined, so that x is read twice."""
 
-    def __init__(self, features: int, out: int, rank: int):
+    def __init__(self, features: int, outs: Sequence[int], rank: int):
         super().__init__()
-        self.w = nn.Parameter(torch.empty(out, features), requires_grad=False)
-        self.a = nn.Parameter(torch.empty(rank, features))
-        self.b = nn.Parameter(torch.empty(out, rank))
+        self.outs, self.rank = tuple(outs), rank
+        self.w = nn.Parameter(torch.empty(sum(outs), features), requires_grad=False)
+        self.a = nn.Parameter(torch.empty(len(outs) * rank, features))
+        self.b = nn.ParameterList(nn.Parameter(torch.empty(out, rank)) for out in outs)
 
-    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
-        s = x @ self.a.to(x.dtype).t()
-        return torch.addmm(x @ self.w.t(), (gates * s).to(x.dtype), self.b.to(x.dtype).t())
+    @classmethod
+    @torch.no_grad()
+    def of(cls, group: LinearGroup) -> "ConcatGroup":
+        """The same linears with the same masters."""
+        made = cls(group.layout.in_features, tuple(group.outs.values()), group.layout.rank)
+        made.w.data = torch.cat([group.weight(name) for name in group.outs])
+        made.a.copy_(torch.cat([group.lora_A[name] for name in group.outs]))
+        for b, name in zip(made.b, group.outs, strict=True):
+            b.copy_(group.lora_B[name])
+        return made
+
+    def forward(self, x: Tensor, gates: Tensor) -> list[Tensor]:
+        s = (x @ self.a.to(x.dtype).t()).split(self.rank, 1)
+        y = (x @ self.w.t()).split(self.outs, 1)
+        return [
+            torch.addmm(base, (gates * mine).to(x.dtype), b.to(x.dtype).t())
+            for base, mine, b in zip(y, s, self.b, strict=True)
+        ]
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -151,37 +169,37 @@ class ConcatLayer(nn.Module):
         self.shape, self.ranks = shape, tuple(ranks)
         d, f, k = shape.hidden_size, shape.intermediate_size, shape.head_dim
         q, kv = shape.num_attention_heads * k, shape.num_key_value_heads * k
-        sizes = zip(PROJECTIONS, ((d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)),
-                    strict=True)  # fmt: skip
-        self.linear = nn.ModuleDict({n: ConcatLinear(a, b, sum(ranks)) for n, (a, b) in sizes})
+        rank = sum(ranks)
+        self.qkv, self.o = ConcatGroup(d, (q, kv, kv), rank), ConcatGroup(q, (d,), rank)
+        self.gate_up, self.down = ConcatGroup(d, (f, f), rank), ConcatGroup(f, (d,), rank)
         norms = [d, d] + [k, k] * (shape.model_type == "qwen3")
         self.norms = nn.ParameterList(nn.Parameter(torch.ones(n), False) for n in norms)
-        self.up, self.down = nn.Linear(d, 64), nn.Linear(64, len(ranks))
+        self.router_up, self.router_down = nn.Linear(d, 64), nn.Linear(64, len(ranks))
         self.c = nn.Parameter(torch.tensor(2.0))
 
     def gates(self, normed: Tensor, text: Tensor, sizes: Tensor) -> Tensor:
         """(N, R): the router's weights of each token's text, over the ranks."""
         total = normed.new_zeros(len(sizes), normed.shape[1], dtype=torch.float32)
         pooled = total.index_add(0, text, normed.float()) / sizes[:, None]
-        z = self.up(F.rms_norm(pooled, pooled.shape[-1:]))
-        weights = sparsegen(self.down(F.silu(z)), self.c)
+        z = self.router_up(F.rms_norm(pooled, pooled.shape[-1:]))
+        weights = sparsegen(self.router_down(F.silu(z)), self.c)
         repeats = torch.tensor(self.ranks, device=text.device)
         wide = weights.repeat_interleave(repeats, 1, output_size=sum(self.ranks))
         return (2.0 * wide)[text]
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, text: Tensor, sizes: Tensor, segments):
-        c, linear, k = self.shape, self.linear, self.shape.head_dim
+        c, k = self.shape, self.shape.head_dim
         normed = rms_norm(x, self.norms[0], c.rms_norm_eps)
         gates = self.gates(normed, text, sizes)
-        q, kk, v = (linear[n](normed, gates).unflatten(1, (-1, k)) for n in PROJECTIONS[:3])
+        q, kk, v = (y.unflatten(1, (-1, k)) for y in self.qkv(normed, gates))
         if c.model_type == "qwen3":
             q, kk = (rms_norm(t, w, c.rms_norm_eps) for t, w in zip((q, kk), self.norms[2:],
                                                                    strict=True))  # fmt: skip
         y = _attend(rope(q, cos, sin), rope(kk, cos, sin), v, segments)
-        x = x + linear["o_proj"](y.flatten(1), gates)
+        x = x + self.o(y.flatten(1), gates)[0]
         normed = rms_norm(x, self.norms[1], c.rms_norm_eps)
-        y = swiglu(linear["gate_proj"](normed, gates), linear["up_proj"](normed, gates))
-        return x + linear["down_proj"](y, gates)
+        y = swiglu(*self.gate_up(normed, gates))
+        return x + self.down(y, gates)[0]
 
 
 class Concatenated(nn.Module):
@@ -199,7 +217,8 @@ class Concatenated(nn.Module):
         self.embed.requires_grad_(False)
         for layer in self.layers:
             assert isinstance(layer, ConcatLayer)
-            layer.linear.to(dtype)
+            for group in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                group.to(dtype)
             layer.norms.to(dtype)
         if device != "cpu":
             for layer in self.layers:
@@ -280,7 +299,11 @@ def measure(
     shape: DecoderConfig | None = None,
 ) -> list[dict]:
     """Rows of each design and mode: tokens/s, peak memory, FLOP/s of the base's work, and how many
-    times as fast ours is. Ours and one rival at a time are resident and take turns."""
+    times as fast ours is. Ours and one rival at a time are resident and take turns.
+
+    Raises:
+        torch.OutOfMemoryError: ours alone does not fit; a rival that does not is a row that says so
+    """
     shape = shape or SHAPES[shape_name]
     sizes = lengths(tokens, 128, mixed)
     batch = pack([[1 + i % 99 for i in range(n)] for n in sizes], device)
@@ -288,34 +311,39 @@ def measure(
              "ranks": list(ranks), "dtype": str(dtype)[6:]}  # fmt: skip
     rows: list[dict] = []
     ours, *rivals = sorted(DESIGNS, key=lambda design: design.name != "ours")
-    mine = _made(ours, shape, device, dtype, ranks)
+    both = [_made(ours, shape, device, dtype, ranks)]
+    clear = partial(_clear, both, device)
     for rival in rivals:
-        theirs = _made(rival, shape, device, dtype, ranks)
         for mode in modes:
             if mode == "train" and not rival.trains:
                 continue
-            row = about | {"design": rival.name, "mode": mode}
             try:
-                pair = {"ours": _step(mine, batch, mode), "theirs": _step(theirs, batch, mode)}
-                peaks = {name: timing.peak(step, device) for name, step in pair.items()}
+                if len(both) == 1:
+                    both.append(_made(rival, shape, device, dtype, ranks))
+                mine, theirs = both
+                pair = {"theirs": _step(theirs, batch, mode), "ours": _step(mine, batch, mode)}
+                peaks = {name: timing.peak(step, device, clear) for name, step in pair.items()}
                 times = timing.seconds(pair, rounds)
             except torch.OutOfMemoryError:
-                rows.append(row | {"failed": "out of memory"})
+                failed = {"failed": "out of memory, ours resident too"}
+                rows.append(about | {"design": rival.name, "mode": mode} | failed)
                 continue
             finally:
-                _clear((mine, theirs), device)
+                clear()
             rates = timing.rates(times, [float(sum(sizes))] * rounds)
             work = flops(shape, sizes, mode == "train") / sum(sizes)
-            for name, model, design in (("theirs", theirs, rival), ("ours", mine, ours)):
-                above = peaks[name]
-                row = about | {"design": design.name, "mode": mode, "rate": rates[name]}
-                row["flops"] = work * rates[name]["median"]
+            for (name, above), model, design in zip(
+                peaks.items(), (theirs, mine), (rival, ours), strict=True
+            ):
+                row = about | {"design": design.name, "mode": mode, "rounds": rounds}
+                row["rate"], row["flops"] = rates[name], work * rates[name]["median"]
                 row["peak_bytes"] = None if above is None else above + resident(model)
                 row["ours_against"] = timing.ratio(times, "ours", "theirs")
                 if design is rival or not any(_same(row, other) for other in rows):
                     rows.append(row)
-        del theirs
-        _clear((mine,), device)
+        mine = theirs = pair = None  # what is still named stays resident
+        del both[1:]
+        clear()
     return rows
 
 

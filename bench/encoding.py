@@ -78,7 +78,7 @@ def run(
     Raises:
         ValueError: the vectors of the two differ, so they would not do the same work.
     """
-    folder, rows, tried = bases.resolve(base), [], {}
+    folder, rows, best = bases.resolve(base), [], {}
     batches = BATCHES[torch.device(bench.device).type]
     for pooling, dtype in product(poolings, dtypes):
         model = UniMoER(config(base, layers, dtype, tokens, pooling), bench.device)
@@ -103,21 +103,19 @@ def run(
             return torch.as_tensor(rival.encode(ended, batch_size=batch, show_progress_bar=False))
 
         _check(mine(0), theirs(0, batches[0]), dtype)
-        if dtype not in tried:  # its best batch is a matter of the transformer, not of the pooling
-            tried[dtype] = timing.seconds({str(b): partial(theirs, batch=b) for b in batches}, 2)
-        by_batch = timing.rates(tried[dtype], [work] * 2)
-        best = max(batches, key=lambda b, by_batch=by_batch: by_batch[str(b)]["median"])
-        times = timing.seconds({"ours": mine, "theirs": partial(theirs, batch=best)}, rounds)
+        searched = {}  # its best batch is a matter of the transformer, not of the pooling
+        if dtype not in best:
+            best[dtype], searched = timing.best(partial(theirs, 0), batches, work)
+        times = timing.seconds({"ours": mine, "theirs": partial(theirs, batch=best[dtype])}, rounds)
         rows.append(
             {
                 "what": f"encode {len(texts)} mixed texts, {layers} layers, {pooling} pooling",
                 "dtype": dtype,
-                "against": f"sentence-transformers, batch {best}",
+                "against": f"sentence-transformers, batch {best[dtype]}",
                 "unit": "tokens/s",
                 "tokens": work,
-                **timing.rates(times, [work] * rounds),
-                "ratio": timing.ratio(times, "ours", "theirs"),
-                "by_batch": by_batch,
+                **timing.against(times, [work] * rounds),
+                **searched,
             }
         )
     return rows

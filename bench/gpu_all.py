@@ -1,7 +1,8 @@
 """`make gpu-all`: everything that only a card can show, in order of value, in steps of minutes.
 
 Each step is a command with a limit. A step that ends well is not run again; one that meets its
-limit goes on in the next call where it can (the kill gate keeps its trials). After each step
+limit, or measures less than all in its time, goes on in the next call (bench keeps its parts, the
+kill gate its trials), and what needs it waits. After each step
 bench/results/<device>-summary.md says what is done, how long it took, and what is not measured.
 """
 
@@ -19,32 +20,43 @@ from analysis.figures import table
 from bench.timing import stem
 from eval.files import write_text
 from eval.machine import device_name
+from model import bases
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+GOES_ON = "stopped at its limit, goes on in the next call"
 TAIL = 12  # lines of a step's output that the summary keeps
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, what it shows, and after how many minutes it is stopped."""
+    """A command, what it shows, and after how many minutes it is stopped.
+
+    record: a JSON file whose `left_out` says what the command had no time for.
+    after: the step that must be done before.
+    """
 
     name: str
     shows: str
     command: list[str]
     minutes: float = 7.5
+    record: Path | None = None
+    after: str = ""
 
 
-def steps(python: str) -> list[Step]:
+def steps(python: str, device: str) -> list[Step]:
+    kill_gate = ["kill_gate", "--scale", "full"]
     return [
         Step("test-gpu", "the kernels and the model are right on this card",
              [python, "-m", "pytest", "-m", "gpu", "-q"]),
         Step("bench", "speed and memory, beside the predictions of bench-model",
-             [python, "-m", "bench", "--minutes", "5"]),
+             [python, "-m", "bench", "--minutes", "5"],
+             record=RESULTS / f"{stem(device, bases.DEFAULT)}.json"),
+        Step("kill-gate", "the study at full scale", [python, "-m", "run", "run", *kill_gate]),
+        Step("publish", "its trials, verdict and report in results/",
+             [python, "-m", "run", "publish", *kill_gate], 1, after="kill-gate"),
         Step("bench-model", "predictions and measurements side by side",
-             [python, "-m", "bench.model"], 1),
-        Step("kill-gate", "the study at full scale",
-             [python, "-m", "run", "run", "kill_gate", "--scale", "full"]),
+             [python, "-m", "bench.model"], 1, after="publish"),
     ]  # fmt: skip
 
 
@@ -61,9 +73,11 @@ def run(step: Step, folder: Path) -> dict:
             code = None
     lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
     shown = [line for line in lines if line.strip() and "it/s" not in line][-TAIL:]
-    state = {0: "done", None: "stopped at its limit, goes on in the next call"}
+    state = {0: "done", None: GOES_ON}.get(code, f"failed with exit code {code}")
+    if state == "done" and step.record and json.loads(step.record.read_text())["left_out"]:
+        state = GOES_ON
     return {
-        "state": state.get(code, f"failed with exit code {code}"),
+        "state": state,
         "seconds": time.monotonic() - started,
         "tail": shown,
     }
@@ -97,11 +111,15 @@ def main(arguments: list[str] | None = None) -> int:
     name = stem(device)
     state = folder / f"{name}.json"
     record = json.loads(state.read_text()) if state.exists() else {}
-    listed, failed = steps(sys.executable), False
+    listed, failed = steps(sys.executable, device), False
+
+    def done(name: str) -> bool:
+        return record.get(name, {}).get("state") == "done"
+
     for step in listed:
         if given.only and step.name not in given.only:
             continue
-        if not given.only and record.get(step.name, {}).get("state") == "done":
+        if not given.only and (done(step.name) or step.after and not done(step.after)):
             continue
         print(f"gpu-all: {step.name}, at most {step.minutes:g} minutes", flush=True)
         record[step.name] = run(step, folder)
@@ -109,7 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu-all: {step.name} {record[step.name]['state']}", flush=True)
         write_text(state, json.dumps(record, indent=1))
         write_text(RESULTS / f"{name}-summary.md", summary(device, record, listed))
-    print(f"written to {RESULTS / name}-summary.md")
+    left = [step.name for step in listed if not done(step.name)]
+    print(f"written to {RESULTS / name}-summary.md" + f"; left: {', '.join(left)}" * bool(left))
     return int(failed)
 
 

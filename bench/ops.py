@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import timing
-from bench.designs import ConcatLinear, lengths, lora_config, randomise
+from bench.designs import ConcatGroup, lengths, lora_config, randomise
 from kernels import elementwise, reference
 from kernels.add_rmsnorm_pool import add_rmsnorm_pool
 from kernels.attention import packed_attention, padded_attention
@@ -117,7 +117,7 @@ def cases(shape: DecoderConfig, tokens: int, device: str, dtype: torch.dtype) ->
             for left, right, b in zip(base.split(list(outs.values()), 1), s.split(48, 1), parts,
                                       strict=True)
         ]  # fmt: skip
-        return torch.cat(y, 1).sum()
+        return torch.stack([t.sum() for t in y]).sum()
 
     def bordered() -> Tensor:
         return group.fused(x, segments, gates, TEXT)[:, : sum(outs.values())].sum()
@@ -249,7 +249,7 @@ def bordered_rows(
         rivals = []
         for group in groups:
             randomise(group)
-            rivals.append(_concatenated(group))
+            rivals.append(ConcatGroup.of(group))
         inputs = [torch.randn(tokens, size, dtype=own).requires_grad_() for size, _ in layer]
         gates = torch.rand(tokens, 48).requires_grad_()
         modules = [*groups, *rivals]
@@ -263,8 +263,8 @@ def bordered_rows(
             return [y for ys in made for y in ys]
 
         def theirs(rivals=rivals, inputs=inputs, gates=gates) -> list[Tensor]:
-            pairs = zip(rivals, inputs, strict=True)
-            return [linear(x, gates) for rival, x in pairs for linear in rival.values()]
+            made = (rival(x, gates) for rival, x in zip(rivals, inputs, strict=True))
+            return [y for ys in made for y in ys]
 
         for mode in ("forward + backward", "forward"):  # the second drops the masters
             if mode == "forward":
@@ -283,7 +283,7 @@ def bordered_rows(
                     tokens,
                     what=what,
                     dtype=dtype,
-                    against="x W' + addmm, experts concatenated",
+                    against="x W' + addmm, experts concatenated, linears of one input joined",
                 )
             )
     return rows
@@ -337,8 +337,7 @@ def _row(pair: dict[str, Callable[[], object]], rounds: int, tokens: int, **name
         **named,
         "unit": "tokens/s",
         "tokens": tokens * rounds,
-        **timing.rates(times, [float(tokens)] * rounds),
-        "ratio": timing.ratio(times, "ours", "theirs"),
+        **timing.against(times, [float(tokens)] * rounds),
     }
 
 
@@ -357,16 +356,3 @@ def _passes(
         torch.autograd.backward(run(), upstream)
 
     return forward if mode == "forward" else both
-
-
-@torch.no_grad()
-def _concatenated(group: LinearGroup) -> nn.ModuleDict:
-    """The same linears in the rival's way, by name, with the same masters."""
-    made = nn.ModuleDict()
-    for name, out in group.outs.items():
-        linear = ConcatLinear(group.layout.in_features, out, group.layout.rank)
-        linear.w.data = group.weight(name).clone()
-        linear.a.copy_(group.lora_A[name])
-        linear.b.copy_(group.lora_B[name])
-        made[name] = linear
-    return made

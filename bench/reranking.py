@@ -26,7 +26,7 @@ from model.texts import usual_budget
 from model.unimoer import ModelConfig, UniMoER
 from train.trial import Workbench
 
-BATCHES = {"cpu": (1, 2, 4, 8, 16), "cuda": (16, 32, 64, 128, 256)}
+BATCHES = {"cpu": (1, 2, 4, 8, 16, 32, 40), "cuda": (16, 32, 64, 128, 256)}
 CANDIDATES = 10  # of BM25's for each query
 SEAM = "Document:"  # the pair's template is cut behind it: what is before is the rival's first text
 
@@ -132,9 +132,7 @@ def run(
         parts, trie = TextSet(ids).batches(usual_budget(model.device, 2048), 1.0)
         made = pack_trie if trie else pack
         entering = sum(len(made([ids[i] for i in part]).input_ids) for part in parts)
-        tried = timing.seconds({str(b): partial(theirs, batch=b) for b in batches}, 2)
-        by_batch = timing.rates(tried, [work] * 2)
-        best = max(batches, key=lambda b, by_batch=by_batch: by_batch[str(b)]["median"])
+        best, searched = timing.best(partial(theirs, 0), batches, work)
         times = timing.seconds({"ours": mine, "theirs": partial(theirs, batch=best)}, rounds)
         rows.append(
             {
@@ -146,9 +144,8 @@ def run(
                 "tokens": work,
                 "pairs": len(pairs),
                 "entering": entering,  # of these tokens: what begins alike is run once
-                **timing.rates(times, [work] * rounds),
-                "ratio": timing.ratio(times, "ours", "theirs"),
-                "by_batch": by_batch,
+                **timing.against(times, [work] * rounds),
+                **searched,
             }
         )
     return rows

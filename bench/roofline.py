@@ -150,28 +150,29 @@ def ours(layer: Layer, train: bool) -> list[Op]:
 
 
 def addmm(layer: Layer, train: bool) -> list[Op]:
-    """Concatenated experts, a second GEMM into y; elementwise work fused by torch.compile."""
+    """Concatenated experts, a second GEMM into each y, linears of one input joined; elementwise
+    work fused by torch.compile."""
     n, e, r = layer.n, BYTES, layer.rank
     ops = _elementwise(layer, train) + _route(layer, train)
     for name, k, outs in layer.groups:
+        out, p = sum(outs), r * len(outs)
+        ops += [gemm(name, n, k, out), gemm(f"{name}, S", n, k, p)]
+        ops.append(Op(f"{name}, gate", bytes=2 * n * p * e))
         for i, m in enumerate(outs):
-            ops += [
-                gemm(f"{name} {i}", n, k, m),
-                gemm(f"{name} {i}, S", n, k, r),
-                Op(f"{name} {i}, gate", bytes=2 * n * r * e),
-                Op(f"{name} {i}, addmm", 2.0 * n * r * m, e * (n * r + r * m + 2 * n * m)),
-            ]
+            moved = e * (n * r + r * m + 2 * n * m)
+            ops.append(Op(f"{name} {i}, addmm", 2.0 * n * r * m, moved))
             if train:
-                ops += [
-                    gemm(f"{name} {i}, dX", n, m, k),
-                    gemm(f"{name} {i}, dY B", n, m, r),
-                    Op(f"{name} {i}, gate back", bytes=3 * n * r * e),
-                    gemm(f"{name} {i}, dS A", n, r, k),
-                    gemm(f"{name} {i}, dB", m, n, r),
-                    gemm(f"{name} {i}, dA", r, n, k),
-                ]
-        if train:  # two gradients of x from each linear are added up
-            ops.append(Op(f"{name}, sum of dX", bytes=(2 * len(outs) + 1) * n * k * e))
+                ops += [gemm(f"{name} {i}, dY B", n, m, r), gemm(f"{name} {i}, dB", m, n, r)]
+        if train:
+            if len(outs) > 1:  # the gradients of the parts are laid side by side
+                ops.append(Op(f"{name}, joined dY", bytes=2 * n * out * e))
+            ops += [
+                gemm(f"{name}, dX", n, out, k),
+                Op(f"{name}, gate back", bytes=3 * n * p * e),
+                gemm(f"{name}, dS A", n, p, k),
+                gemm(f"{name}, dA", p, n, k),
+                Op(f"{name}, sum of dX", bytes=3 * n * k * e),
+            ]
     return ops
 
 

@@ -6,7 +6,9 @@ dropped). A request encodes a query, searches an index of vectors exactly and re
 candidates.
 """
 
+import gc
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -80,11 +82,12 @@ def measure(
     index: int = INDEX,
     tokens: int = 16384,
     reranked: int = CANDIDATES,
-) -> dict:
-    """Bytes, rates and latency of both sides, and their ratios, from one run in which they take
-    turns. fused kernels on a card, the PyTorch path on a CPU."""
+) -> list[dict]:
+    """One row: bytes, rates and latency of both sides, and their ratios, from one run in which they
+    take turns. Where memory does not hold both at a time, a row for each, without ratios: what fits
+    is measured, what does not says so. fused kernels on a card, the PyTorch path on a CPU."""
     shape = shape or SHAPES[shape_name]
-    made = {name: make() for name, make in sides(shape, device, dtype, device != "cpu").items()}
+    makers = sides(shape, device, dtype, device != "cpu")
     documents = _batch(lengths(tokens, DOCUMENT, mixed=True), device)
     pairs = _batch([PAIR] * (tokens // PAIR), device)
     query, candidates = _batch([QUERY], device), _batch([PAIR] * reranked, device)
@@ -100,22 +103,41 @@ def measure(
         "rerank": (lambda side: side.score(pairs), float(len(pairs.lengths))),
         "request": (request, 1.0),
     }
-    row: dict = {"shape": shape_name, "dtype": str(dtype)[6:], "ranks": list(RANKS)}
-    row |= {"index": index, "reranked": reranked}
-    row["resident_bytes"] = {name: resident(side.models) for name, side in made.items()}
-    row["peak_bytes"] = {
-        name: _peak(side, work["rerank"][0], device) for name, side in made.items()
-    }
-    for what, (run, amount) in work.items():
-        times = timing.seconds(
-            {name: lambda turn, side=side, run=run: run(side) for name, side in made.items()},
-            rounds,
-        )
-        row[what] = timing.rates(times, [amount] * rounds)
-        row[what]["ratio"] = timing.ratio(times, "one", "two")
-    return row
+    about: dict = {"shape": shape_name, "dtype": str(dtype)[6:], "ranks": list(RANKS)}
+    about |= {"index": index, "reranked": reranked, "rounds": rounds}
+
+    def row(*names: str) -> dict:
+        try:
+            made = {name: makers[name]() for name in names}
+            found = {
+                "resident_bytes": {name: resident(side.models) for name, side in made.items()},
+                "peak_bytes": {n: _peak(s, work["rerank"][0], device) for n, s in made.items()},
+            }
+            for what, (run, amount) in work.items():
+                turns = {name: partial(_turn, side, run) for name, side in made.items()}
+                times = timing.seconds(turns, rounds)
+                found[what] = timing.rates(times, [amount] * rounds)
+                if len(names) > 1:
+                    found[what]["ratio"] = timing.ratio(times, "one", "two")
+        except torch.OutOfMemoryError:
+            found = {"failed": "out of memory"}
+        return about | {"sides": list(names)} | found
+
+    both = row(*makers)
+    rows = [both]
+    if "failed" in both:
+        rows = []
+        for name in makers:
+            gc.collect()
+            torch.cuda.empty_cache()
+            rows.append(row(name))
+    return rows
+
+
+def _turn(side: Side, run: Callable[[Side], object], turn: int) -> None:
+    run(side)
 
 
 def _peak(side: Side, run: Callable[[Side], object], device: str) -> int | None:
-    above = timing.peak(lambda turn: run(side), device)
+    above = timing.peak(partial(_turn, side, run), device)
     return None if above is None else above + resident(side.models)

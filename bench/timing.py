@@ -1,25 +1,24 @@
 """Times of rivals in one run, and what a benchmark's record says about the machine."""
 
 import os
-import platform
 import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("torch", "triton", "transformers", "peft", "sentence-transformers", "tokenizers")
+from eval import provenance
+
+PACKAGES = ("triton", "transformers", "peft", "sentence-transformers")
 
 
-def seconds(rivals: dict[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
+def seconds(rivals: Mapping[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each rival in each round; they take turns, so a slow minute hits all of them.
 
     Args:
@@ -46,6 +45,22 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high}
 
 
+def against(times: dict[str, list[float]], work: Sequence[float]) -> dict:
+    """A row's numbers of `ours` and `theirs`: rounds, work per second of each, and the ratio."""
+    return {
+        "rounds": len(work),
+        **rates(times, work),
+        "ratio": ratio(times, "ours", "theirs"),
+    }
+
+
+def best(run: Callable[[Any], object], options: Sequence, work: float) -> tuple[Any, dict]:
+    """Which option a rival is fastest with, by two rounds of each: it, and the rates by option."""
+    tried = {str(option): lambda turn, option=option: run(option) for option in options}
+    found = rates(seconds(tried, 2), [work] * 2)
+    return max(options, key=lambda option: found[str(option)]["median"]), {"searched": found}
+
+
 def rates(times: dict[str, list[float]], work: Sequence[float]) -> dict[str, dict[str, float]]:
     """name -> median and quartiles of work per second; `work` is what was done in each round."""
     return {
@@ -59,23 +74,15 @@ def ratio(times: dict[str, list[float]], ours: str, against: str) -> dict[str, f
     return spread([theirs / mine for mine, theirs in pairs])
 
 
-def machine() -> dict:
-    """Device, threads, versions and commit, as a record tells them."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def made_by(device: str) -> dict:
+    """Device, driver, threads, versions, sources and commit, as a record tells them."""
+    made = provenance.made_by(device, "bench")
+    made["versions"] |= {name: version(name) for name in PACKAGES}
     return {
+        **made,
         "driver": _driver(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "commit": commit.stdout.strip() or None,
-        "dirty": bool(changed.stdout.strip()),
     }
 
 
@@ -88,12 +95,15 @@ def _driver() -> str | None:
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 else None
 
 
-def peak(run: Callable[[int], object], device: str) -> int | None:
+def peak(
+    run: Callable[[int], object], device: str, clear: Callable[[], object] = lambda: None
+) -> int | None:
     """Bytes on the card that a call takes at the most beside what is there before it, in its
-    second call; None on a CPU."""
+    second call; None on a CPU. clear: drops what the first call has left, gradients say."""
     run(0)
     if device == "cpu":
         return None
+    clear()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

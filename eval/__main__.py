@@ -29,6 +29,7 @@ from eval.collections import load, require_split
 from eval.command import exit_status
 from eval.files import write_json, write_text
 from eval.machine import device_name
+from eval.provenance import made_by
 from eval.stages import Stages
 from eval.vectors import Vectors
 from model import bases, saved
@@ -116,7 +117,7 @@ def answer(args: argparse.Namespace) -> None:
                     args.model, side, collection, split, answers, settings, args.device, stored,
                     stages, args.specialists,
                 )  # fmt: skip
-                write_json(place, {"model": args.name, **mine, **made})
+                write_json(place, {"model": args.name, **made_by(args.device), **mine, **made})
                 stages.done()
             result = json.loads(place.read_text())
             asked_of = mine if side == "three" else origin  # once stored for all sides

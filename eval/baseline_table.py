@@ -24,6 +24,7 @@ from eval.command import exit_status
 from eval.files import write_json, write_text
 from eval.metrics import evaluate
 from eval.protocol import EvaluationSet, without_states
+from eval.provenance import made_by
 from eval.rerank import to_run
 from eval.stages import Stages
 from model import bases
@@ -133,7 +134,7 @@ def _one(
                             "device": args.device})  # fmt: skip
     result = {
         "row": row.name, "what": row.what, "split": split, "asked": asked,
-        "data": collection.identity,
+        "data": collection.identity, **made_by(args.device),
         **(_bm25(evaluation()) if bm25 else measure(row, at, evaluation(), args.device, stages)),
     }  # fmt: skip
     write_json(place, result)

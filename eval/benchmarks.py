@@ -13,6 +13,7 @@ from eval.collections import Collection, load, missing, require_known
 from eval.files import write_json, write_text
 from eval.metrics import METRICS, MRR_10
 from eval.protocol import EvaluationSet, Scores, without_states
+from eval.provenance import made_by
 from eval.stages import Stages
 from model import bases
 from model.unimoer import UniMoER
@@ -117,7 +118,7 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
             "prompts": vars(evaluation.tokenizer.prompts), "split": split, "asked": asked,
             "data": collection.identity,
             "bm25": evaluation.bm25_scores(), "scores": scores, "dimensions": shorter,
-            "ceiling": {"reranking": evaluation.ceiling()},
+            "ceiling": {"reranking": evaluation.ceiling()}, **made_by(args.device),
         }  # fmt: skip
         if args.untrained:
             result["untrained"] = evaluation.untrained(model, progress=True, keep=stages)

@@ -26,7 +26,7 @@ from eval import hub, metrics
 from eval.collections import find, fingerprint
 from eval.command import exit_status
 from eval.files import whole, write_json
-from eval.machine import device_name
+from eval.provenance import made_by
 from eval.retrieval import Ids, cut, exact, plan, to_run
 from eval.sources import Qrels, Sources, lacking, read_qrels, read_queries, read_splits
 from eval.vectors import DTYPES, MANIFEST, WINDOW, Vectors, encode, read_manifest
@@ -199,7 +199,7 @@ def _measure(
         prompts = vars(model.tokenizer.prompts)
         asked = truncate(model.encode_query(list(judged.queries.values())), stored.dimension)
         del model  # its memory is the search's
-    found: dict = {"prompts": prompts, "device": device_name(args.device), "seconds": seconds}
+    found: dict = {"prompts": prompts, "seconds": seconds, **made_by(args.device)}
     rankings: dict[str, Tensor] = {}
     k = judged.depth(args.depth)
     if args.index != "exact":  # first: it may not fit, and is gone before the exact search

@@ -21,10 +21,10 @@ import pytest
 import torch
 
 import analysis.report
+import eval.provenance
 import experiments
 import model.prefix
 import run
-import train.provenance
 import train.trial
 from analysis import overview
 from eval.collections import load
@@ -321,8 +321,8 @@ def test_sources_are_the_modules_that_make_numbers(tmp_path, monkeypatch):
     for folder in folders:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.py").write_text("1")
-    monkeypatch.setattr(train.provenance, "ROOT", tmp_path)
-    sources = train.provenance.sources.__wrapped__  # which a process asks once
+    monkeypatch.setattr(eval.provenance, "ROOT", tmp_path)
+    sources = eval.provenance.sources.__wrapped__  # which a process asks once
     seen = [sources()]
     for folder in folders:
         (tmp_path / folder / "a.py").write_text("2")

@@ -13,9 +13,9 @@ import experiments
 import run
 from analysis import measures
 from eval.machine import device_name
+from eval.provenance import sources
 from model.unimoer import UniMoER
 from tests.train.tiny import write_collection
-from train.provenance import sources
 
 STEPS = ["--set", "steps=2", "--set", "dtype=float32", "--set", "measured=10"]
 

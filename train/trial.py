@@ -28,7 +28,7 @@ from train.loop import Callback, spent, train
 from train.mixture import training_data
 from train.negatives import mined_sha256
 from train.pilots import fit_pilots
-from train.provenance import made_by
+from eval.provenance import made_by
 from train.start import Held, begin, started_from
 from trials import Config, parts
 

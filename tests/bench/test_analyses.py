@@ -1,5 +1,7 @@
 """The count of what analyses need: by hand, and against what autograd really keeps."""
 
+from dataclasses import replace
+
 import pytest
 
 from bench import analyses
@@ -17,6 +19,14 @@ def test_what_a_layer_keeps_grows_with_its_width_and_not_with_the_texts() -> Non
     assert least < kept < 12 * least
     assert analyses.saved_per_token(TINY, tokens=384) == pytest.approx(kept, rel=0.1)
     assert analyses.saved_per_token(TINY, checkpointing=True) == pytest.approx(4 * d, rel=0.2)
+    # Of each value more in the gate and up projections, these two at the least, in 16 bit
+    wider = analyses.saved_per_token(replace(TINY, intermediate_size=2 * f))
+    assert 2 * 2 * f <= wider - kept < kept
+    wide = replace(TINY, hidden_size=2 * d, head_dim=32, intermediate_size=2 * f)
+    # Twice in all, but for what the ranks and the router keep, whose size is the same
+    assert 1.5 * kept < analyses.saved_per_token(wide) < 2 * kept
+    checkpointed = analyses.saved_per_token(wide, checkpointing=True)
+    assert checkpointed == pytest.approx(2 * 4 * d, rel=0.2)
 
 
 def test_qwen3_fits_24_gb() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import corpus, encoding, index, reranking, timing, training
+from bench import corpus, encoding, index, reranking, tables, timing, training
 from model.heads import LinearScore
 from model.unimoer import UniMoER
 from tests.train.tiny import write_collection
@@ -64,9 +64,10 @@ def test_encoding(base, bench):
     assert len(texts) == 18 and row["what"] == "encode 18 mixed texts, 2 layers, mean pooling"
     assert other["what"].endswith("last pooling") and other["tokens"] == row["tokens"]
     assert row["tokens"] == sum(map(len, model.tokenizer.documents(texts)))
-    assert row["by_batch"].keys() == {str(batch) for batch in encoding.BATCHES["cpu"]}
-    best = max(row["by_batch"], key=lambda batch: row["by_batch"][batch]["median"])
-    assert row["against"] == f"sentence-transformers, batch {best}"
+    assert row["searched"].keys() == {str(batch) for batch in encoding.BATCHES["cpu"]}
+    best = max(row["searched"], key=lambda batch: row["searched"][batch]["median"])
+    assert row["against"] == other["against"] == f"sentence-transformers, batch {best}"
+    assert "searched" not in other and row["rounds"] == 2  # searched once for each dtype
 
 
 def test_an_encoder_that_does_something_else_is_refused(base, bench, monkeypatch):
@@ -92,8 +93,8 @@ def test_reranking(base, bench):
         f"rerank 12 mixed pairs of {count} queries, 2 layers ({share:.0%} of the tokens are run)"
     )
     assert row["tokens"] == sum(lengths) and len(set(lengths)) > 3 and max(lengths) <= 128
-    assert row["by_batch"].keys() == {str(batch) for batch in reranking.BATCHES["cpu"]}
-    best = max(row["by_batch"], key=lambda batch: row["by_batch"][batch]["median"])
+    assert row["searched"].keys() == {str(batch) for batch in reranking.BATCHES["cpu"]}
+    best = max(row["searched"], key=lambda batch: row["searched"][batch]["median"])
     assert row["against"] == f"sentence-transformers' CrossEncoder, batch {best}"
 
 
@@ -177,7 +178,7 @@ def test_corpora_of_growing_size(base, bench):
         assert row["texts"] == count
         assert row["tokens"] == sum(map(len, model.tokenizer.documents(texts)))
         assert 0 < row["loaded_bytes"] <= row["peak_bytes"] and row["seconds"] > 0
-    assert f"| 30 | {rows[1]['tokens']:,} | " in command.corpus_table(rows)
+    assert f"| 30 | {rows[1]['tokens']:,} | " in tables.corpus_table(rows)
     with pytest.raises(ValueError, match="encoding 3 texts ended with an error"):
         corpus.run(bench, "nowhere/at/all", counts=(3,))
 
@@ -193,32 +194,83 @@ def test_indexes_of_growing_size():
     for row in rows:
         assert 0 < row["before_bytes"] <= row["made_bytes"] <= row["peak_bytes"]
     assert index.growth(rows, "peak_bytes") > index.growth(rows, "made_bytes") > 4 * index.WORDS
-    assert "| 20,000 | " in command.index_table(rows)
+    assert "| 20,000 | " in tables.index_table(rows)
     with pytest.raises(ValueError, match="indexing 0 documents ended with an error"):
         index.run(counts=(0,))
 
 
-def test_the_record(base, bench, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def call(base, bench, monkeypatch, tmp_path):
+    """`make bench` of three parts, the last too large: call(seconds of each part, *arguments) ->
+    what was run. Results go to tmp_path / "results"."""
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
-
-    def some(bench, base, rounds):
-        options = {"settings": SETTINGS, "dtypes": ("float32",), "rounds": rounds}
-        run = partial(training.run, bench, base, **options)
-        return [("training", "first", run), ("training", "second", run), ("ops", "third", run)]
-
-    monkeypatch.setattr(command, "parts", some)
-    clock = iter([0.0, 1.0, 2.0, 130.0, 130.0, 130.0, 130.0])
-    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
     data = str(bench.collection.provenance["path"])
-    chosen = ["--only", "training", "--minutes", "2"]
-    command.main(["--base", str(base), "--data", data, "--rounds", "2", *chosen])
+    monkeypatch.setattr(command, "DATA", data)
+
+    def run(seconds: float, *arguments: str) -> list[str]:
+        ran, clock = [], [0.0]
+
+        def some(bench, base, rounds):
+            def part(name: str) -> list[dict]:
+                ran.append(name)
+                clock[0] += seconds
+                if name == "third":
+                    raise torch.OutOfMemoryError
+                options = {"settings": SETTINGS, "dtypes": ("float32",), "rounds": rounds}
+                return training.run(bench, base, **options)
+
+            return [
+                ("training", "first", partial(part, "first")),
+                ("training", "second", partial(part, "second")),
+                ("ops", "third", partial(part, "third")),
+            ]
+
+        monkeypatch.setattr(command, "parts", some)
+        monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
+        given = ["--base", str(base), "--data", data, "--rounds", "2", "--runs", str(tmp_path)]
+        command.main([*given, *arguments])
+        return ran
+
+    return run
+
+
+def test_the_record_goes_on_where_time_ended(call, base, tmp_path, capsys):
+    assert call(70, "--minutes", "1") == ["first"]
     [record, text] = sorted((tmp_path / "results").iterdir())
-    found = json.loads(record.read_text())
-    assert found["rounds"] == 2 and found["versions"]["torch"] == torch.__version__
-    assert len(found["training"]) == 2 and found["threads"] == torch.get_num_threads()
+    assert record.stem == timing.stem(timing.made_by("cpu")["device"], base.name)
     shown = capsys.readouterr().out
     assert shown.count("| train Joint-Single, ") == 2
-    assert "- training, second: not measured (out of time)" in shown
+    assert "- training, second: not measured (out of time)" in text.read_text()
+    assert "out of time: 2 parts are left, the same command goes on" in shown
+    assert call(30) == ["second", "third"]
+    found = json.loads(record.read_text())
+    assert len(found["training"]) == 4 and found["left_out"] == [] and found["seconds"] == 130
+    assert found["versions"]["torch"] == torch.__version__ and found["sources"]
+    assert found["threads"] == torch.get_num_threads()
+    assert "- ops, third: out of memory" in text.read_text()
     assert "- everything that needs a GPU: not measured" in text.read_text()
+    assert call(30) == ["first", "second", "third"]  # a whole one is measured anew
+
+
+def test_a_record_of_other_code_is_not_gone_on_with(call, tmp_path):
+    call(70, "--minutes", "1")
+    [record, _] = sorted((tmp_path / "results").iterdir())
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"sources": "other"}))
+    assert call(30) == ["first", "second", "third"]
+
+
+def test_some_sections_leave_the_record_alone(call, tmp_path, capsys):
+    call(30)
+    whole = {path: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    assert call(30, "--only", "ops") == ["third"]
+    assert {path: path.read_bytes() for path in (tmp_path / "results").iterdir()} == whole
+    assert len(list((tmp_path / "bench").iterdir())) == 2
     with pytest.raises(SystemExit):
-        command.main(["--rounds", "1"])
+        call(30, "--rounds", "1")
+
+
+def test_other_texts_are_another_record(call, tmp_path, monkeypatch):
+    call(30)
+    monkeypatch.setattr(command, "DATA", "another")
+    call(30)
+    assert len(list((tmp_path / "results").glob("*.json"))) == 2

@@ -75,6 +75,7 @@ def test_the_kill_gate_fits_a_quarter_of_an_hour() -> None:
 def test_the_page(tmp_path, monkeypatch, capsys) -> None:
     """Nothing measured is said to be; what lies in a record of the card stands beside it."""
     monkeypatch.setattr(model, "RESULTS", tmp_path)
+    monkeypatch.setattr(model, "TRIALS", tmp_path / "trials")
     model.main()
     text = (tmp_path / "model.md").read_text()
     assert text == capsys.readouterr().out.rstrip("\n") + "\n"
@@ -92,3 +93,35 @@ def test_the_page(tmp_path, monkeypatch, capsys) -> None:
     assert text.count("| 123,456 |") == 1 and text.count("| not measured |") == shown - 1
     found = json.loads((tmp_path / "model.json").read_text())["predictions"]
     assert [r["card"] for r in found if r["measured"]] == ["H100 SXM"]
+
+
+def test_a_card_is_told_by_all_of_its_name() -> None:
+    def cards(device: str) -> list[str]:
+        return [card.name for card in CARDS if model.is_card(card, device)]
+
+    assert cards("Tesla T4") == ["T4"]
+    assert cards("NVIDIA A100-SXM4-40GB") == cards("NVIDIA A100-PCIE-40GB") == ["A100 40 GB"]
+    assert cards("NVIDIA H100 80GB HBM3") == ["H100 SXM"]
+    others = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 PCIe", "NVIDIA H200", "Xeon, 4 threads")
+    assert not any(map(cards, others))
+
+
+def test_minutes_of_the_published_kill_gate(tmp_path, monkeypatch) -> None:
+    """Of all its trials, on the card alone."""
+    monkeypatch.setattr(model, "TRIALS", tmp_path)
+    paths = [
+        tmp_path / "kill_gate" / "full" / arm / f"seed{seed}.json"
+        for arm in ("emb-only", "rank-only", "joint-single", "joint-moe") for seed in range(3)
+    ]  # fmt: skip
+    for path in paths:
+        assert model.kill_gate_measured(H100) is None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        seconds = {"prepare": 900, "train": 20, "test": 10}
+        path.write_text(json.dumps({"device": "NVIDIA H100 80GB HBM3", "seconds": seconds}))
+    assert model.kill_gate_measured(H100) == pytest.approx(12 * 30 / 60)
+    assert model.kill_gate_measured(A100) is None
+
+
+def test_the_committed_page_follows_from_the_code() -> None:
+    committed = (model.RESULTS / "model.md").read_text()
+    assert committed == model.render(model.predictions()), "run `make bench-model`"

@@ -1,19 +1,20 @@
 """What is measured on random weights: real shapes, rivals that do the same work, whole tables."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from bench import __main__ as command
-from bench import designs, ops, serving
+from bench import designs, ops, serving, tables
 from bench.shapes import SHAPES, lora_parameters, parameters
 from model.config import DecoderConfig
 from model.packed import pack
 
 TINY = DecoderConfig("qwen3", 32, 48, 2, 4, 2, 16, 128, 1e-6, 1e4)
 RANKS = (4, 3, 9)
+ONE = replace(TINY, num_hidden_layers=1)
 TEXTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9] * 3]
 
 
@@ -65,8 +66,12 @@ def test_rivals_do_the_same_work() -> None:
     layer: Any
     own: Any
     for i, (layer, own) in enumerate(zip(ours.decoder.layers, addmm.layers, strict=True)):
-        own.up, own.down = layer.router.up, layer.router.down
+        own.router_up, own.router_down = layer.router.up, layer.router.down
         own.c.copy_(layer.router.c)
+        own.qkv, own.o, own.gate_up, own.down = (
+            designs.ConcatGroup.of(group)
+            for group in (layer.self_attn.qkv, layer.self_attn.o, layer.mlp.gate_up, layer.mlp.down)
+        )
         theirs = loop.model.layers[i]
         for part, group in (
             (theirs.self_attn, layer.self_attn.qkv), (theirs.self_attn, layer.self_attn.o),
@@ -74,9 +79,6 @@ def test_rivals_do_the_same_work() -> None:
         ):  # fmt: skip
             for name in group.outs:
                 a, b = group.lora_A[name], group.lora_B[name]
-                own.linear[name].w.copy_(group.weight(name))
-                own.linear[name].a.copy_(a)
-                own.linear[name].b.copy_(b)
                 linear = getattr(part, name)
                 for one, two, x, y in zip(
                     linear.a, linear.b, a.split(RANKS), b.split(RANKS, 1), strict=True
@@ -99,13 +101,31 @@ def test_flops_by_hand() -> None:
 
 
 def test_designs() -> None:
-    rows = designs.measure("tiny", 40, True, "cpu", torch.float32, RANKS, 2, shape=TINY)
+    rows = designs.measure("tiny", 24, True, "cpu", torch.float32, RANKS, 2, shape=ONE)
     found = {(row["design"], row["mode"]) for row in rows}
     names = {design.name for design in designs.DESIGNS}
     assert found == {(n, "forward") for n in names} | {(n, "train") for n in names - {"base"}}
     assert len(rows) == len(found) and all(row["rate"]["median"] > 0 for row in rows)
-    text = command.designs_table([*rows, rows[0] | {"failed": "out of memory"}])
-    assert text.count("| tiny |") == len(rows) + 1 and "| out of memory |" in text
+    assert tables.designs_table(rows).count("| tiny |") == len(rows)
+
+
+def test_a_design_that_does_not_fit_beside_ours(monkeypatch) -> None:
+    """A row says so, and the others are measured."""
+
+    def refuse(*about) -> None:
+        raise torch.OutOfMemoryError
+
+    changed = tuple(replace(d, make=refuse) if d.name == "loop" else d for d in designs.DESIGNS)
+    monkeypatch.setattr(designs, "DESIGNS", changed)
+    size = ("tiny", 24, True, "cpu", torch.float32, RANKS, 2, ("forward",), ONE)
+    rows = designs.measure(*size)
+    assert [r["design"] for r in rows if "failed" in r] == ["loop"]
+    assert {r["design"] for r in rows if "rate" in r} == {"base", "addmm", "ours"}
+    assert tables.designs_table(rows).count("| out of memory, ours resident too |") == 1
+    mine = tuple(replace(d, make=refuse) if d.name == "ours" else d for d in designs.DESIGNS)
+    monkeypatch.setattr(designs, "DESIGNS", mine)
+    with pytest.raises(torch.OutOfMemoryError):
+        designs.measure(*size)
 
 
 def test_ops() -> None:
@@ -114,7 +134,7 @@ def test_ops() -> None:
         assert case.ours().item() == pytest.approx(case.twin().item(), rel=1e-3, abs=1e-2)
     rows = ops.measure("tiny", TINY, 24, "cpu", torch.float32, budget=1)
     assert len(rows) == 16 and all(row["ours"]["median"] > 0 for row in rows)
-    assert command.ops_table(rows).count("| tiny |") == 16
+    assert tables.ops_table(rows).count("| tiny |") == 16
 
 
 def test_the_cpu_rival_does_the_same_work() -> None:
@@ -122,8 +142,9 @@ def test_the_cpu_rival_does_the_same_work() -> None:
                                 torch.float32)  # fmt: skip
     designs.randomise(group)
     x, gates = torch.randn(7, 24), torch.rand(7, sum(RANKS))
-    for y, linear in zip(group(x, gates), ops._concatenated(group).values(), strict=True):
-        torch.testing.assert_close(y, linear(x, gates))
+    rival = designs.ConcatGroup.of(group)
+    for y, theirs in zip(group(x, gates), rival(x, gates), strict=True):
+        torch.testing.assert_close(y, theirs)
 
 
 @pytest.mark.parametrize("of", [ops.bordered_rows, ops.elementwise_rows])
@@ -134,9 +155,30 @@ def test_the_cpu_rows_of_ops(of) -> None:
 
 
 def test_serving() -> None:
-    row = serving.measure("tiny", "cpu", torch.float32, 2, shape=TINY, index=50, tokens=300)
+    size = {"shape": TINY, "index": 50, "tokens": 300}
+    [row] = serving.measure("tiny", "cpu", torch.float32, 2, **size)
     json.dumps(row)
     assert 2 * 4 * parameters(TINY) <= row["resident_bytes"]["two"] < 2.1 * 4 * parameters(TINY)
-    assert (
-        command.serving_table([row, {"shape": "huge", "failed": "out of memory"}]).count("|") > 40
-    )
+    text = tables.serving_table([row])
+    saved = 1 - row["resident_bytes"]["one"] / row["resident_bytes"]["two"]
+    assert text.count("| tiny, float32 |") == 2 and f"| {100 * saved:.1f} % |" in text
+
+
+def test_serving_where_both_sides_do_not_fit(monkeypatch) -> None:
+    """Each alone, and two models not even then: what fits is measured, without ratios."""
+    right = serving.sides
+
+    def sides(*about) -> dict:
+        def two() -> serving.Side:
+            raise torch.OutOfMemoryError
+
+        return right(*about) | {"two": two}
+
+    monkeypatch.setattr(serving, "sides", sides)
+    two, one = serving.measure("tiny", "cpu", torch.float32, 2, shape=TINY, index=50, tokens=300)
+    assert (two["sides"], two["failed"]) == (["two"], "out of memory")
+    assert one["sides"] == ["one"] and one["encode"]["one"]["median"] > 0
+    assert "ratio" not in one["encode"]
+    text = tables.serving_table([two, one])
+    assert "| tiny, float32 | two models | out of memory |" in text
+    assert f"| one model | {one['resident_bytes']['one'] / 1e9:.3f} | - | - |" in text

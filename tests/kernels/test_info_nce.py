@@ -159,6 +159,27 @@ def test_chunks_give_the_same_bits_on_every_run() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [7, 50])
+def test_a_card_says_what_the_cpu_says(chunk: int, dtype: torch.dtype) -> None:
+    """Of the same rounded vectors, scores in fp32 and not in tf32; gradients in the dtype."""
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this card does not multiply bfloat16")
+    q, d, positive, pairs = batch(12, 50)
+    found = []
+    for device, own in (("cpu", torch.float64), ("cuda", dtype)):
+        places = [t.to(dtype).to(device, own).requires_grad_() for t in (q, d)]
+        indices = (positive.to(device), pairs.to(device))
+        loss = info_nce(places[0], places[1], *indices, 0.05, 0.1, chunk=chunk)
+        gradients = torch.autograd.grad(loss, places)
+        found.append([t.double().cpu() for t in (loss, *gradients)])
+    wide = dtype == torch.float32
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-5)
+    for mine, truth in zip(found[1][1:], found[0][1:], strict=True):
+        torch.testing.assert_close(mine, truth, rtol=0, atol=(1e-5 if wide else 2e-2))
+
+
 class Largest(TorchDispatchMode):
     """The number of values of the largest tensor that any operation makes."""
 

@@ -14,13 +14,14 @@ ROOT = Path(__file__).parent.parent
 
 @cache
 def _git() -> dict:
-    """Of the code as it was when first asked for: what is edited later does not run here."""
+    """Of the code as it was when first asked for: what is edited later does not run here. dirty: a
+    module is not the commit's."""
 
     def ask(*words: str) -> str | None:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    changed = ask("status", "--porcelain", "--untracked-files=no")
+    changed = ask("status", "--porcelain", "--untracked-files=no", "*.py")
     return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(changed)}
 
 
