@@ -15,6 +15,7 @@ from eval import baseline_table, baselines, jina, metrics
 from eval.bm25 import BM25
 from eval.collections import load
 from eval.metrics import evaluate
+from eval.provenance import sources
 from eval.retrieval import search
 from experiments import ON_BASE, PAIR
 from model import bases
@@ -95,7 +96,9 @@ def run(data: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch, capsy
 
 
 def result(tmp_path: Path, row: str) -> dict:
-    return json.loads((tmp_path / "out" / "baselines" / row / "tiny-test.json").read_text())
+    found = json.loads((tmp_path / "out" / "baselines" / row / "tiny-test.json").read_text())
+    assert found["sources"] == sources() and "commit" in found["git"]
+    return found
 
 
 def lines(text: str) -> dict[str, list[str]]:

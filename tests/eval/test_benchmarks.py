@@ -13,6 +13,7 @@ from eval import metrics
 from eval.benchmarks import summary, tables
 from eval.collections import load
 from eval.protocol import EvaluationSet
+from eval.provenance import sources
 from eval.retrieval import search
 from model.prefix import TextSet
 from model.tokens import Prompts, Tokenizer
@@ -48,7 +49,9 @@ def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
 
 
 def result(tmp_path: Path, name: str) -> dict:
-    return json.loads((tmp_path / "out" / "beir" / "arm-seed0" / f"{name}.json").read_text())
+    found = json.loads((tmp_path / "out" / "beir" / "arm-seed0" / f"{name}.json").read_text())
+    assert found["sources"] == sources() and "commit" in found["git"]
+    return found
 
 
 def cells(text: str, row: str) -> list[str]:

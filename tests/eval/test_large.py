@@ -13,6 +13,7 @@ from eval import __main__ as program
 from eval import hub as H
 from eval import large, metrics
 from eval.collections import find, load
+from eval.provenance import sources
 from eval.retrieval import search
 from eval.sources import COLUMNS
 from eval.vectors import Vectors
@@ -92,6 +93,7 @@ def test_it_ranks_as_the_search_in_memory(
     place = tmp_path / "search" / "arm-seed0" / "tiny-test.json"
     result = json.loads(place.read_text())
     assert result["scores"]["exact"] == metrics.evaluate(qrels, expected, metrics=large.METRICS)
+    assert result["sources"] == sources() and result["versions"]["torch"] == torch.__version__
     mean = metrics.mean(result["scores"]["exact"], "ndcg_cut_10")
     assert result["mean"]["exact"]["ndcg_cut_10"] == mean and f"{mean:.4f}" in out
     model = UniMoER.from_pretrained(folder)

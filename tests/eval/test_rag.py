@@ -13,6 +13,7 @@ import torch
 from eval import __main__ as program
 from eval import hub, large, rag
 from eval.collections import load
+from eval.provenance import sources
 from eval.stages import Stages
 from eval.vectors import Vectors, encode
 from experiments import SPARSEGEN
@@ -185,6 +186,7 @@ def test_more_models_hold_more_and_answer_alike(
     whole, base = (rag.resident_bytes([of], torch.empty(0)) for of in (model, bare))
     assert base < whole and sizes[1] - sizes[0] == base and sizes[2] - sizes[1] == whole
     for result in results:
+        assert result["sources"] == sources() and result["versions"]["torch"] == torch.__version__
         assert len(result["questions"]) == 3 and result["exact_match"] <= result["f1"] <= 1
         assert result["peak_bytes"] > 0 and set(result["latency"]) == {*rag.STAGES, "together"}
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.json"))
