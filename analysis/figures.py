@@ -277,8 +277,10 @@ def picture(name: str, drawn: Sequence[str]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left and the others to the right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
+    """A Markdown table: the first column and those of words to the left, numbers to the right."""
+    rows = list(rows)
+    words = [sum(row[i][:1].isalpha() for row in rows) for i in range(len(header))]
+    rule = ["---", *("---" if 2 * n > len(rows) else "---:" for n in words[1:])]
     return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows)) + "\n"
 
 
