@@ -42,13 +42,13 @@ from eval.command import exit_status
 from eval.files import write_json, write_text
 from eval.machine import device_name
 from eval.protocol import show_row
+from eval.provenance import sources
 from kernels.choice import KERNELS, use_triton
 from model import bases, parallel
 from model.config import DTYPES
 from scales import SCALES
-from train.loop import NonFiniteLoss, forget
+from train.loop import NonFiniteLoss, forget, owned
 from train.mixture import training_steps
-from eval.provenance import sources
 from train.start import check_starts, model_of
 from train.trial import (
     Workbench,
@@ -131,7 +131,7 @@ def command_run(args: argparse.Namespace) -> None:
     for seed in range(seeds):
         for arm in chosen:
             config = experiments.config(args.experiment, arm, args.scale, seed, **overrides)
-            trials.append((arm, resolved(config)))
+            trials.append((arm, resolved(config, device)))
     made, where = {}, {k: v for k, v in overrides.items() if k in ("base", "data", "split")}
     for arm, config in trials:
         other = made.setdefault(config, arm)
@@ -170,13 +170,14 @@ def command_run(args: argparse.Namespace) -> None:
         size = experiments.size_of(args.experiment, arm, args.scale)
         sizes[experiments.baselines_name(size)] = size
     for name, size in sizes.items():
-        plain = resolved(experiments.plain(args.experiment, args.scale, **{**size, **overrides}))
+        plain = experiments.plain(args.experiment, args.scale, **{**size, **overrides})
+        plain = resolved(plain, device)
         show_baselines(folder / name, plain, bench, size)
     for arm, config in trials:
         place = folder / arm / f"seed{config.seed}"
         path = place.with_suffix(".json")
         if (result := reuse.stored(path, config, bench)) is None:
-            with tracking.tracked(args.wandb, place, config) as track:
+            with owned(place), tracking.tracked(args.wandb, place, config) as track:
                 result = reuse.taken_over(path, config, bench)
                 result = result or run_trial(
                     config, arm, place, bench, track.beside(gradients.watch)
@@ -192,7 +193,7 @@ def command_run(args: argparse.Namespace) -> None:
     if parallel.rank() == 0:
         print(write_report(args.experiment, folder))
         print(f"report: {folder / 'report.md'}")
-    plain = resolved(experiments.plain(args.experiment, args.scale, **overrides))
+    plain = resolved(experiments.plain(args.experiment, args.scale, **overrides), device)
     folders = [evaluate(d, there, args, plain, trials) for d, there in elsewhere.items()]
     if folders and parallel.rank() == 0:
         print(across.write(folder, folders))

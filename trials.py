@@ -1,6 +1,7 @@
 """What a trial and an experiment are, as data. Standard library only."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
@@ -119,7 +120,8 @@ class Config:
     probes: int = 0  # batches of each task, in each half, whose gradients are watched
 
     def __post_init__(self):
-        if not self.tasks or set(self.tasks) - {"embedding", "reranking"}:
+        known = {"embedding", "reranking"}
+        if not self.tasks or set(self.tasks) - known or len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks must be some of embedding, reranking; got {self.tasks}")
         if self.reranking_loss not in ("listwise", "bce"):
             raise ValueError(f"reranking_loss is listwise or bce, got {self.reranking_loss!r}")
@@ -134,14 +136,26 @@ class Config:
             )
         if self.distill and "embedding" in self.tasks and self.hard_negatives < 1:
             raise ValueError("distill compares a positive with hard negatives: hard_negatives is 0")
-        if self.distill_temperature <= 0:
-            raise ValueError(f"distill_temperature must be > 0, got {self.distill_temperature}")
         widths = list(self.matryoshka)
         whole = all(isinstance(width, int) and width > 0 for width in widths)
         if not whole or widths != sorted(set(widths)):
             raise ValueError(f"matryoshka must be ascending widths of at least 1, got {widths}")
-        if self.mixture_temperature <= 0:
-            raise ValueError(f"mixture_temperature must be > 0, got {self.mixture_temperature}")
+        for name in ("temperature", "list_temperature", "distill_temperature",
+                     "mixture_temperature", "ranknet_scale", "clip"):  # fmt: skip
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
+        for name in ("learning_rate", "head_learning_rate", "weight_decay", "embedding_weight",
+                     "reranking_weight", "balance_weight", "penalty_weight", "distill_weight",
+                     "dispersive_weight", "dual_weight", "similarity_weight",
+                     "ranknet_weight"):  # fmt: skip
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is a share of the steps, 0 to 1, got {self.warmup}")
+        if not 0 < self.merge_density <= 1:
+            raise ValueError(f"merge_density is a share, above 0 to 1, got {self.merge_density}")
+        if self.balance not in ("mean", "argmax", "support"):
+            raise ValueError(f"balance is mean, argmax or support, got {self.balance!r}")
         least = {"steps": 0 if self.start else 1}
         for name in ("steps", "embedding_batch", "reranking_batch", "candidates"):
             if getattr(self, name) < least.get(name, 1):
@@ -156,6 +170,11 @@ class Config:
                      "list_tokens", "measured"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.probes and set(self.tasks) != known:
+            raise ValueError(
+                f"probes={self.probes} set one task's gradients against the other's: leave out the "
+                f"arms that train {self.tasks} alone"
+            )
         if self.probes and self.shard:
             raise ValueError("probes watch whole weights, of which shard keeps a share: use one")
         if "+" in self.measured_on and not Path(self.measured_on).is_dir():

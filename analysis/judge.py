@@ -270,6 +270,8 @@ def origin(files: dict[str, dict]) -> dict[str, Any]:
     ]
     if dirty := sum(fact["git"]["dirty"] for fact in facts):
         warnings.append(f"{dirty} of the {len(files)} files were made with uncommitted changes.")
+    if begun := sum("begun_by_sources" in fact for fact in facts):
+        warnings.append(f"{begun} of the {len(files)} files were begun by other code.")
     return {
         "origin": {k: [json.loads(x) for x in v] for k, v in seen.items()},
         "warnings": warnings,

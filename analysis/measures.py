@@ -9,9 +9,9 @@ from pathlib import Path
 
 from analysis import ablation, order, probing, representation, routing
 from eval.files import write_json
+from eval.provenance import made_by
 from model.unimoer import UniMoER
 from model.weights import revision
-from eval.provenance import made_by
 from train.trial import Workbench
 from trials import Config
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from analysis import gradients
 from eval.machine import device_name
-from model import parallel
 from eval.provenance import sources
+from model import parallel
 from train.start import started_from
 from train.trial import Workbench
 from trials import Config

@@ -67,7 +67,7 @@ def parts(bench: Workbench, base: str, rounds: int) -> list[Part]:
             ("corpus", "1,000 to 100,000 texts", partial(corpus.run, bench, base)),
             ("index", "100,000 and 300,000 documents", index.run),
         ]
-    own: torch.dtype = DTYPES[resolve_dtype("auto")]
+    own: torch.dtype = DTYPES[resolve_dtype("auto", device)]
     small = "qwen3-0.6b"
 
     def model(name: str, tokens: int, mixed: bool, modes: tuple[str, ...]) -> Part:

@@ -42,7 +42,7 @@ SPREAD = 0.6  # sigma of the logarithm of a text's length, about that of MS MARC
 def card_here(device: str) -> Card:
     """The machine at hand as a data sheet would have it: a large GEMM's rate and a large copy's,
     over what `bench.roofline` assumes to be attained of the peak."""
-    on_cpu, dtype = device == "cpu", DTYPES[resolve_dtype("auto")]
+    on_cpu, dtype = device == "cpu", DTYPES[resolve_dtype("auto", device)]
     n, values = (1024, 1 << 23) if on_cpu else (4096, 1 << 27)
     a = torch.ones(n, n, device=device, dtype=dtype)
     x = torch.ones(values, device=device, dtype=dtype)
@@ -171,7 +171,7 @@ def part(c: Config, option: Option, device: str) -> Config:
         c,
         steps=1,
         prefix=False,
-        dtype=resolve_dtype("auto"),
+        dtype=resolve_dtype("auto", device),
         checkpointing=option.checkpointing,
         embedding_batch=max(2, round(share * c.embedding_batch)),
         reranking_batch=max(1, round(share * c.reranking_batch)),

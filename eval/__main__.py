@@ -13,7 +13,6 @@ encode, search: a corpus that no memory holds; see `python -m eval search --help
 """
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from eval.collections import load, require_split
 from eval.command import exit_status
 from eval.files import write_json, write_text
 from eval.machine import device_name
-from eval.provenance import made_by
+from eval.provenance import made_by, stored
 from eval.stages import Stages
 from eval.vectors import Vectors
 from model import bases, saved
@@ -106,27 +105,22 @@ def answer(args: argparse.Namespace) -> None:
             mine = origin | {"specialists": (side == "three" and specialists) or None}
             embedder, name = _embedder(args, side)
             if not place.exists() and not args.alone:
-                if embedder not in ready:
+                if embedder not in ready and rag.takes_vectors(side):
                     _encode(args, data, embedder, name)
                     ready.add(embedder)
                 _alone(args, data, side)
             elif not place.exists():
-                stored = Vectors(large.folder_of(args.out, name, collection.name))
+                vectors = large.folder_of(args.out, name, collection.name)
+                held = Vectors(vectors) if rag.takes_vectors(side) else None
                 stages = Stages(place, mine)
                 made = rag.measure(
-                    args.model, side, collection, split, answers, settings, args.device, stored,
+                    args.model, side, collection, split, answers, settings, args.device, held,
                     stages, args.specialists,
                 )  # fmt: skip
-                write_json(place, {"model": args.name, **made_by(args.device), **mine, **made})
+                origin_of = made_by(args.device, begun=stages.begun)
+                write_json(place, {"model": args.name, **origin_of, **mine, **made})
                 stages.done()
-            result = json.loads(place.read_text())
-            asked_of = mine if side == "three" else origin  # once stored for all sides
-            if {k: result.get(k) for k in asked_of} != asked_of:
-                raise ValueError(
-                    f"{place} is of another model, data, setting or device: move it away, or give "
-                    "another --name"
-                )
-            found.append(result)
+            found.append(stored(place, mine if side == "three" else origin))  # once of all sides
         if not args.alone:
             text = rag.table(found, f"{collection.name}, {split}, {args.name}")
             print(text)

@@ -7,7 +7,6 @@ fetched from the hub if it can be.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -24,7 +23,7 @@ from eval.command import exit_status
 from eval.files import write_json, write_text
 from eval.metrics import evaluate
 from eval.protocol import EvaluationSet, without_states
-from eval.provenance import made_by
+from eval.provenance import made_by, stored
 from eval.rerank import to_run
 from eval.stages import Stages
 from model import bases
@@ -116,15 +115,13 @@ def _one(
     asked["pseudo_query"] = asdict(row.pseudo_query) if row.pseudo_query else None
     at = _places(row, args, fetch=row.name in args.rows and not place.exists())
     prints = [bases.identity(at[s])["fingerprint"] for s in row.sources() if s in at]
-    if place.exists():
-        result = json.loads(place.read_text())
+    of = {"data.fingerprint": collection.fingerprint, "asked": asked}
+    if (result := stored(place, of, "--out")) is not None:
         known = [model["base"]["fingerprint"] for model in result["models"]]
-        if (
-            (result["data"]["fingerprint"], result["asked"])
-            != (collection.fingerprint, json.loads(json.dumps(asked)))
-        ) or not set(prints) <= set(known):
+        if not set(prints) <= set(known):
             raise ValueError(
-                f"{place} is of another model, data or setting: move it away, or give another --out"
+                f"{place} is of other weights ({known} there, {prints} now): move it away, or give "
+                "another --out"
             )
         return result
     if needs := [s.base for s in row.sources() if not isinstance(s, Path) and s not in at]:
@@ -134,7 +131,7 @@ def _one(
                             "device": args.device})  # fmt: skip
     result = {
         "row": row.name, "what": row.what, "split": split, "asked": asked,
-        "data": collection.identity, **made_by(args.device),
+        "data": collection.identity, **made_by(args.device, begun=stages.begun),
         **(_bm25(evaluation()) if bm25 else measure(row, at, evaluation(), args.device, stages)),
     }  # fmt: skip
     write_json(place, result)

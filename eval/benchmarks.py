@@ -1,7 +1,6 @@
 """`python -m eval beir`: retrieval and reranking by our protocol, on one collection or on many."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from eval.collections import Collection, load, missing, require_known
 from eval.files import write_json, write_text
 from eval.metrics import METRICS, MRR_10
 from eval.protocol import EvaluationSet, Scores, without_states
-from eval.provenance import made_by
+from eval.provenance import made_by, stored
 from eval.stages import Stages
 from model import bases
 from model.unimoer import UniMoER
@@ -51,7 +50,7 @@ def evaluation_set(
 ) -> EvaluationSet:
     config = Config(
         split=split, retrieval_depth=args.depth, candidates=args.candidates,
-        reranking_pooling=model.config.reranking_pooling, reranking_queries=args.queries,
+        reranking_queries=args.queries,
     )  # fmt: skip
     return EvaluationSet(collection, model.tokenizer, config, without_states)
 
@@ -96,29 +95,24 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
         asked["dimensions"] = args.dimensions
     if args.untrained:
         asked["untrained"] = True
-    if place.exists():
-        result = json.loads(place.read_text())
-        known = (result["data"]["fingerprint"], result["revision"], result["asked"])
-        if known != (collection.fingerprint, revision(args.model), asked):
-            raise ValueError(
-                f"{place} is of another model, data or setting: move it away, or give another "
-                "--name"
-            )
-    else:
+    mark = revision(args.model)
+    of = {"data.fingerprint": collection.fingerprint, "revision": mark, "asked": asked}
+    if (result := stored(place, of)) is None:
         evaluation = evaluation_set(model, collection, split, args)
         stages = Stages(place, {
-            "revision": revision(args.model), "data": collection.fingerprint, "split": split,
+            "revision": mark, "data": collection.fingerprint, "split": split,
             "asked": asked, "device": args.device,
         })  # fmt: skip
         (whole, *rest), reranked = _scores(model, evaluation, args.dimensions, stages)
         scores = {"embedding": whole, "reranking": reranked}
         shorter = dict(zip(map(str, args.dimensions), rest, strict=True))
         result = {
-            "model": args.name, "revision": revision(args.model), "base": model.identity,
+            "model": args.name, "revision": mark, "base": model.identity,
             "prompts": vars(evaluation.tokenizer.prompts), "split": split, "asked": asked,
             "data": collection.identity,
             "bm25": evaluation.bm25_scores(), "scores": scores, "dimensions": shorter,
-            "ceiling": {"reranking": evaluation.ceiling()}, **made_by(args.device),
+            "ceiling": {"reranking": evaluation.ceiling()},
+            **made_by(args.device, begun=stages.begun),
         }  # fmt: skip
         if args.untrained:
             result["untrained"] = evaluation.untrained(model, progress=True, keep=stages)

@@ -15,7 +15,7 @@ from typing import overload
 from eval import hub
 from eval.bm25 import BM25
 from eval.command import exit_status
-from eval.sources import Sources, documents, folder, read_queries, read_splits
+from eval.sources import Qrels, Sources, documents, folder, read_queries, read_splits
 from eval.stdlib import documented_functions, split_modules
 from eval.store import StoredTexts, stored
 from model import bases
@@ -70,6 +70,17 @@ class Collection:
         if id(pool) not in self._indices:
             self._indices[id(pool)] = BM25(pool, Texts(self.corpus, pool), language=self.language)
         return self._indices[id(pool)]
+
+    def relevant(self, split: str) -> dict[str, dict[str, int]]:
+        """Query id -> relevant documents with their grades: those of every query of the split that
+        asks the same, so that none of them is taken for a negative."""
+        of_text: dict[str, dict[str, int]] = {}
+        for query, row in self.qrels[split].items():
+            found = of_text.setdefault(words(self.queries[query]), {})
+            for document, grade in row.items():
+                if grade > 0:
+                    found[document] = max(grade, found.get(document, 0))
+        return {query: of_text[words(self.queries[query])] for query in self.qrels[split]}
 
     @property
     def identity(self) -> dict[str, str]:
@@ -274,6 +285,7 @@ def _read(sources: Sources, cache: Path | None) -> Collection:
             texts[key] = text
     queries = read_queries(sources, texts)
     splits, origin = read_splits(sources, queries, texts)
+    origin |= _keep_apart(splits, queries.texts)
     beside = queries.texts, splits, queries.domain, queries.excluded
     if isinstance(texts, StoredTexts):
         everything = texts.ids
@@ -285,6 +297,24 @@ def _read(sources: Sources, cache: Path | None) -> Collection:
         sources.name, texts, queries.texts, splits, queries.domain, pools, mark,
         sources.provenance | origin, queries.excluded, sources.language, sources.query_prompt,
     )  # fmt: skip
+
+
+def _keep_apart(splits: dict[str, Qrels], texts: Mapping[str, str]) -> dict[str, str]:
+    """Take from train the queries that another split asks in the same words, under whatever id:
+    they would be known there. Returns what is to be said of it."""
+    if "train" not in splits:
+        return {}
+    asked = {words(texts[q]) for split, of in splits.items() if split != "train" for q in of}
+    train = splits["train"]
+    splits["train"] = {q: row for q, row in train.items() if words(texts[q]) not in asked}
+    twice = len(train) - len(splits["train"])
+    said = {"train queries that another split asks too": f"{twice}, left out of train"}
+    return said if twice else {}
+
+
+def words(text: str) -> str:
+    """What two texts that ask the same have in common: case and spaces do not count."""
+    return " ".join(text.split()).casefold()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,12 +4,16 @@ import errno
 import sys
 from collections.abc import Callable
 
+from eval.provenance import remember
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def exit_status(work: Callable[[], object], *mendable: type[Exception]) -> int:
     """Do the work; 0, or 2 after a line on stderr: for a ValueError, one of `mendable`, or a disk
-    that is full. Anything else is a fault of ours and is raised."""
+    that is full. Anything else is a fault of ours and is raised. Results name the code as it is at
+    the beginning, which is what runs."""
+    remember()
     try:
         work()
     except (ValueError, *mendable) as problem:

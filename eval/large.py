@@ -9,7 +9,6 @@ own prompt for queries replaces the model's. A JSON with per-query scores, and a
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from eval.collections import find, fingerprint
 from eval.command import exit_status
 from eval.files import whole, write_json
 from eval.provenance import made_by
+from eval.provenance import stored as known
 from eval.retrieval import Ids, cut, exact, plan, to_run
 from eval.sources import Qrels, Sources, lacking, read_qrels, read_queries, read_splits
 from eval.vectors import DTYPES, MANIFEST, WINDOW, Vectors, encode, read_manifest
@@ -87,6 +87,10 @@ def run_encode(args: argparse.Namespace) -> None:
 def run_search(args: argparse.Namespace) -> None:
     if args.depth < 1 or args.relevant < 0:
         raise ValueError("--depth and --relevant: expected positive numbers")
+    if args.lists < 0 or args.probes < 0:
+        raise ValueError(
+            f"--lists {args.lists} --probes {args.probes}: expected 1 or more, or 0 to choose"
+        )
     sources = _find(args.data)
     judged = _judged(args, sources)
     stored = Vectors(_folder(args, sources.name))
@@ -138,11 +142,7 @@ def run_search(args: argparse.Namespace) -> None:
         *[args.index] * (args.index != "exact"),
     ])  # fmt: skip
     place = Path(args.out) / "search" / args.name / f"{name}.json"
-    result = json.loads(place.read_text()) if place.exists() else None
-    if result is not None and {k: result[k] for k in origin} != origin:
-        raise ValueError(
-            f"{place} is of another model, data or setting: move it away, or give another --name"
-        )
+    result = known(place, origin)
     if result is None or args.trec:
         result = origin | _measure(args, stored, ids, judged, block)
         write_json(place, result)

@@ -1,5 +1,6 @@
 """What a measurement says of the machine it ran on, and what it asks of it."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -28,7 +29,8 @@ def device_name(device: str) -> str:
 
 
 def peak_bytes(device: str) -> int:
-    """Of the process so far: on the card where there is one, else resident."""
+    """Of the process since `reset_peak`, or its start: on the card where there is one, else
+    resident."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -37,6 +39,15 @@ def peak_bytes(device: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak(device: str) -> None:
+    """What `peak_bytes` says from now on is of what comes. (Not on a CPU that is not Linux's.)"""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak begins at what is there
 
 
 def trim_heap() -> None:

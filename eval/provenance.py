@@ -1,11 +1,15 @@
 """What a result says of the code, versions and device that made it."""
 
 import hashlib
+import json
 import platform
 import subprocess
+import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from eval.machine import device_name
 
@@ -25,17 +29,72 @@ def _git() -> dict:
     return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(changed)}
 
 
-def made_by(device: str, *more: str) -> dict:
-    """The commit, sources, versions and device that make a result. more: see `sources`."""
+def remember() -> None:
+    """Look at the code now; what is edited later does not run here, and no result names it."""
+    _git()
+    sources()
+
+
+def made_by(device: str, *more: str, begun: Iterable[str] = ()) -> dict:
+    """The commit, sources, versions and device that make a result.
+
+    Args:
+        more: see `sources`.
+        begun: the sources that made what was gone on with; named where they are others.
+    """
+    others = sorted({*begun} - {sources(*more)})
     return {
         "git": _git(),
         "sources": sources(*more),
+        **({"begun_by_sources": others} if others else {}),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "numpy", "tokenizers", "bm25s")},
         },
         "device": device_name(device),
     }
+
+
+def stored(place: Path, of: dict[str, Any], another: str = "--name") -> dict | None:
+    """The result that lies at `place`, None where there is none. Of other code it is taken too, and
+    that is said.
+
+    Args:
+        of: what it must be of: name in the result -> JSON value; a dot leads into an object.
+        another: the option that would file the new one elsewhere.
+    Raises:
+        ValueError: it is of something else.
+    """
+    if not place.exists():
+        return None
+    result = json.loads(place.read_text(encoding="utf-8"))
+    different: dict[str, tuple[Any, Any]] = {}
+    for name, wanted in json.loads(json.dumps(of)).items():
+        found = result
+        for key in name.split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        different |= _differ(name, found, wanted)
+    if different:
+        told = "; ".join(f"{k}: {a!r} there, {b!r} now" for k, (a, b) in different.items())
+        raise ValueError(
+            f"{place} is of another model, data, setting or device ({told}): move it away, or give "
+            f"another {another}"
+        )
+    if result.get("sources") != sources():
+        print(f"warning: the source has changed since {place} was made", file=sys.stderr)
+    return result
+
+
+def _differ(name: str, there: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """Name -> the two values, of what differs, as deep as both are objects."""
+    if there == now:
+        return {}
+    if not (isinstance(there, dict) and isinstance(now, dict)):
+        return {name: (there, now)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(there.keys() | now.keys()):
+        found |= _differ(f"{name}.{key}", there.get(key), now.get(key))
+    return found
 
 
 @cache

@@ -20,8 +20,7 @@ import torch
 
 from eval import hub
 from eval.answers import NORMALISERS, exact_match, f1, squad
-from eval.bm25 import BM25
-from eval.collections import Collection, Texts
+from eval.collections import Collection
 from eval.machine import peak_bytes
 from eval.metrics import interval
 from eval.retrieval import Ids, to_keys, to_run
@@ -126,27 +125,43 @@ def published_answers(
     return gold, {of.repo: commit, "questions without an answer": str(len(queries) - len(gold))}
 
 
+def takes_vectors(side: str) -> bool:
+    """Whether a side retrieves by vectors: not the one without documents, nor BM25's."""
+    return side != "bm25" and "retrieve" in PARTS.get(side, STAGES)
+
+
 class Pipeline:
-    """The models of the three roles, and in memory the embedder's vectors of all documents.
+    """The models of the three roles, and what its side retrieves with: in memory the embedder's
+    vectors of all documents, or BM25's index.
 
     Args:
+        stored: the vectors; None on a side that takes none (`takes_vectors`).
         side: of `SIDES` or `PARTS`, which says what stages there are.
     Raises:
         ValueError: vectors are missing, or are of another number of documents.
     """
 
     def __init__(
-        self, models: Sequence[UniMoER], collection: Collection, stored: Vectors, s: Settings,
-        side: str = "one",
+        self, models: Sequence[UniMoER], collection: Collection, split: str,
+        stored: Vectors | None, s: Settings, side: str = "one",
     ):  # fmt: skip
         self.stages = PARTS.get(side, STAGES)
         self.embedder, self.reranker, self.generator = models
         self.collection, self.settings = collection, s
+        self.bm25 = collection.bm25(split) if side == "bm25" else None
+        if stored is not None:
+            self._load(stored)
+        self.head = output_matrix(self.generator)
+        fast = self.generator.tokenizer.fast
+        lines = {i for i in range(fast.get_vocab_size()) if "\n" in fast.decode([i])}
+        self.stop: set[int] = lines | {self.generator.tokenizer.end_id}
+
+    def _load(self, stored: Vectors) -> None:
         stored.require_all()
-        if stored.documents != len(collection.corpus):
+        if stored.documents != len(self.collection.corpus):
             raise ValueError(
                 f"{stored.folder} holds vectors of {stored.documents:,} documents, expected "
-                f"{len(collection.corpus):,}: remove it, they are encoded again"
+                f"{len(self.collection.corpus):,}: remove it, they are encoded again"
             )
         self.vectors = torch.empty(stored.documents, stored.dimension)
         for shard in range(stored.shards):
@@ -154,15 +169,6 @@ class Pipeline:
             np.copyto(rows.numpy(), stored.shard(shard))
         self.ids = Ids(stored.ids())
         self.places = self.ids.places(slice(None))
-        self.head = output_matrix(self.generator)
-        fast = self.generator.tokenizer.fast
-        lines = {i for i in range(fast.get_vocab_size()) if "\n" in fast.decode([i])}
-        self.stop: set[int] = lines | {self.generator.tokenizer.end_id}
-        self.bm25 = None
-        if side == "bm25":
-            ids = list(collection.corpus)
-            texts = Texts(collection.corpus, ids)
-            self.bm25 = BM25(ids, texts, language=collection.language)
 
     def ask(self, query: str) -> tuple[str, list[str], dict[str, float]]:
         """The answer to one question, the documents that were read, and seconds by stage."""
@@ -230,25 +236,25 @@ def players(folder: str, side: str, specialists: Sequence[str], device: str) -> 
 
 def measure(
     folder: str, side: str, collection: Collection, split: str, answers: dict[str, list[str]],
-    settings: Settings, device: str, stored: Vectors, stages: Stages,
+    settings: Settings, device: str, stored: Vectors | None, stages: Stages,
     specialists: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Every question of `answers` with the models of a side; means, latencies, memory.
 
     Args:
-        stored: the documents' vectors by the side's embedder. stages: have the questions that an
+        stored: as of `Pipeline`, by the side's embedder. stages: have the questions that an
             earlier call answered.
     Raises:
         ValueError: they are another model's, or as of `Pipeline`.
     """
     embedder = specialists[0] if specialists and side == "three" else folder
-    if stored.manifest["revision"] != (mine := revision(embedder)):
+    if stored is not None and stored.manifest["revision"] != (mine := revision(embedder)):
         raise ValueError(
             f"{stored.folder} holds vectors of the model {stored.manifest['revision']}, expected "
             f"those of {embedder}, {mine}: remove it, they are encoded again"
         )
     models = players(folder, side, specialists, device)
-    pipeline = Pipeline(models, collection, stored, settings, side)
+    pipeline = Pipeline(models, collection, split, stored, settings, side)
     normalise, earlier = NORMALISERS[settings.rule], stages.rows("questions")
     rows = {row["query"]: row["row"] for row in earlier}
     peak = max((row["peak_bytes"] for row in earlier), default=0)
@@ -276,8 +282,8 @@ def measure(
                     for stage, values in took.items()},
         "resident_bytes": resident_bytes(models, pipeline.head),
         "peak_bytes": max(peak, peak_bytes(device)),
-        "documents": stored.documents,
-        "vectors": {key: stored.manifest[key] for key in ("dtype", "document_tokens")},
+        "documents": len(collection.corpus),
+        "vectors": stored and {k: stored.manifest[k] for k in ("dtype", "document_tokens")},
         "questions": rows,
     }  # fmt: skip
 
@@ -305,7 +311,10 @@ def table(found: Sequence[dict[str, Any]], title: str) -> str:
     same = [{q: row["answer"] for q, row in questions[s].items()} for s in SIDES if s in questions]
     if len(same) > 1:
         lines.append(f"the sides give the same answers: {'yes' if same[1:] == same[:-1] else 'no'}")
-    whole = next((questions[side] for side in SIDES if side in questions), {})
+    # The parts are of the one model: what is made of specialists is no whole of theirs.
+    wholes = [row["questions"] for side in SIDES for row in found if row["side"] == side
+              and not row.get("specialists")]  # fmt: skip
+    whole = next(iter(wholes), {})
     for part in (part for part in PARTS if whole and part in questions):
         said = []
         for key, name in (("exact_match", "EM"), ("f1", "F1")):

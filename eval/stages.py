@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 
 from eval.files import write_array, write_json, write_text
+from eval.provenance import sources
+
+SOURCES = "sources"
 
 
 class Stages:
     """The pieces of one result: what is there is not computed again, and `done` removes them.
 
+    Attributes:
+        begun: the sources (`eval.provenance`) that made pieces, this call's among them.
     Args:
         place: of the result; the pieces lie in `<place>.part/` beside it.
         identity: what they are of, as JSON.
@@ -25,13 +30,15 @@ class Stages:
         self.folder = place.with_name(f"{place.name}.part")
         of, note = json.loads(json.dumps(identity)), self.folder / "of.json"
         begun = self.folder.is_dir() and any(p != note for p in self.folder.glob("[!.]*"))
-        if begun and note.exists() and (was := json.loads(note.read_text())) != of:
+        was = json.loads(note.read_text()) if begun and note.exists() else {}
+        self.begun = sorted({*was.pop(SOURCES, ()), sources()})
+        if was and was != of:
             other = [key for key in of.keys() | was.keys() if of.get(key) != was.get(key)]
             raise ValueError(
                 f"{self.folder} holds pieces of a run that was stopped, with another "
                 f"{', '.join(sorted(other))}: remove it, or give the same command again"
             )
-        write_json(note, of)
+        write_json(note, of | {SOURCES: self.begun})
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         """A piece, read or made and written; a JSON value."""

@@ -35,7 +35,7 @@ def test_every_row_builds(experiment, arm, scale):
     assert (config.seed, config.data, config.base) == (2, "d", base)
     assert config.steps >= (0 if config.start else 1) and len(config.experts) == len(config.ranks)
     assert config.layers is None or config.adapter_layers < config.layers
-    model = model_config(replace(config, dtype=resolve_dtype(config.dtype)))
+    model = model_config(replace(config, dtype=resolve_dtype(config.dtype, "cpu")))
     assert (model.router is None) == (config.router == "")
     if model.router is not None:
         assert model.router.kind in ROUTES

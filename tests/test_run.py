@@ -685,8 +685,8 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_dtypes():
-    assert train.trial.resolve_dtype("float16") == "float16"
-    assert train.trial.resolve_dtype("auto") in ("bfloat16", "float16", "float32")
+    assert train.trial.resolve_dtype("float16", "cpu") == "float16"
+    assert train.trial.resolve_dtype("auto", "cpu") in ("bfloat16", "float16", "float32")
 
 
 def test_python_m_run():

@@ -124,15 +124,15 @@ class TrainingData:
     ):
         self.config, self.corpus = config, collection.corpus
         order = check_training(collection, config)
-        judged = collection.qrels["train"]
-        self.relevant = {q: {d: g for d, g in judged[q].items() if g > 0} for q in order}
+        relevant = collection.relevant("train")
+        self.relevant = {q: relevant[q] for q in order}
         # Of each task: whole batches, no more than the steps use.
         self.used = {
             task: order[: min(config.steps, len(order) // size) * size]
             for task, size in batch_sizes(config).items()
         }
         self.queries = max(self.used.values(), key=len)
-        self.positive = {q: best_positive(self.relevant[q]) for q in self.queries}
+        self.positive = {q: best_positive(collection.qrels["train"][q]) for q in self.queries}
         mined = self._mined(collection)
         self.negatives, self.teacher = mined.negatives, mined.teacher
         if "embedding" in config.tasks:

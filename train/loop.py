@@ -5,7 +5,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from eval.files import locked
+from eval.machine import peak_bytes
+from eval.provenance import sources
 from model import parallel, sharding, weights
 from model.router import NOT_LEARNED
 from model.unimoer import UniMoER
@@ -98,7 +103,8 @@ def train(
     routers = list(model.routers().values())
     seed = config.seed + config.seed_offset
     log_path, folder = _log_path(place), _checkpoint_folder(place)
-    before, began = spent(place), time.perf_counter()
+    earlier, began = before(place), time.perf_counter()
+    codes = " ".join(sorted({*earlier.sources, sources()}))
     about = {"config": json.dumps(config.to_json()), "origin": json.dumps(dict(origin or {}))}
     start, log = _resume(model, optimizer, parameters, about, folder, log_path)
     sharding.renew(model.decoder)
@@ -145,12 +151,12 @@ def train(
                 line |= routing_line(routing, config.experts, config.router not in NOT_LEARNED)
             optimizer.zero_grad(set_to_none=True)
             total = torch.stack(list(weighted.values())).sum() + rest
-            backward = partial(_backward, carries=carries, parameters=list(parameters.values()))
+            trained = list(parameters.values())
+            backward = partial(_backward, carries=carries, parameters=trained, held=held)
             if config.pcgrad:
-                pcgrad.backward(weighted, rest, list(parameters.values()), backward)
+                pcgrad.backward(weighted, rest, trained, backward)
             else:
                 backward(total, keep=False)
-            held.clear()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip).item()
             line["gradient_norm"] = norm
             if not (math.isfinite(total.item()) and math.isfinite(norm)):
@@ -173,8 +179,10 @@ def train(
             # The last one too: what follows, such as encoding a corpus, may take longer still.
             if writes and (done % config.checkpoint_every == 0 or done == config.steps):
                 os.fsync(log_file.fileno())  # the log is never behind its checkpoint
-                seconds = before + time.perf_counter() - began
-                _save(optimizer, parameters, about | {"seconds": f"{seconds}"}, folder, done)
+                seconds = earlier.seconds + time.perf_counter() - began
+                peak = max(earlier.peak_bytes, peak_bytes(str(model.device)))
+                noted = {"seconds": f"{seconds}", "peak_bytes": f"{peak}", "sources": codes}
+                _save(optimizer, parameters, about | noted, folder, done)
             bar.update()
             bar.set_postfix({k[5:]: f"{v:.3f}" for k, v in line.items() if k.startswith("loss_")})
     model.eval()
@@ -186,13 +194,16 @@ def _backward(
     keep: bool = True,
     *,
     carries: list[Callable[[], None]],
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
+    held: Held,
 ) -> None:
-    """Put the loss's gradients into .grad: through all parts, added up over all processes."""
+    """Put the loss's gradients into .grad: through all parts, added up over all processes, without
+    those of what is held (which PCGrad would project by)."""
     loss.backward(retain_graph=keep)
     for carry in carries:
         carry()
     parallel.add([p.grad for p in parameters if p.grad is not None])
+    held.clear()
 
 
 def _log_path(place: Path) -> Path:
@@ -203,10 +214,39 @@ def _checkpoint_folder(place: Path) -> Path:
     return place.with_name(place.name + ".checkpoint")
 
 
-def spent(place: Path) -> float:
-    """Seconds that the steps took which a checkpoint holds; 0 where there is none."""
+def owned(place: Path) -> AbstractContextManager[None]:
+    """Hold a trial's files: two processes that wrote them would mix their logs.
+
+    Raises:
+        ValueError: another process, but for those of the same job, is at this trial.
+    """
+    if parallel.rank():
+        return nullcontext()
+    busy = f"another process is at {place.name}: wait for it, or choose other ARMS or RUNS"
+    return locked(place.parent, busy, f".{place.name}.lock")
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the steps took that a checkpoint holds: seconds, peak bytes, and the sources that made
+    them (`eval.provenance`)."""
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    sources: tuple[str, ...] = ()
+
+
+def before(place: Path) -> Before:
+    """Of the trial's checkpoint; nothing where there is none."""
     path = _checkpoint_folder(place) / STATE
-    return float(weights.read_metadata(path).get("seconds", 0)) if path.exists() else 0.0
+    if not path.exists():
+        return Before()
+    noted = weights.read_metadata(path)
+    return Before(
+        float(noted.get("seconds", 0)),
+        int(noted.get("peak_bytes", 0)),
+        tuple(noted.get("sources", "").split()),
+    )
 
 
 def forget(place: Path) -> None:
@@ -259,7 +299,13 @@ def _resume(
             for key in ("step", "exp_avg", "exp_avg_sq")
             if f"{key}.{name}" in tensors
         }
-    lines = [json.loads(line) for line in log_path.read_text().splitlines()[:step]]
+    text = log_path.read_text() if log_path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()[:step]]
+    if [line["step"] for line in lines] != list(range(step)):
+        raise ValueError(
+            f"{log_path}: expected the lines of the steps 0 to {step - 1}, which {path} has made, "
+            f"found {len(lines)} that are not these: remove {folder} to start anew"
+        )
     if not writes:
         return step, lines
     part = log_path.with_name(log_path.name + ".part")

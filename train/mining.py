@@ -44,7 +44,7 @@ from model import saved
 from model.unimoer import UniMoER
 from model.weights import revision
 from train.batches import training_queries
-from train.negatives import MANIFEST, MINED, best_positive, read_manifest, stranger
+from train.negatives import MANIFEST, MINED, best_positive, mined_sha256, read_manifest, stranger
 
 FORMAT = 1
 LEXICAL = "bm25"  # the name of the first stage that is no model
@@ -157,6 +157,7 @@ def mine(
         "device": device_name(device) if names else "",  # BM25 is the same everywhere
     }
     if (folder / MANIFEST).exists() and "sha256" in (found := _begin(folder, identity)):
+        mined_sha256(folder)  # what the manifest says is there
         return found
     _require_ours(folder)
     busy = "another process mines into it: wait for it, or choose another --out"
@@ -178,8 +179,9 @@ def mine(
                 search, score = _dense(models[retriever], collection, pool, folder / "vectors")
             again = _sigmoid(_logits(models[reranker], collection)) if reranker else None
             judge = _logits(models[teacher], collection) if teacher else None
+            relevant = collection.relevant("train")
             for path, queries in tqdm(todo.items(), desc="mine", unit="part", leave=False):
-                rows = _part(queries, collection, settings, search, score, again, judge)
+                rows = _part(queries, collection, settings, search, score, again, judge, relevant)
                 write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         return _finish(folder, manifest, list(parts), settings.negatives)
 
@@ -192,6 +194,7 @@ def _part(
     score: Score,
     again: Score | None,
     judge: Score | None,
+    relevant: Mapping[str, Mapping[str, int]],
 ) -> list[dict]:
     """The lines of some queries.
 
@@ -199,8 +202,7 @@ def _part(
     """
     corpus, pool = collection.corpus, collection.pools["train"]
     judged = collection.qrels["train"]
-    relevant = {q: {d: g for d, g in judged[q].items() if g > 0} for q in queries}
-    runs = search(queries, settings.depth + max(map(len, relevant.values())))
+    runs = search(queries, settings.depth + max(len(relevant[q]) for q in queries))
     runs = {
         q: dict(list(_distinct(runs[q], relevant[q], corpus).items())[: settings.depth])
         for q in queries
@@ -208,7 +210,7 @@ def _part(
     if again is not None:
         score = again
         runs = {q: _ordered(row) for q, row in _scored(runs, score).items()}
-    positive = {q: best_positive(relevant[q]) for q in queries}
+    positive = {q: best_positive(judged[q]) for q in queries}
     own = score(list(positive.items()))
     chosen: dict[str, list[str]] = {}
     found: dict[str, int] = {}
@@ -297,19 +299,17 @@ def _dense(
             write_array(path, model.encode_document(texts, progress=False).numpy())
         shards.append(path)
     place = {document: divmod(i, SHARD) for i, document in enumerate(pool)}
+    ids = retrieval.Ids.of(pool)
     asked: dict[str, Tensor] = {}  # of the latest search; they are scored next
 
     def search(queries: list[str], k: int) -> Run:
         vectors = model.encode_query([collection.queries[q] for q in queries], progress=False)
         asked.clear()
         asked.update(zip(queries, vectors, strict=True))
-        best: Run = {q: {} for q in queries}
-        for i, path in enumerate(shards):
-            documents = list(pool[i * SHARD : (i + 1) * SHARD])
-            there = torch.from_numpy(np.load(path))
-            found = retrieval.search(vectors, there, queries, documents, k)
-            best = {q: dict(list(_ordered(best[q] | found[q]).items())[:k]) for q in queries}
-        return best
+        best = retrieval.Best(vectors, ids, k)
+        for path in shards:
+            best.add(torch.from_numpy(np.load(path)))
+        return best.run(queries)
 
     def score(pairs: list[tuple[str, str]]) -> list[float]:
         found = [0.0] * len(pairs)

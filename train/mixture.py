@@ -95,11 +95,6 @@ class Mixture(TrainingData):
             TrainingData(collection, tokenizer, own, lambda ids, title: TextSet(ids))
             for collection, own in zip(collections, self._configs(), strict=True)
         ]
-        self.queries = [
-            f"{name}:{query}"
-            for name, part in zip(self.names, self.parts, strict=True)
-            for query in part.queries
-        ]
         self.starts: dict[str, list[int]] = {}
         if "embedding" in config.tasks:
             sets = [part.embedding_texts for part in self.parts]

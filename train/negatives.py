@@ -15,7 +15,7 @@ MINED, MANIFEST = "negatives.jsonl", "manifest.json"  # what a mined folder hold
 
 
 def best_positive(relevant: Mapping[str, int]) -> str:
-    """The one positive of a query, from document id -> grade > 0: best grade, then smallest id."""
+    """The one positive of a query, from document id -> grade: the best grade, then smallest id."""
     return min(relevant, key=lambda document: (-relevant[document], document))
 
 
@@ -106,6 +106,8 @@ def mined_sha256(folder: Path) -> str:
     expected = read_manifest(path).get("sha256")
     if expected is None:
         raise ValueError(f"{folder} is not finished: run its `python -m train mine` again")
+    if not (folder / MINED).is_file():
+        raise ValueError(f"{folder / MINED} is missing, {path} is whole: mine into another folder")
     with open(folder / MINED, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:

@@ -77,6 +77,7 @@ def begin(model: UniMoER, config: Config, place: Path) -> dict[str, float]:
         rank, scale = lora.ranks[index], lora.alphas[index] / lora.ranks[index]
         found = [pieces(folder, part, str(model.device)) for folder in folders]
         whole = held = 0.0
+        unused = {key for of in found for key in of}
         for prefix, group in model.named_modules():
             if not isinstance(group, LinearGroup):
                 continue
@@ -84,6 +85,7 @@ def begin(model: UniMoER, config: Config, place: Path) -> dict[str, float]:
                 parts = [of[prefix, name] for of in found if (prefix, name) in of]
                 if len(parts) < len(found):
                     raise ValueError(f"start: {folders} do not all adapt {prefix}.{name}")
+                unused.discard((prefix, name))
                 a, b, before, after = _merged(parts, rank, scale, config)
                 if a.shape[0] != rank:
                     raise ValueError(
@@ -92,6 +94,12 @@ def begin(model: UniMoER, config: Config, place: Path) -> dict[str, float]:
                 group.lora_A[name][at] = a.to(group.lora_A[name].dtype)
                 group.lora_B[name][:, at] = b.to(group.lora_B[name].dtype)
                 whole, held = whole + before, held + after
+        if unused:
+            prefix, name = min(unused)
+            raise ValueError(
+                f"start: {folders} adapt {prefix}.{name} too, which this arm does not: give it "
+                "their adapter_layers, targets and layers"
+            )
         kept[part] = held / whole if whole else 1.0
     return kept
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,9 @@ import torch
 from tqdm import tqdm
 
 from eval.collections import Collection, load
-from eval.machine import peak_bytes, trim_heap
+from eval.machine import peak_bytes, reset_peak, trim_heap
 from eval.protocol import EvaluationSet, Scores
+from eval.provenance import made_by
 from model import bases, parallel, sharding
 from model.layers import RMSNorm
 from model.lora import LinearGroup, LoRAConfig
@@ -24,11 +25,10 @@ from model.tokens import Prompts
 from model.unimoer import ModelConfig, UniMoER
 from model.weights import revision
 from train.batches import TrainingData
-from train.loop import Callback, spent, train
+from train.loop import Callback, before, train
 from train.mixture import training_data
 from train.negatives import mined_sha256
 from train.pilots import fit_pilots
-from eval.provenance import made_by
 from train.start import Held, begin, started_from
 from trials import Config, parts
 
@@ -37,18 +37,18 @@ TRIM_EVERY = 4  # steps
 MEASURED = ("measured_on", "split")  # what may differ between how it is trained and measured
 
 
-def resolve_dtype(name: str) -> str:
-    """`auto`: bfloat16 where the hardware multiplies it, else float32."""
+def resolve_dtype(name: str, device: str) -> str:
+    """`auto`: bfloat16 where the device multiplies it, else float16 on a card, float32 on a CPU."""
     if name != "auto":
         return name
-    if torch.cuda.is_available():
+    if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if fast else "float32"
 
 
-def resolved(config: Config) -> Config:
-    """The config as it is stored: the dtype of this machine, the hash of mined negatives.
+def resolved(config: Config, device: str) -> Config:
+    """The config as it is stored: the dtype of the device, the hash of mined negatives.
 
     A folder of the same name with other negatives is then another config.
 
@@ -57,7 +57,7 @@ def resolved(config: Config) -> Config:
     """
     folders = parts(config.negatives)
     marks = ["" if folder == "bm25" else mined_sha256(Path(folder)) for folder in folders]
-    dtype = resolve_dtype(config.dtype)
+    dtype = resolve_dtype(config.dtype, device)
     return replace(config, dtype=dtype, negatives_sha256="+".join(marks))
 
 
@@ -213,7 +213,7 @@ class Workbench:
         """
         names = (
             "split", "retrieval_depth", "candidates", "reranking_queries", "document_tokens",
-            "query_prompt", "document_prompt", "pair_prompt", "reranking_pooling", "prefix",
+            "query_prompt", "document_prompt", "pair_prompt", "prefix",
             "adapter_layers", "layers", "dtype", "causal", "end_token", "rerank_head", "shard",
         )  # fmt: skip
         key = json.dumps([getattr(config, name) for name in names] + [model.identity])
@@ -240,7 +240,8 @@ def run_trial(
     The trained model lies beside it as `<place>.model`, for `UniMoER.from_pretrained`. Seconds are
     those of the steps that were kept, also where the trial was stopped and gone on with.
     """
-    entered, before, started = time.perf_counter(), spent(place), started_from(config, place)
+    reset_peak(bench.device)
+    entered, earlier, started = time.perf_counter(), before(place), started_from(config, place)
     model = bench.model(config)
     merged = begin(model, config, place)
     sharding.renew(model.decoder)
@@ -272,20 +273,20 @@ def run_trial(
     scores = _scores(model, config, bench)
     seconds = {
         "prepare": prepared - entered,
-        "train": before + trained - prepared,
+        "train": earlier.seconds + trained - prepared,
         "test": time.perf_counter() - saved,
     }
     parameters = sum(p.numel() for p in model.trained().values())
     parameters = parameters - Held(model, config.frozen).count if config.steps else 0
     return {
-        **_record(config, arm, bench, model),
+        **_record(config, arm, bench, model, earlier.sources),
         "scores": scores,
         "curve": log,
         "trainable_parameters": parameters,
         "merged_energy": merged,
         **({"started_from": started} if started else {}),
         "seconds": seconds,
-        "peak_bytes": peak_bytes(bench.device),
+        "peak_bytes": max(earlier.peak_bytes, peak_bytes(bench.device)),
     }
 
 
@@ -306,6 +307,7 @@ def measure_trial(config: Config, arm: str, source: Path, bench: Workbench) -> d
     if other := [k for k in wanted if k not in MEASURED and was[k] != wanted[k]]:
         shown = ", ".join(f"{k}: {was[k]!r}, not {wanted[k]!r}" for k in other)
         raise ValueError(f"{source} was trained with another config ({shown}): move it away first")
+    reset_peak(bench.device)
     started = time.perf_counter()
     model = UniMoER.from_pretrained(model_folder, bench.device, kernels=bench.kernels)
     scores = _scores(model, config, bench)
@@ -335,6 +337,7 @@ def _scores(model: UniMoER, config: Config, bench: Workbench) -> dict[str, Score
 
 def run_baselines(config: Config, bench: Workbench, show: Callable[[str, dict], None]) -> dict:
     """BM25, the untrained base, and the ceiling of the candidates, as they are stored."""
+    reset_peak(bench.device)
     model = bench.model(config)
     evaluation = bench.evaluation(model, config)
     bm25 = evaluation.bm25_scores()
@@ -354,8 +357,11 @@ def run_baselines(config: Config, bench: Workbench, show: Callable[[str, dict], 
     }
 
 
-def _record(config: Config, arm: str, bench: Workbench, model: UniMoER) -> dict:
-    """What every result says about where it comes from."""
+def _record(
+    config: Config, arm: str, bench: Workbench, model: UniMoER, begun: Sequence[str] = ()
+) -> dict:
+    """What every result says about where it comes from. begun: the sources that trained it before
+    it was stopped."""
     return {
         "schema": SCHEMA,
         "arm": arm,
@@ -368,7 +374,7 @@ def _record(config: Config, arm: str, bench: Workbench, model: UniMoER) -> dict:
             **bench.collection.provenance,
             **({"mixture": bench.mixture} if bench.mixture else {}),
         },
-        **made_by(bench.device),
+        **made_by(bench.device, begun=begun),
         "body_parameters": _body_parameters(model),
         "width": model.decoder.config.hidden_size,
         "layers": model.decoder.config.num_hidden_layers,

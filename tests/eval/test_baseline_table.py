@@ -222,10 +222,12 @@ def test_nothing_is_measured_twice(run, folders, saved, tmp_path: Path, monkeypa
     assert run(*words, local=["a/b=c"]) == (0, out, "")
     # Not that of another setting, nor of another model in its place.
     code, _, err = run(*words, "--document-tokens", "8")
-    assert code == 2 and "is of another model, data or setting: move it away" in err
+    assert (
+        code == 2 and "setting or device (asked.models: [" in err and "document_tokens': 8" in err
+    )
     other = [f"Alibaba-NLP/E2Rank-0.6B={folders[QWEN[0]]}"]
     code, _, err = run(*words, local=other)
-    assert code == 2 and "e2rank-0.6b/tiny-test.json is of another model" in err
+    assert code == 2 and "e2rank-0.6b/tiny-test.json is of other weights" in err
 
 
 def test_a_row_that_is_asked_for_says_why_it_is_missing(run) -> None:

@@ -216,7 +216,7 @@ def test_fewer_dimensions_are_further_rows_of_one_run(
     assert found["dimensions"]["32"] == found["scores"]["embedding"]  # all that the model has
     assert found["dimensions"]["4"] != found["scores"]["embedding"]
     code, _, err = run("--data", str(place), "--depth", "5")
-    assert code == 2 and "another model, data or setting" in err
+    assert code == 2 and "another model, data, setting or device" in err
     code, _, err = run("--data", str(place), "--dimensions", "8", "64")
     assert code == 2 and "--dimensions 64: expected 1 to 32" in err
 

@@ -50,6 +50,17 @@ def test_a_folder(tmp_path):
     assert data.provenance == {"path": str(tmp_path / "mine")}
 
 
+def test_train_does_not_ask_what_another_split_asks(tmp_path):
+    """The same words under another id, up to case and spaces, in test or in dev."""
+    asked = ["Which  is FIRST?", "which is first?", "another", "ANOTHER", "a third"]
+    queries = [{"_id": f"q{i}", "text": text} for i, text in enumerate(asked)]
+    data = C.load(write(tmp_path / "mine", queries=queries, train=[
+        "q0\td1\t1", "q2\td1\t1", "q4\td2\t1"], dev=["q3\td1\t1"], test=["q1\td1\t1"]))  # fmt: skip
+    assert data.qrels["train"] == {"q4": {"d2": 1}}
+    said = data.provenance["train queries that another split asks too"]
+    assert said == "2, left out of train"
+
+
 def test_gzip_reads_the_same(tmp_path):
     plain = C.load(write(tmp_path / "plain"))
     write(tmp_path / "packed")
@@ -106,13 +117,13 @@ def test_dev_is_carved_out_of_train_when_there_is_none(tmp_path):
     rows = [f"q{i}\td1\t1" for i in range(200)]
     data = C.load(write(tmp_path / "a", queries=queries, train=rows, test=["q1\td2\t1"]))
     turned = C.load(write(tmp_path / "b", queries=queries, train=rows[::-1], test=["q1\td2\t1"]))
-    assert len(data.qrels["dev"]) == 20 and len(data.qrels["train"]) == 180
+    assert len(data.qrels["dev"]) == 20 and len(data.qrels["train"]) == 179  # q1 is of test
     assert not data.qrels["dev"].keys() & data.qrels["train"].keys()
     assert turned.qrels == data.qrels
     assert "10 %" in data.provenance["dev"]
     assert data.pools.keys() == data.qrels.keys()
     given = C.load(write(tmp_path / "c", queries=queries, train=rows, dev=["q1\td2\t1"]))
-    assert len(given.qrels["train"]) == 200 and "dev" not in given.provenance
+    assert len(given.qrels["train"]) == 199 and "dev" not in given.provenance
 
 
 def test_no_train_split_loads_and_asking_for_it_explains(tmp_path):

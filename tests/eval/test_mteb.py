@@ -169,7 +169,7 @@ def test_the_command(folder: Path, data: Path, tmp_path: Path, capsys) -> None:
     score = [text for text in (out, again) for text in text.splitlines() if "reranking:" in text]
     assert len(score) == 2 and score[0] != score[1]
     assert program.main(["beir", *line[:-1], "3"]) == 2  # another setting, the same place
-    assert "is of another model, data or setting" in capsys.readouterr().err
+    assert "is of another model, data, setting or device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

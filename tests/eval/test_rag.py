@@ -68,7 +68,7 @@ def test_each_stage_hands_on_what_it_found(folder: Path, data: Path, tmp_path: P
     collection = load(str(data))
     settings = rag.Settings(depth=6, passages=2, passage_tokens=5, new_tokens=4)
     stored = encoded(folder, data, tmp_path)
-    made = rag.Pipeline([model] * 3, collection, stored, settings)
+    made = rag.Pipeline([model] * 3, collection, "test", stored, settings)
     documents = collection.pools["test"]
     query = "q30"
     answer, read, seconds = made.ask(query)
@@ -95,7 +95,7 @@ def test_stages_that_are_left_out(folder: Path, data: Path, tmp_path: Path) -> N
     stored = encoded(folder, data, tmp_path)
     query, made = "q30", {}
     for side in ("one", *rag.PARTS):
-        pipeline = rag.Pipeline([model] * 3, collection, stored, settings, side)
+        pipeline = rag.Pipeline([model] * 3, collection, "test", stored, settings, side)
         made[side] = answer, read, seconds = pipeline.ask(query)
         assert tuple(seconds) == rag.PARTS.get(side, rag.STAGES)
         ids = generate(model, [pipeline.prompt(collection.queries[query], read)], 4,
@@ -104,7 +104,7 @@ def test_stages_that_are_left_out(folder: Path, data: Path, tmp_path: Path) -> N
             answer
             == model.tokenizer.fast.decode([i for i in ids if i not in pipeline.stop]).strip()
         )
-    near = rag.Pipeline([model] * 3, collection, stored, settings).retrieve(query, "rare30")
+    near = rag.Pipeline([model] * 3, collection, "test", stored, settings).retrieve(query, "rare30")
     assert len(near) == 6
     vectors = model.encode_document(list(collection.corpus.values()))
     best = (model.encode_query([collection.queries[query]]) @ vectors.t())[0].topk(2).indices
@@ -112,9 +112,19 @@ def test_stages_that_are_left_out(folder: Path, data: Path, tmp_path: Path) -> N
     found = collection.bm25("test").search({query: collection.queries[query]}, 2)[query]
     assert made["bm25"][1] == list(found) and list(found)[0] == "d30"
     assert made["closed-book"][1] == []
-    closed = rag.Pipeline([model] * 3, collection, stored, settings, "closed-book")
+    closed = rag.Pipeline([model] * 3, collection, "test", stored, settings, "closed-book")
     prompt = model.tokenizer.fast.decode(closed.prompt("who am i", []))
     assert prompt.endswith("Answer: 366\n\nQuestion: who am i\nAnswer:")
+
+
+@pytest.mark.parametrize("side", ["bm25", "closed-book"])
+def test_a_side_that_takes_no_vectors(side: str, folder: Path, data: Path) -> None:
+    """None are read, so none have to be there."""
+    model, collection = UniMoER.from_pretrained(folder), load(str(data))
+    assert not rag.takes_vectors(side) and rag.takes_vectors("no-rerank")
+    settings = rag.Settings(depth=6, passages=2, passage_tokens=5, new_tokens=4)
+    pipeline = rag.Pipeline([model] * 3, collection, "test", None, settings, side)
+    assert len(pipeline.ask("q30")[1]) == (2 if side == "bm25" else 0)
 
 
 def test_intervals_of_the_table() -> None:
@@ -138,6 +148,9 @@ def test_intervals_of_the_table() -> None:
     assert one.count("100, 200 ms") == 4 and without.count("100, 200 ms") == 3
     assert last.startswith("all stages against no-rerank: +0.125 [-0.105, +0.355] EM")
     assert "nan" in rag.table([side("one", [1])], "title")
+    # Three specialists are no whole of which a part of one model were left.
+    three = side("three", [1, 0, 1, 0]) | {"specialists": [{}, {}]}
+    assert "against" not in rag.table([three, side("no-rerank", [0.75, 0, 0.75, 0])], "title")
 
 
 def test_vectors_of_something_else(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -146,7 +159,7 @@ def test_vectors_of_something_else(folder: Path, data: Path, tmp_path: Path) -> 
     stored = encoded(folder, data, tmp_path)
     few = replace(collection, corpus={"d0": collection.corpus["d0"]})
     with pytest.raises(ValueError, match="vectors of 42 documents, expected 1: remove it"):
-        rag.Pipeline([model] * 3, few, stored, rag.Settings())
+        rag.Pipeline([model] * 3, few, "test", stored, rag.Settings())
     with torch.no_grad():
         next(iter(model.trained().values())).add_(1)
     model.save_pretrained(tmp_path / "other")
@@ -157,7 +170,7 @@ def test_vectors_of_something_else(folder: Path, data: Path, tmp_path: Path) -> 
                     stored, Stages(tmp_path / "of.json", {}))  # fmt: skip
     stored.path(0).unlink()
     with pytest.raises(ValueError, match="1 of 1 shards are missing"):
-        rag.Pipeline([model] * 3, collection, stored, rag.Settings())
+        rag.Pipeline([model] * 3, collection, "test", stored, rag.Settings())
 
 
 def test_more_models_hold_more_and_answer_alike(
@@ -193,7 +206,8 @@ def test_more_models_hold_more_and_answer_alike(
     assert program.main(line) == 0 and len(commands) == 6  # nothing is computed twice
     assert before == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.json"))
     assert program.main([*line, "--passages", "1"]) == 2
-    assert "is of another model, data, setting or device" in capsys.readouterr().err
+    said = "is of another model, data, setting or device (asked.passages: 2 there, 1 now)"
+    assert said in capsys.readouterr().err
 
 
 def test_specialists_take_the_place_of_one_model_thrice(

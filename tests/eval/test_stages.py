@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eval.provenance import made_by
 from eval.stages import Stages
 
 
@@ -29,6 +30,19 @@ def test_pieces_of_something_else(tmp_path: Path) -> None:
     # Nothing was finished there yet.
     Stages(tmp_path / "other.json", {"depth": 3})
     assert Stages(tmp_path / "other.json", {"depth": 4}).kept("a", lambda: 1) == 1
+
+
+def test_pieces_of_other_code_are_gone_on_with_and_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("eval.stages.sources", lambda: "old")
+    first = Stages(tmp_path / "result.json", {"depth": 3})
+    first.kept("a", lambda: 1)
+    assert first.begun == ["old"]
+    monkeypatch.setattr("eval.stages.sources", lambda: "new")
+    assert Stages(tmp_path / "result.json", {"depth": 3}).begun == ["new", "old"]
+    assert Stages(tmp_path / "result.json", {"depth": 3}).begun == ["new", "old"]
+    monkeypatch.setattr("eval.provenance.sources", lambda *more: "new")
+    assert made_by("cpu", begun=["new", "old"])["begun_by_sources"] == ["old"]
+    assert "begun_by_sources" not in made_by("cpu", begun=["new"])
 
 
 def test_an_array_takes_the_place_of_the_one_before(tmp_path: Path) -> None:

@@ -170,6 +170,22 @@ def test_equal_texts_of_another_id_are_relevant_too(make, collection, tokenizer,
     assert not relevant(batch)[batch.ids.index("q6"), copy]
 
 
+def test_what_another_id_asks_in_the_same_words_is_relevant_too(
+    make, collection, tokenizer, config
+):
+    """q5 asks what q4 asks: neither's document is a negative of the other, drawn or offered."""
+    texts = dict(collection.queries, q5=f"  {collection.queries['q4'].upper()}")
+    twins = replace(collection, queries=texts)
+    assert twins.relevant("train")["q4"] == twins.relevant("train")["q5"] == {"d4": 1, "d5": 1}
+    data = TrainingData(twins, tokenizer, replace(config, embedding_batch=TRAIN), tokens_only)
+    assert (data.positive["q4"], data.positive["q5"]) == ("d4", "d5")
+    assert not {"d4", "d5"} & {*data.negatives["q4"], *data.negatives["q5"]}
+    batch = data.embedding(0)
+    both = [batch.documents.index(data.document_at[d]) for d in ("d4", "d5")]
+    for query in ("q4", "q5"):
+        assert relevant(batch)[batch.ids.index(query), both].tolist() == [True, True]
+
+
 def test_an_embedding_batch_holds_what_it_says(make, collection, tokenizer):
     data = make(hard_negatives=2)
     batch = data.embedding(1)

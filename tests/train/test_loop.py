@@ -25,6 +25,7 @@ from train.loop import (
     Callback,
     NonFiniteLoss,
     forget,
+    owned,
     routing_line,
     train,
 )
@@ -205,6 +206,35 @@ def test_a_log_without_checkpoint_is_begun_anew(run, noisy, tmp_path, unbroken):
     place = tmp_path / "seed0"
     place.with_name("seed0.log.jsonl").write_text('{"step": 0, "loss_embedding": 1e9}\n')
     assert_same(run(noisy, place), unbroken)
+
+
+@pytest.mark.parametrize("lines", [None, [0, 1], [0, 0, 1, 1, 2, 2]])
+def test_a_log_that_is_not_the_checkpoint_s_is_refused(run, noisy, tmp_path, lines):
+    """Lost, cut, or of two processes: its curve would be none."""
+    place = tmp_path / "seed0"
+    with pytest.raises(Stopped):
+        run(noisy, place, stop_after(4))
+    log = place.with_name("seed0.log.jsonl")
+    kept = log.read_text().splitlines()
+    log.unlink()
+    if lines is not None:
+        log.write_text("".join(f"{kept[i]}\n" for i in lines))
+    with pytest.raises(ValueError, match=r"log\.jsonl: expected the lines of the steps 0 to 2"):
+        run(noisy, place)
+
+
+def test_two_processes_at_one_trial(tmp_path):
+    place = tmp_path / "arm" / "seed0"
+    with owned(place):
+        with (
+            pytest.raises(ValueError, match="another process is at seed0: wait for it"),
+            owned(place),
+        ):
+            pass
+        with owned(place.with_name("seed1")):
+            pass
+    with owned(place):
+        pass
 
 
 def test_the_checkpoint_of_another_config_is_refused(run, noisy, tmp_path):

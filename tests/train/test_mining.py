@@ -384,7 +384,7 @@ def mined(collection: Collection, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def config(tiny_base: Path, tiny_data: Path, mined: Path) -> Config:
-    return resolved(tiny_config(tiny_base, tiny_data, negatives=str(mined)))
+    return resolved(tiny_config(tiny_base, tiny_data, negatives=str(mined)), "cpu")
 
 
 def test_training_takes_them_in_the_file_s_order(
@@ -395,7 +395,7 @@ def test_training_takes_them_in_the_file_s_order(
     for query in data.queries:
         assert data.negatives[query] == list(rows(mined)[query]["negatives"])[:3]
     assert data.embedding(0).teacher is None and data.reranking(0).teacher is None
-    assert resolved(config) == config and config.negatives_sha256 == mined_sha256(mined)
+    assert resolved(config, "cpu") == config and config.negatives_sha256 == mined_sha256(mined)
 
 
 def changed(folder: Path, to: Path, change: Callable[[dict], object], sign: bool = True) -> Path:
@@ -421,12 +421,12 @@ def test_a_changed_file_is_another_config_or_an_error(
 
     unsigned = changed(mined, tmp_path / "a", reverse, sign=False)
     with pytest.raises(ValueError, match="was changed after it was mined"):
-        resolved(replace(config, negatives=str(unsigned)))
+        resolved(replace(config, negatives=str(unsigned)), "cpu")
     other = replace(config, negatives=str(changed(mined, tmp_path / "b", reverse)))
-    assert resolved(other).negatives_sha256 != config.negatives_sha256
+    assert resolved(other, "cpu").negatives_sha256 != config.negatives_sha256
     with pytest.raises(ValueError, match="has changed: its lines have sha256"):
         build(other, collection)  # the trial began with the other one
-    build(resolved(other), collection)
+    build(resolved(other, "cpu"), collection)
 
 
 @pytest.mark.parametrize(
@@ -448,17 +448,17 @@ def test_files_that_do_not_serve(
 ) -> None:
     folder = changed(mined, tmp_path / "a", change)
     with pytest.raises(ValueError, match=message):
-        build(resolved(replace(config, negatives=str(folder))), collection)
+        build(resolved(replace(config, negatives=str(folder)), "cpu"), collection)
 
 
 def test_folders_that_do_not_serve(config: Config, collection: Collection, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="manifest.json is missing; expected bm25 or a folder of"):
-        resolved(replace(config, negatives=str(tmp_path)))
+        resolved(replace(config, negatives=str(tmp_path)), "cpu")
     with pytest.raises(ValueError, match="was mined from data with fingerprint"):
         build(config, replace(collection, fingerprint="other"))
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="manifest.json is no JSON"):
-        resolved(replace(config, negatives=str(tmp_path)))
+        resolved(replace(config, negatives=str(tmp_path)), "cpu")
     with pytest.raises(ValueError, match="no teacher's scores, which distill needs"):
         build(replace(config, distill="kl"), collection)
 
@@ -482,7 +482,7 @@ def test_groups_and_scores_line_up(
     config: Config, collection: Collection, planted: Path, tiny_base: Path
 ) -> None:
     c = replace(config, negatives=str(planted), distill="kl", group_size=4, hard_negatives=2)
-    model, data = build(resolved(c), collection)
+    model, data = build(resolved(c, "cpu"), collection)
     lines = rows(planted)
     place = {at: d for d, at in data.document_at.items()}
     batch = data.embedding(1)
@@ -511,7 +511,7 @@ def test_the_weighted_term_is_added(
     fields = {"negatives": str(planted), "distill": kind, "distill_weight": 0.5,
               "distill_temperature": 2.0, "hard_negatives": 2, "matryoshka": (4, 8),
               "dtype": "float64"}  # fmt: skip
-    c = resolved(replace(config, **fields))
+    c = resolved(replace(config, **fields), "cpu")
     model, data = build(c, collection)
     plain = TrainingData(collection, model.tokenizer, replace(c, distill=""), tokens_only)
     found = task_loss(task, model, data, 0) - task_loss(task, model, plain, 0)
@@ -553,7 +553,7 @@ def test_a_planted_order_is_learnt(
         embedding_batch=3, reranking_batch=3, group_size=4, hard_negatives=3, steps=60,
         ranks=(16,), learning_rate=2e-2, head_learning_rate=2e-2, temperature=0.1,
     )  # fmt: skip
-    model, data = build(resolved(c), collection)
+    model, data = build(resolved(c, "cpu"), collection)
     train(model, data, data.config, tmp_path / "a")
     with torch.no_grad():
         for query in data.queries:
@@ -598,7 +598,7 @@ def test_the_teacher_of_pseudo_queries(
 ) -> None:
     """Its scores are the order that RankNet learns; nothing else is added."""
     c = resolved(replace(config, negatives=str(planted), distill="kl", dtype="float64",
-                         rerank_head="pseudo_query"))  # fmt: skip
+                         rerank_head="pseudo_query"), "cpu")  # fmt: skip
     model, data = build(c, collection)
     lines, made = rows(planted), data.pseudo(0)
     for query, grades in zip(made.ids, made.grades.tolist(), strict=True):
@@ -619,7 +619,7 @@ def test_the_teacher_of_pseudo_queries(
 def test_the_teacher_of_lists(config: Config, collection: Collection, planted: Path) -> None:
     """Lists come in a random order, the teacher's scores in the group's: list by list."""
     c = resolved(replace(config, negatives=str(planted), distill="margin_mse", dtype="float64",
-                         rerank_head="interaction", similarity_weight=0.0))  # fmt: skip
+                         rerank_head="interaction", similarity_weight=0.0), "cpu")  # fmt: skip
     model, data = build(c, collection)
     plain = TrainingData(collection, model.tokenizer, replace(c, distill=""), tokens_only)
     found = task_loss("reranking", model, data, 0) - task_loss("reranking", model, plain, 0)

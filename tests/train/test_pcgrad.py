@@ -42,6 +42,28 @@ def test_backward() -> None:
     assert y.grad is not None and y.grad.item() == 3
 
 
+def test_what_is_held_takes_no_part(tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch):
+    """Its gradients, which no step uses, are not what the others are projected by."""
+    experts = {"experts": ("embedding", "shared"), "ranks": (2, 2), "router": "uniform"}
+    config = tiny_config(tiny_base, tiny_data, pcgrad=True, frozen=("shared",), **experts)
+    model, data = build(config)
+    lora = model.config.lora
+    assert lora is not None
+    rows, seen = lora.slices()["shared"], []
+    at = [i for i, name in enumerate(model.trained()) if "lora_A" in name]
+    right = pcgrad.project
+
+    def look(grads: list, against: list) -> list:
+        seen.append([(grads[i][rows].abs().max(), grads[i].abs().max()) for i in at])
+        return right(grads, against)
+
+    monkeypatch.setattr(pcgrad, "project", look)
+    train(model, data, replace(config, steps=2), tmp_path / "seed0")
+    assert len(seen) == 4
+    for held, both in (pair for step in seen[2:] for pair in step):
+        assert held == 0 < both
+
+
 @pytest.mark.parametrize("tasks", [("embedding",), ("embedding", "reranking")])
 def test_in_the_loop(tasks: tuple[str, ...], tiny_base: Path, tiny_data: Path, tmp_path: Path):
     """With one task it is plain training; with two the curves part once gradients conflict."""

@@ -166,6 +166,11 @@ def test_a_held_expert_changes_nothing_for_the_others(
         ({"start": ("shared=emb-only",), "ranks": (2,)}, "shared has rank 2, but emb-only make 4"),
         ({"start": ("shared=emb-only+rank-only",)}, "rank 4, but emb-only . rank-only make 8"),
         ({"start": ("head=emb-only+rank-only",)}, "a head is taken from one arm"),
+        (
+            {"start": ("shared=emb-only",), "adapter_layers": 3},
+            r"adapt .*layers\.2\..* too, which this arm does not: give it their adapter_layers",
+        ),
+        ({"start": ("shared=emb-only",), "targets": ("q_proj",)}, "adapt .* too, which this arm"),
         ({"start": ("shared=emb-only",), "adapter_layers": 1}, "do not all adapt"),
     ],
 )

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from eval.provenance import sources
 from model import parallel
 from tests.train.tiny import tiny_config, write_collection
 from train import loop, trial
-from train.loop import spent
+from train.loop import before
 from train.trial import Workbench
 from trials import Config
 
@@ -76,12 +77,14 @@ def test_the_time_of_a_trial_that_was_stopped(
     monkeypatch.setattr(trial, "_scores", die)
     with pytest.raises(KeyboardInterrupt):
         trial.run_trial(config, "arm", place, bench)
-    before = spent(place)
-    assert before > 0 and place.with_name("seed0.model").is_dir()
+    kept = before(place)
+    assert kept.seconds > 0 and place.with_name("seed0.model").is_dir()
+    assert kept.peak_bytes > 1e7 and kept.sources == (sources(),)
     monkeypatch.setattr(trial, "_scores", scores)
     monkeypatch.setattr(loop, "run", die)  # no step is taken again
     result = trial.run_trial(config, "arm", place, bench)
-    assert before < result["seconds"]["train"] < before + 5 and len(result["curve"]) == config.steps
+    assert result["seconds"]["train"] > kept.seconds and len(result["curve"]) == config.steps
+    assert result["peak_bytes"] >= kept.peak_bytes and "begun_by_sources" not in result
     # A checkpoint of other data under the same name is not gone on from.
     bench.collection = replace(bench.collection, fingerprint="other")
     with pytest.raises(ValueError, match=r"another origin .*other.*remove .*seed0\.checkpoint"):
