@@ -134,6 +134,7 @@ EXPERIMENTS = {
             **_like("joint-single", {"pcgrad": {"pcgrad": True}}),
         },
         common={"probes": 4}, report="conflict", reference="joint-single",
+        same_start=(("pcgrad", "joint-single"),),
     ),
     "soft_vs_hard": Experiment(
         question="Does it matter how the experts are weighed: by task, by similarity, softly?",
@@ -236,6 +237,7 @@ EXPERIMENTS = {
             ("head-on-reranking", "rank-only", "reranking",
              "what a new head loses on the reranking expert"),
         ),
+        same_start=(("head-on-reranking", "rank-only"),),
     ),
     "rank_sweep": Experiment(
         question="How much rank does each expert need?",

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 
 def parts(text: str) -> list[str]:
@@ -222,8 +222,9 @@ class Experiment:
 
     by_scale: scale -> the arms that take the place of `arms` there. measures: what is measured of
     every trained model, keys of analysis.measures.MEASURES. contrasts: (arm, against, task, what it
-    would show), the differences that are tested; none: every arm against `reference`. own_base:
-    what makes the untrained base of an arm another one, where the arm changes it.
+    would show), the differences that are tested; none: every arm against `reference`. same_start:
+    (arm, against) that begin as the same model and see the same batches, so that seeds pair.
+    own_base: what makes the untrained base of an arm another one, where the arm changes it.
 
     Three keys of an arm are not fields of Config: `steps_factor` multiplies the scale's number of
     steps, `tuned_as` names the arm whose row of TUNED it takes, if not its own, `width_by_rank`
@@ -243,6 +244,7 @@ class Experiment:
     by_scale: dict[str, dict[str, dict]] = field(default_factory=dict)
     measures: tuple[str, ...] = ()
     contrasts: tuple[tuple[str, str, str, str], ...] = ()
+    same_start: tuple[tuple[str, str], ...] = ()
     own_base: tuple[str, ...] = ("layers", "adapter_layers")
 
 
@@ -292,6 +294,10 @@ def override(text: str) -> tuple[str, object]:
     except ValueError:
         parsed = value
     kind = kinds[name] if get_origin(kinds[name]) is not tuple else list
-    if not isinstance(parsed, (kind, int) if kind is float else kind):  # type: ignore[arg-type]
+    wanted = (kind, int) if kind is float else kind
+    inside = get_args(kinds[name])[:1]  # of a tuple: tuple[int, ...]
+    if not isinstance(parsed, wanted) or (  # type: ignore[arg-type]
+        isinstance(parsed, list) and not all(isinstance(item, inside) for item in parsed)
+    ):
         raise ValueError(f"--set {text!r}: expected {kinds[name]}, as {getattr(Config(), name)!r}")
     return name, tuple(parsed) if isinstance(parsed, list) else parsed

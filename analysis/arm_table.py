@@ -62,5 +62,6 @@ def _said(name: str, value: Any) -> str:
         return words
     if isinstance(value, list):
         value = " ".join(map(str, value))
-    text = "none" if value in ("", None) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = "none" if value in ("", None) else text
     return f"{words} {text if text.isprintable() else json.dumps(text)}"

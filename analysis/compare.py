@@ -56,6 +56,10 @@ Mean expert weights over the last training batch, all layers and seeds.
 
 {provenance}
 """
+PAIRED = (
+    "Paired: by seed, where both begin as the same model and see the same batches; the other arms "
+    "count as independent of each other.\n\n"
+)
 CAPTION = (
     "Difference of each arm to {reference} in points of nDCG@10: mean over seeds (large dot) with "
     "its 95 % interval over seeds and queries, and single seeds (small dots), each held against "
@@ -121,6 +125,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
             "trainable_parameters": first["trainable_parameters"] if first else None,
             "training_seconds": judge.usual_seconds(trials),
             "experts": list(first["config"]["experts"]) if first else [],
+            "router": first["config"]["router"] if first else None,
             "shaken": bool(first) and _shaken(first["config"]),
             "routing": _routing(list(trials.values())),
             "collapsed": mean(["alarm" in line for line in _last(trials.values())])
@@ -131,12 +136,15 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
     for arm, other, task, shows in _pairs(study, y):
         if len(set(labels[task])) < 2:
             continue
-        e = stats.arm_difference(y[task], labels[task], arm, other)
         both = [s for s in arms[arm] if s in arms[other]]
         at = {a: [list(arms[a]).index(s) for s in both] for a in (arm, other)}
         paired = y[task][arm][at[arm]] - y[task][other][at[other]]
+        if pairs := (arm, other) in study.same_start and len(both) > 1:
+            e = stats.arm_mean({arm: 100 * paired}, labels[task], arm)
+        else:
+            e = stats.arm_difference(y[task], labels[task], arm, other)
         differences.append({
-            "arm": arm, "against": other, "task": task, "shows": shows,
+            "arm": arm, "against": other, "task": task, "shows": shows, "paired": pairs,
             "difference": e.value, "interval": e.interval,
             "p": e.p if e.interval else None, "se": e.se if e.interval else None, "df": e.df,
             "by_seed": (100 * paired.mean(axis=1)).tolist(),
@@ -299,7 +307,7 @@ def differences_table(v: dict[str, Any]) -> str:
             *([row["shows"]] if contrasts else []),
             f"{label(row['arm'])} − {label(row['against'])}" if contrasts else label(row["arm"]),
             TASKS[row["task"]],
-            f"{row['difference']:+.2f} {span(row['interval'])}",
+            f"{row['difference']:+.2f} {span(row['interval'])}" + ", paired" * row["paired"],
             p_value(row["p"]),
             p_value(row.get("p_holm")),
             f"{row['detectable']:.2f}" if row.get("detectable") is not None else "-",
@@ -312,7 +320,8 @@ def differences_table(v: dict[str, Any]) -> str:
             f"{name} has no trial to hold against.\n\n" if name else "No pair has trials yet.\n\n"
         )
     first = ["what it shows", "arms"] if contrasts else ["arm"]
-    return table([*first, "task", "difference, points", "p", "Holm p", "detectable"], rows)
+    made = table([*first, "task", "difference, points", "p", "Holm p", "detectable"], rows)
+    return made + PAIRED * any(row["paired"] for row in v["differences"])
 
 
 def _weights(v: dict[str, Any]) -> str:

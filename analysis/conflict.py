@@ -49,13 +49,17 @@ cosine of the same ones, stand behind it. Reliability: the mean where it exists,
 noisiest probes. Negative: the share of negative cosines over layers, projections, probes and seeds;
 50 % where the tasks have nothing to do with each other. Removed: the share of the norm that PCGrad
 would drop. Ratio: a / b of the norms, a the embedding gradient's, b the reranking gradient's, each
-task's loss at its weight of 1; similarity: 2 a b / (a² + b²), 1 where they are equal.
+task's loss at its weight of 1; similarity: 2 a b / (a² + b²), 1 where they are equal; both without
+the noise of the probe batches, in the probes of the corrected cosine.
 Holm: over the {family} rows of this table and the next, which are not independent of each other:
 the gradient on W lies nearly whole across the frozen rows. Detectable: the smallest cosine that so
 many seeds with this spread find with 80 % power at Holm's first step; above 1 (of a difference: 2),
 none.
 
-{overall}{along}## Does it differ between the arms?
+{overall}How far the probe set measures the gradient on W: its reliability after each number of
+steps, mean over the seeds that have one (how many). Below 0.3 it is mostly the probe batches.
+
+{reliable}{along}## Does it differ between the arms?
 
 The arm's cosine less that of {reference} at the same seed; of an expert, its own cosine on W less
 that of {reference} there.
@@ -149,11 +153,13 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
         known = [[None if f is None else r for f, r in zip(*rows, strict=True)]
                  for rows in zip(fixed, raw, strict=True)]  # fmt: skip
         count = sum(value is not None for row in fixed for value in row)
+        at = [step for step, row in zip(steps, fixed, strict=True) if set(row) != {None}]
         same = over_seeds([mean([row[i] for row in known]) for i in range(len(probes))])
         return {
             **averaged(space, "corrected"),
             "probes": count,
             "of": len(steps) * len(probes),
+            "steps": at,
             "raw": same["mean"],
         }
 
@@ -190,7 +196,7 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
             for space in SPACES
         },
         "curve": {
-            space: {name: curve(space, name) for name in ("cosine", "corrected")}
+            space: {name: curve(space, name) for name in ("cosine", "corrected", "reliability")}
             for space in SPACES
         },
         "cells": {
@@ -241,7 +247,8 @@ def reading(v: dict[str, Any]) -> str:
         if corrected["mean"] is not None:
             text += (
                 f" ({corrected['mean']:+.3f} corrected for noise in the {corrected['probes']} of "
-                f"{corrected['of']} probes that allow it, {corrected['raw']:+.3f} raw in these)"
+                f"{corrected['of']} probes that allow it, after {_steps(corrected['steps'])}, "
+                f"{corrected['raw']:+.3f} raw in these)"
             )
         if not sure and "detectable" in cosine:
             least = cosine["detectable"]
@@ -270,7 +277,7 @@ def reading(v: dict[str, Any]) -> str:
 
 
 def markdown(v: dict[str, Any]) -> str:
-    rows, where = [], []
+    rows, where, one = [], [], next(iter(v["gradients"].values()))
     for arm, found in v["gradients"].items():
         for space, row in found["spaces"].items():
             rows.append([
@@ -285,6 +292,12 @@ def markdown(v: dict[str, Any]) -> str:
                                  for key in ("cosine", "corrected")), *_rest(x)]
             for name, x in cells.items()
         ]  # fmt: skip
+    reliable = [
+        [label(arm), *(_known(row) for row in found["curve"]["w"]["reliability"])]
+        for arm, found in v["gradients"].items()
+    ]
+    noisy = [label(arm) for arm, found in v["gradients"].items()
+             if (mean(found["curve"]["w"]["reliability"][-1]) or 0) < 0.3]  # fmt: skip
     rest = ["reliability", "negative", "removed", "ratio", "similarity"]
     between = [[label(row["arm"]), row["in"], *_tested(row["difference"])] for row in v["between"]]
     test = ["p", "Holm p", "detectable", "seeds"]
@@ -293,6 +306,10 @@ def markdown(v: dict[str, Any]) -> str:
     if missing:
         names = ", ".join(map(label, missing))
         unsure.insert(0, f"Anything about the gradients of {names}: no trial watched them.")
+    if noisy:
+        unsure.insert(0, "Where in the network the tasks conflict at the last probe, in "
+                         f"{', '.join(noisy)}: the probe set measures mostly its own noise there, "
+                         "and more `probes` would be needed.")  # fmt: skip
     unsure.insert(0, "Whether conflict causes interference: the cosines are an observation, PCGrad "
                      "is the intervention, and its scores stand above.")  # fmt: skip
     return PAGE.format(
@@ -303,6 +320,7 @@ def markdown(v: dict[str, Any]) -> str:
         reference=label(v["reference"]),
         family=v["family"],
         overall=table(["arm", "in", "cosine", *test, "corrected", *rest], rows),
+        reliable=table(["arm", *map(str, one["steps"])], reliable),
         between=table(["arm", "in", "difference", *test], between)
         if between
         else "Nothing to compare with.\n\n",
@@ -337,8 +355,19 @@ def _rest(row: dict[str, Any]) -> list[str]:
 def _corrected(found: dict[str, Any]) -> str:
     if found["mean"] is None:
         return "-"
-    count = f"{found['probes']} of {found['of']}"
-    return f"{found['mean']:+.3f} ({count}; raw {found['raw']:+.3f})"
+    count, after = f"{found['probes']} of {found['of']}", _steps(found["steps"])
+    return f"{found['mean']:+.3f} ({count}, after {after}; raw {found['raw']:+.3f})"
+
+
+def _steps(steps: list[int]) -> str:
+    """`1, 8 and 40 steps`."""
+    *most, last = map(str, steps)
+    return f"{', '.join(most)} and {last} steps" if most else f"{last} step{'s' * (last != '1')}"
+
+
+def _known(values: list[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    return f"{np.mean(found):.2f} ({len(found)})" if found else "-"
 
 
 def _plain(value: float | None) -> str:

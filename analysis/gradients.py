@@ -175,9 +175,10 @@ def statistics(gram: Sequence[float]) -> dict[str, float | None]:
 
     cosine; corrected: the mean cosine across tasks and halves over the root of both tasks' own
     cosine between halves (Spearman's correction), None where `reliability`, that root, is under
-    0.3 or does not exist; ratio |e| / |r|; similarity 2 |e| |r| / (|e|^2 + |r|^2); removed_e and
-    removed_r: the share of the norm that PCGrad (2001.06782) removes, -cosine where it is negative.
-    Two gradients of which one is 0 have no cosine: None.
+    0.3 or does not exist; ratio |e| / |r| and similarity 2 |e| |r| / (|e|^2 + |r|^2), where it is
+    not None and of norms without that noise, |e|^2 being e_a e_b; removed: the share of the norm
+    that PCGrad (2001.06782) removes, -cosine where it is negative. Two gradients of which one is 0
+    have no cosine: None.
     """
     g = {(HALVES[i], HALVES[j]): v for (i, j), v in zip(PAIRS, gram, strict=True)}
     g |= {(j, i): v for (i, j), v in g.items()}
@@ -197,8 +198,6 @@ def statistics(gram: Sequence[float]) -> dict[str, float | None]:
     raw = cross / (e * r) ** 0.5
     found |= {
         "cosine": raw,
-        "ratio": (e / r) ** 0.5,
-        "similarity": 2 * (e * r) ** 0.5 / (e + r),
         "removed": max(-raw, 0.0),
     }
     own = [cosine("e_a", "e_b"), cosine("r_a", "r_b")]
@@ -209,6 +208,9 @@ def statistics(gram: Sequence[float]) -> dict[str, float | None]:
             found["reliability"] = within**0.5
             if within**0.5 >= 0.3:
                 found["corrected"] = sum(across) / 2 / within**0.5  # type: ignore[arg-type]
+                of_e, of_r = g["e_a", "e_b"], g["r_a", "r_b"]
+                found["ratio"] = (of_e / of_r) ** 0.5
+                found["similarity"] = 2 * (of_e * of_r) ** 0.5 / (of_e + of_r)
     return found
 
 

@@ -31,10 +31,12 @@ Trials = dict[str, dict[int, dict]]  # arm -> seed -> what its file holds
 
 def load(folder: Path) -> tuple[dict, Trials]:
     """(baselines, arm -> seed -> trial), arms in the study's order; raises as `write`."""
-    baselines = read(folder / "baselines.json")
+    baselines = read(folder / "baselines.json", "base", "data", "untrained")
     found: Trials = {}
     for path in sorted(folder.glob("*/seed[0-9]*.json")):
-        trial = read(path)
+        if not path.stem.removeprefix("seed").isdecimal():  # put aside, seed0.old.json say
+            continue
+        trial = read(path, "base", "data", "config", "scores")
         same = {name: trial[name] == baselines[name] for name in ("base", "data")}
         for task, rows in trial["scores"].items():
             same[f"{task} queries"] = rows.keys() == baselines["untrained"][task].keys()
@@ -53,13 +55,18 @@ def load(folder: Path) -> tuple[dict, Trials]:
     return baselines, {arm: dict(sorted(found[arm].items())) for arm in order if arm in found}
 
 
-def read(path: Path) -> dict:
+def read(path: Path, *needs: str) -> dict:
+    """A result. Raises ValueError where there is none, or one that is damaged or lacks a key."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"there is no {path}: `python -m run run ...` makes it") from None
     except ValueError as problem:
         raise ValueError(f"{path} is damaged ({problem}): remove it, then run it again") from None
+    if not isinstance(found, dict) or (lacks := [key for key in needs if key not in found]):
+        what = f"lacks {', '.join(lacks)}" if isinstance(found, dict) else "holds no object"
+        raise ValueError(f"{path} is no result, it {what}: remove it, then run it again")
+    return found
 
 
 def usual_seconds(trials: dict[int, dict]) -> float | None:

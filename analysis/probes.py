@@ -37,10 +37,11 @@ PAGE = """# {title}
 Probes of {pairs:,} pairs of {queries} queries, tested on unseen queries: R² of ridge regression,
 for a yes or no ({yes}) the balanced accuracy of logistic regression. Selectivity: that score less
 the one on a control task, in which each document has one value at random under every query
-({recurring:.0f} % of the pairs are of a document that recurs). Compression: the values' own code
-length over their online code length by the probe; 1 says that the features save no bits. At the
-layer with the highest mean score (of the base all layers are probed, of an arm the adapted ones:
-those below are the base's); mean over seeds ± their standard deviation, with its 95 % interval.
+({recurring:.0f} % of the pairs are of a document that recurs), or less chance (0, of accuracies
+0.5) where the control is below it. Bits saved: of each value, by the online code of the probe
+against the values' own distribution; 0 where the features say nothing. At the layer with the
+highest mean score (of the base all layers are probed, of an arm the adapted ones: those below are
+the base's); mean over seeds ± their standard deviation, with its 95 % interval.
 
 {table}{picture}{ablation}## What the arms score
 
@@ -186,7 +187,7 @@ def markdown(v: dict[str, Any]) -> str:
                     "untrained base" if view == "base" else label(arm),
                     "all layers" if view == "base" else view, NAMES[name],
                     str(first_layer(found, of["layers"]) + of["best"]),
-                    *(spread(row[k]) for k in ("score", "selectivity", "compression")),
+                    *(spread(row[k]) for k in ("score", "selectivity", "saved_bits")),
                     str(len(row["score"]["seeds"])),
                 ])  # fmt: skip
     unsure = limits(v)
@@ -202,7 +203,7 @@ def markdown(v: dict[str, Any]) -> str:
         recurring=100 * one["recurring"] / one["pairs"],
         scores=compare.scores_table(v),
         differences=compare.differences_table(v),
-        table=table(["arm", "view", "property", "layer", "score", "selectivity", "compression",
+        table=table(["arm", "view", "property", "layer", "score", "selectivity", "bits saved",
                      "seeds"], rows),
         picture=f"![probes](probes.png)\n\n*{CAPTION}*\n\n",
         ablation=ablation.markdown(v["ablated"]),

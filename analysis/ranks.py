@@ -60,8 +60,8 @@ def ladders(v: dict[str, Any], baselines: dict, arms: Trials) -> Section:
             found.append({"ladder": ladder, "task": task, "bytes": bytes_, **row})
             rows.append([
                 ladder, TASKS[task], f"r{row['best_rank']}", f"r{row['rank']}",
-                f"{row['loss']:+.2f} % {span(row['interval'])}", "yes" if row["shown"] else "no",
-                f"{bytes_ / 1e6:.2f} MB",
+                f"{row['loss']:+.2f} % {span(row['interval'])}",
+                {True: "yes", False: "no", None: "-"}[row["shown"]], f"{bytes_ / 1e6:.2f} MB",
             ])  # fmt: skip
     if not rows:
         return Section("", "", {})
@@ -77,7 +77,7 @@ def enough(y: dict[str, np.ndarray], steps: dict[str, int], labels: list[str]) -
     """The smallest rank within 1 % of the best, y: arm -> (seeds, queries), steps: arm -> rank.
 
     loss: of that arm to the best, in % of the best's mean, with its interval; shown: whether the
-    interval lies below 1 %.
+    interval lies below 1 %, None where it is the best itself: that none smaller does is not shown.
     """
     means = {arm: float(scores.mean()) for arm, scores in y.items()}
     best = max(means, key=lambda arm: (means[arm], -steps[arm]))
@@ -85,7 +85,7 @@ def enough(y: dict[str, np.ndarray], steps: dict[str, int], labels: list[str]) -
     arm = min(near, key=lambda a: steps[a])
     found = {"arm": arm, "rank": steps[arm], "best": best, "best_rank": steps[best]}
     if arm == best:
-        return found | {"loss": 0.0, "interval": None, "shown": True}
+        return found | {"loss": 0.0, "interval": None, "shown": None}
     if len(set(labels)) < 2:  # one cluster gives no interval
         loss = 100 * (1 - means[arm] / means[best]) if means[best] else 0.0
         return found | {"loss": loss, "interval": None, "shown": False}
@@ -98,11 +98,12 @@ def told(found: list[dict[str, Any]]) -> str:
     said = []
     for row in found:
         if row["ladder"] == "all":
+            on = f"On {TASKS[row['task']]}, r{row['rank']} for all experts is"
+            if row["shown"] is None:
+                said.append(f"{on} the best, and no smaller rank within 1 % of it, by the means.")
+                continue
             sure = "" if row["shown"] else ", by the means alone"
-            said.append(
-                f"On {TASKS[row['task']]}, r{row['rank']} for all experts is within 1 % of the "
-                f"best (r{row['best_rank']}){sure}."
-            )
+            said.append(f"{on} within 1 % of the best (r{row['best_rank']}){sure}.")
     return " ".join(said)
 
 

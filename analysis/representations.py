@@ -113,6 +113,10 @@ def write(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no measured model yet: `make representation` makes it")
     found = compare.compare(folder, baselines, arms)
     judge.add_measures(found, measured, "representation")
+    for arm, trials in measured.items():
+        if arm != "rank-only" and found["arms"][arm]["router"] != "task":
+            for trial in trials.values():
+                trial["deltas"] = []  # of a file from before `subspaces.of_changes` left them out
     found["measured"] = {arm: summarise(list(trials.values())) for arm, trials in measured.items()}
     found["tests"] = tests(found["measured"])
     drawn = {"layers": draw_layers(found), "spectra": draw_spectra(measured),
@@ -251,7 +255,7 @@ def reading(v: dict[str, Any]) -> str:
         known = {side: row["stir"]["mean"] for side, row in found["deltas"].items()}
         if known and None not in known.values():
             told = " and ".join(f"{value:.2f} ({side})" for side, value in known.items())
-            whose = "the specialists" if arm == "rank-only" else f"{label(arm)}'s experts"
+            whose = "the specialists" if arm == "rank-only" else f"the experts of {label(arm)}"
             said.append(
                 f"What training changed in the weights for each task shares STIR {told} between "
                 f"{whose}."

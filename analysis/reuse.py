@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 from analysis import gradients
+from analysis.judge import read
 from eval.machine import device_name
-from eval.provenance import sources
+from eval.provenance import made_by, sources
 from model import parallel
 from train.start import started_from
 from train.trial import Workbench
 from trials import Config
+
+NEEDS = ("base", "data", "config", "sources", "versions", "device")  # of a result, to be taken
 
 
 def stored(path: Path, config: Config, bench: Workbench) -> dict | None:
@@ -25,7 +28,7 @@ def stored(path: Path, config: Config, bench: Workbench) -> dict | None:
     """
     if not path.exists():
         return None
-    result = json.loads(path.read_text())
+    result = read(path, *NEEDS)
     old, new = Config.completed(result["config"]), json.loads(json.dumps(config.to_json()))
     if old != new:
         differ = [k for k in new if old.get(k) != new[k]] + sorted(old.keys() - new.keys())
@@ -68,6 +71,7 @@ def same(result: dict, config: Config, bench: Workbench) -> bool:
         result["config"] == json.loads(json.dumps(config.to_json()))
         and result["sources"] == sources()
         and result["device"] == device_name(bench.device)
+        and result["versions"] == made_by(bench.device)["versions"]
         and not _differs(result, config, bench)
     )
 
@@ -75,7 +79,7 @@ def same(result: dict, config: Config, bench: Workbench) -> bool:
 def baselines_elsewhere(path: Path, plain: Config, bench: Workbench) -> dict | None:
     """The same baselines of another experiment of this setting."""
     for other in sorted(path.parents[2].glob(f"*/{path.parent.name}/baselines*.json")):
-        result = json.loads(other.read_text())
+        result = read(other, *NEEDS)
         if same(result, plain, bench):
             return result
     return None
@@ -91,7 +95,7 @@ def taken_over(path: Path, config: Config, bench: Workbench) -> dict | None:
         return None
     folder = path.parent.parent
     for other in sorted(folder.parent.parent.glob(f"*/{folder.name}/*/{path.name}")):
-        result = json.loads(other.read_text())
+        result = read(other, *NEEDS)
         if not config.probes:
             result = gradients.unwatched(result)
         model = other.with_suffix(".model")

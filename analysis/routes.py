@@ -197,11 +197,12 @@ def reading(v: dict[str, Any]) -> str:
             f"tells the task in {100 * found['decoded']['mean']:.0f} % of the texts (50 % by "
             f"chance); the mean weights of the two tasks lie {100 * shift['task']:.1f} % apart"
         )
-        text += (
-            f"; the template alone moves them by {100 * shift['template']:.1f} %, other words by "
-            f"{100 * shift['content']:.1f} % (difference "
-            f"{_scaled(found['difference'], 100, '+.1f')} points)"
-        )
+        if shift["template"] > 0:  # without a template there is nothing to take away
+            text += (
+                f"; the template alone moves them by {100 * shift['template']:.1f} %, other words "
+                f"by {100 * shift['content']:.1f} % (difference "
+                f"{_scaled(found['difference'], 100, '+.1f')} points)"
+            )
         said.append(f"{text}.")
         if any(found["idle"]):
             where = ", ".join(f"{count} of {len(found['seeds'])} seeds at layer "

@@ -27,7 +27,9 @@ from model.router import TASKS
 from model.texts import in_batches
 from model.unimoer import UniMoER
 
-SHUFFLES = 2000  # Holm's first step over 4 layers and 3 seeds needs p below .0042
+SHUFFLES = 2000  # at the least
+# And so many for each layer: Holm's first step over all layers and 9 seeds needs p <= .05 / (9 L).
+BY_LAYER = 200
 DOMAINS = 6  # whose weights are kept
 # kind of input -> the task whose forward pass sees it
 KINDS = {
@@ -82,9 +84,10 @@ def entropy(w: np.ndarray) -> np.ndarray:
 
 
 def information(
-    w: np.ndarray, labels: Sequence[Any] | np.ndarray, seed: int = 0
+    w: np.ndarray, labels: Sequence[Any] | np.ndarray, layers: int = 1, seed: int = 0
 ) -> dict[str, float]:
-    """I(Z; label) of weights (n, E), its mean under `SHUFFLES` shuffles, and p."""
+    """I(Z; label) of weights (n, E), its mean under shuffles, and p; layers: that are told of."""
+    shuffles = max(SHUFFLES, BY_LAYER * layers)
     _, ids = np.unique(np.asarray(labels), return_inverse=True)
     rng = np.random.default_rng(seed)
     w = w / w.sum(-1, keepdims=True)  # an always-on expert weighs 1 beside the others' simplex
@@ -97,12 +100,12 @@ def information(
         return float(entropy(w.mean(0)) - (share * entropy(means)).sum())
 
     found = value(ids)
-    shuffled = [value(rng.permutation(ids)) for _ in range(SHUFFLES)]
+    shuffled = [value(rng.permutation(ids)) for _ in range(shuffles)]
     reached = sum(other >= found - 1e-12 for other in shuffled)
     return {
         "nats": max(found, 0.0),
         "by_chance": float(np.mean(shuffled)),
-        "p": (1 + reached) / (1 + SHUFFLES),
+        "p": (1 + reached) / (1 + shuffles),
     }
 
 
@@ -153,11 +156,11 @@ def summarise(
         "dead": [[experts[e] for e in np.flatnonzero(row < 0.01).tolist()] for row in mixed],
         "within": np.mean([w.var(0).sum(-1) for w in of_task.values()], 0).tolist(),
         "between": np.stack(list(by_task.values())).var(0).sum(-1).tolist(),
-        "shuffles": SHUFFLES,
-        "task": [information(both[:, i], labels) for i in layers],
+        "shuffles": max(SHUFFLES, BY_LAYER * len(layers)),
+        "task": [information(both[:, i], labels, len(layers)) for i in layers],
         "decoded": [decoded(both[:, i], labels) for i in layers],
         "domain": {
-            kind: [information(weights[kind][:, i], domains) for i in layers]
+            kind: [information(weights[kind][:, i], domains, len(layers)) for i in layers]
             for kind in ("query", "document", "pair")
         },
         "domains": by_domain(weights, domains),

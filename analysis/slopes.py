@@ -78,12 +78,13 @@ def fits(rows: Rows, scores: Scores, labels: dict[str, list[str]]) -> list[dict[
 def _without(
     line: Rows, key: str, y: dict[str, np.ndarray], labels: list[str]
 ) -> list[dict[str, Any]]:
-    """The slope with each size left out in turn, where two others are left, the flattest first."""
-    found = []
+    """The slope with each size left out in turn, where two others are left; first what takes most
+    of the whole slope away."""
+    found, whole = [], slope(line, key, y, labels).value
     for out in line if len(line) > 2 else []:
         e = slope([row for row in line if row is not out], key, y, labels)
         found.append({"size": out["size"], "slope": e.value, "interval": e.interval})
-    return sorted(found, key=lambda row: abs(row["slope"]))
+    return sorted(found, key=lambda row: math.copysign(1, whole) * row["slope"])
 
 
 def slope(rows: Rows, key: str, y: dict[str, np.ndarray], labels: list[str]) -> stats.Estimate:

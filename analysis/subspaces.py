@@ -16,6 +16,7 @@ from analysis.gradients import task_gradient
 from analysis.page import over_seeds, spread
 from analysis.subspace import between, ratio
 from model.lora import LinearGroup
+from model.saved import read_config
 from model.unimoer import UniMoER
 from train.batches import TrainingData
 from train.start import Piece, pieces
@@ -56,15 +57,17 @@ def sides(piece: Piece) -> dict[str, Tensor]:
 
 
 def of_changes(place: Path) -> Rows:
-    """Of the embedding and the reranking expert, or of the specialists where this is Rank-Only.
+    """Of the specialists where this is Rank-Only, or of the experts that a hard switch gives each.
 
-    The halves are this seed and the one before; no rows for the first seed and for other arms.
+    The halves are this seed and the one before; no rows for the first seed and for other arms: a
+    learned router gives the names of its experts other roles with each seed, so that what two seeds
+    share under one name says nothing of a task.
     """
     arm, seed = place.parent, int(place.name.removeprefix("seed"))
     of = {"e": (arm, "embedding"), "r": (arm, "reranking")}
     if arm.name == "rank-only":
         of = {"e": (arm.parent / "emb-only", "shared"), "r": (arm, "shared")}
-    elif not arm.name.endswith("-moe"):
+    elif not (arm / f"seed{seed}.model").exists() or not _switched(arm / f"seed{seed}.model"):
         return []
     folders = {
         task: [folder / f"seed{k}.model" for k in (seed, seed - 1)]
@@ -84,6 +87,12 @@ def of_changes(place: Path) -> Rows:
             e, r = ([half[prefix, name][side] for half in found[task]] for task in ("e", "r"))
             rows.append({**at, "side": side, **_between((e[0], e[1]), (r[0], r[1]))})
     return rows
+
+
+def _switched(folder: Path) -> bool:
+    """Whether a saved model routes by task alone, so that its experts' names are their roles."""
+    router = read_config(folder)[0].router
+    return router is not None and router.kind == "task"
 
 
 def _between(e: tuple[Tensor, Tensor], r: tuple[Tensor, Tensor]) -> dict[str, Any]:
@@ -106,11 +115,12 @@ def summarise(trials: list[dict[str, Any]], what: str) -> dict[str, dict[str, An
 
 
 TEXT = """The same of the gradients behind the last step (halves: two of the probe set) and of the
-weights' changes (of the embedding and the reranking expert, or of the specialists, in the row of
-Rank-Only; halves: this seed and the one before, so that neighbouring seeds share a model and have
-no interval), by the side of a linear: inputs, what it reads, and outputs, where it writes. Means
-over linears, STIR from a seed's means; none where within is less than 0.05 above null: there a task
-does not share its directions with itself. Linears: of all seeds.
+weights' changes (of the specialists, in the row of Rank-Only, and of experts that a hard switch
+gives each task: a learned router deals the roles anew with each seed; halves: this seed and the one
+before, so that neighbouring seeds share a model and have no interval), by the side of a linear:
+inputs, what it reads, and outputs, where it writes. Means over linears, STIR from a seed's means;
+none where within is less than 0.05 above null: there a task does not share its directions with
+itself. Linears: of all seeds.
 
 """
 

@@ -20,17 +20,18 @@ correlation through a shared seed number leaves it too wide); the untrained base
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
+
+from eval.inference import ALPHA, fieller, holm, smallest_detectable_effect, tost
 
 Arms = Mapping[str, np.ndarray]  # arm -> (S_a, Q) scores
 Clusters = Sequence[str] | np.ndarray | None  # Q labels; None: each query its own cluster
 TaskResult = dict[str, Any]  # one task of `verdict`, whose docstring lists the keys
 
-ALPHA = 0.05  # spent over all looks
 LOOKS = (3, 6, 9)  # seeds at which the study looks at its data
 MEASURABLE_GAIN = 0.05  # nDCG@10 that a specialist must add to the untrained base
 BASE = "untrained base"  # its key among the arms while they are checked
@@ -188,18 +189,23 @@ def gain_normalised(
 
 
 def won_back(arms: Arms, clusters: Clusters, specialist: str, joint: str, other: str) -> Estimate:
-    """W = (M - J) / (P - J), the fraction of the joint arm's loss that arm `other` (M) undoes.
+    """W = (M - J) / (P - J), the fraction of the joint arm's loss that arm `other` (M) undoes, with
+    Fieller's interval (none where it has no ends): the loss may be few standard errors.
 
-    Meaningful where the interval of P - J excludes 0: `verdict` gives it only there. `other` may
-    be a control arm. Also raises ValueError if P = J.
+    `verdict` gives it where the interval of P - J excludes 0. Also raises ValueError if P = J.
     """
     y = _checked(arms, [specialist, joint, other])
     p, j, m = (float(y[name].mean()) for name in (specialist, joint, other))
     if (loss := p - j) == 0:
         raise ValueError(f"{specialist!r} and {joint!r} both score {p}; nothing to win back")
-    value = (m - j) / loss
-    gradient = {other: 1 / loss, specialist: -value / loss, joint: (value - 1) / loss}
-    return estimate(value, gradient, y, clusters)
+
+    def contrast(w: float, unit: float = 1.0) -> Estimate:
+        gradient = {other: unit, specialist: -w * unit, joint: (w - 1) * unit}
+        return estimate((m - j - w * loss) * unit, gradient, y, clusters)
+
+    first = contrast((m - j) / loss, 1 / loss)  # by the delta method
+    low, high = fieller(lambda w: astuple(contrast(w))[:3], (m - j) / loss, first.se)
+    return replace(first, value=(m - j) / loss, low=low, high=high, p=contrast(0.0).p)
 
 
 def paired_randomisation(
@@ -224,50 +230,6 @@ def paired_randomisation(
         flips = rng.integers(0, 2, size=(min(1000, left), count))
         hits += int(np.sum(np.abs((1 - 2 * flips) @ totals) >= observed))
     return (1 + hits) / (1 + draws)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm 1979: the i-th smallest (from 0) of m becomes max_{k <= i} (m - k) p_(k), at most 1."""
-    if not all(0 <= v <= 1 for v in p):
-        raise ValueError(f"p-values must lie in [0, 1]; found {list(p)}")
-    order = np.argsort(p, kind="stable")
-    steps = np.asarray(p, dtype=np.float64)[order] * np.arange(len(p), 0, -1)
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
-    return adjusted.tolist()
-
-
-def tost(value: float, se: float, df: float, margin: float) -> float:
-    """p of two one-sided t tests (Schuirmann 1987): small means |true value| < margin.
-
-    Larger P(t_df >= (margin +- value) / se). ValueError unless margin > 0, se >= 0 and df > 0.
-    """
-    if margin <= 0 or se < 0 or df <= 0:
-        raise ValueError(f"need margin > 0, se >= 0, df > 0; found {margin}, {se}, {df}")
-    if se == 0:
-        return float(abs(value) >= margin)
-    return float(stats.t.sf((margin - abs(value)) / se, df))
-
-
-def power(effect: float, se: float, df: float, alpha: float = ALPHA) -> float:
-    """P(|t'| > t_{1 - alpha/2, df}), t' noncentral with df and shift effect / se (in one unit).
-
-    Raises ValueError unless se > 0, df > 0 and 0 < alpha < 1.
-    """
-    if se <= 0 or df <= 0 or not 0 < alpha < 1:
-        raise ValueError(f"need se > 0, df > 0, 0 < alpha < 1; found {se}, {df}, {alpha}")
-    critical, shift = stats.t.isf(alpha / 2, df), abs(effect) / se
-    far = np.nan_to_num(stats.nct.cdf(-critical, df, shift))  # scipy: NaN where it is under 1e-16
-    return float(stats.nct.sf(critical, df, shift) + far)
-
-
-def smallest_detectable_effect(se: float, df: float, alpha: float, target: float = 0.8) -> float:
-    """The effect, in the unit of se, at which `power` reaches target; 0 when se is 0."""
-    if not se > 0:  # 0, or NaN
-        return se
-    high = 2 * float(stats.t.isf(alpha / 2, df) + stats.t.isf(1 - target, df))
-    found = optimize.root_scalar(lambda x: power(x, 1.0, df, alpha) - target, bracket=(0, high))
-    return se * float(found.root)
 
 
 def alpha_at_look(seeds: int, previous: int | None = None, alpha: float = ALPHA) -> float:

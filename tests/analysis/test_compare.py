@@ -49,6 +49,36 @@ def test_a_planted_difference_is_found_and_no_other(made: Maker) -> None:
     assert (made.folder / "differences.png").exists() and (made.folder / "differences.svg").exists()
 
 
+def test_arms_of_one_start_are_paired_by_seed(tmp_path: Path) -> None:
+    """What seeds differ in is in both, so a small difference is found that is else in the noise."""
+    found = []
+    for experiment, arm, other in (
+        ("gradient_conflict", "pcgrad", "joint-single"), ("remedies", "pcgrad", "joint-moe")
+    ):  # fmt: skip
+        made = Maker(tmp_path / experiment / "smoke")
+        made.baselines()
+        for seed, shift in enumerate((-0.04, 0.0, 0.04)):
+            for name, more in ((other, 0.0), (arm, 0.01)):
+                means = {task: mean + shift + more for task, mean in SAME.items()}
+                made.arm(name, means, seeds=1)
+                path = made.folder / name / "seed0.json"
+                trial = json.loads(path.read_text()) | {"seed": seed}
+                trial["config"]["seed"] = seed
+                path.unlink()
+                (made.folder / name / f"seed{seed}.part").write_text(json.dumps(trial))
+        for path in made.folder.glob("*/seed?.part"):
+            path.rename(path.with_suffix(".json"))
+        found.append(compare.compare(made.folder, *compare.judge.load(made.folder)))
+    paired, apart = (differences(f)["pcgrad", "embedding"] for f in found)
+    assert paired["paired"] and not apart["paired"]
+    assert paired["difference"] == pytest.approx(1, abs=0.2)
+    assert paired["interval"][0] > 0 > apart["interval"][0]
+    assert paired["detectable"] < apart["detectable"] / 3
+    text = compare.differences_table(found[0])
+    assert ", paired | " in text and "Paired: by seed, where both begin" in text
+    assert "aired" not in compare.differences_table(found[1])
+
+
 def test_under_the_null_at_most_a_few_comparisons_are_sure(tmp_path: Path) -> None:
     """Holm over 8 comparisons: over 60 made-up studies any false one is rare."""
     false = 0

@@ -316,12 +316,15 @@ def test_a_map_keeps_clusters_apart_and_torch_s_threads(method: str) -> None:
 
 
 def test_changes_of_two_seeds(tiny_base: Path, data: Path, tmp_path: Path) -> None:
-    """The experts of one arm, and the specialists in the row of Rank-Only."""
-    for arm in ("emb-only", "rank-only", "joint-moe"):
+    """The specialists in the row of Rank-Only, and experts that a hard switch gives each task: a
+    learned router deals their roles anew with each seed, so names tell nothing."""
+    for arm in ("emb-only", "rank-only", "joint-moe", "task"):
         for seed in (0, 1):
-            trained(arm, tiny_base, data, tmp_path / arm / f"seed{seed}", seed=seed)
+            switch = {"experts": experiments.PAIR["experts"], "ranks": (3, 2), "router": "task"}
+            row, changes = (arm, {}) if arm != "task" else ("joint-single", switch)
+            trained(row, tiny_base, data, tmp_path / arm / f"seed{seed}", seed=seed, **changes)
             assert (subspaces.of_changes(tmp_path / arm / f"seed{seed}") == []) == (
-                seed == 0 or arm == "emb-only"
+                seed == 0 or arm in ("emb-only", "joint-moe")
             )
     rows = subspaces.of_changes(tmp_path / "rank-only" / "seed1")
     assert len(rows) == 28 and {row["side"] for row in rows} == {"inputs", "outputs"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from eval import stats
+from eval import inference, stats
 
 # ---- hand-worked and published cases ------------------------------------------------------------
 
@@ -133,6 +133,33 @@ def test_ratios_against_a_double_bootstrap():
         assert estimate.se == pytest.approx(boot.std(), rel=0.07)
 
 
+def test_what_is_won_back_has_fiellers_interval():
+    """Closed form where all that spreads is the queries: the contrast's df do not depend on w."""
+    rng = np.random.default_rng(4)
+    x, loss = rng.normal(0.01, 0.06, 300), rng.normal(0, 0.12, 300)  # M - J, P - J by query
+    loss += 0.02 - loss.mean()  # 2.9 standard errors
+    joint = rng.uniform(0.2, 0.6, 300)
+    arms = {"p": joint + loss, "j": joint, "m": joint + x}
+
+    def won(arms: dict[str, np.ndarray]) -> stats.Estimate:
+        return stats.won_back({n: np.stack([y, y]) for n, y in arms.items()}, None, *"pjm")
+
+    found = won(arms)
+    a, b = x.mean(), loss.mean()
+    cov = np.cov(x, loss) / 300
+    t2 = scipy_stats.t.isf(0.025, 299) ** 2
+    # |a - w b| <= t se: (b^2 - t2 v_bb) w^2 - 2 (a b - t2 v_ab) w + a^2 - t2 v_aa <= 0
+    square, twice, rest = (a * b - t2 * c for a, b, c in (
+        (b, b, cov[1, 1]), (a, b, cov[0, 1]), (a, a, cov[0, 0])))  # fmt: skip
+    roots = np.roots([square, -2 * twice, rest])
+    assert found.value == pytest.approx(a / b)
+    assert found.interval == pytest.approx(sorted(roots.real.tolist()), rel=1e-6)
+    wide = found.high - found.value, found.value - found.low
+    assert wide[0] > 1.2 * wide[1]  # the loss is a few standard errors: no symmetric interval
+    # A loss that cannot be told from none leaves no ends.
+    assert won({**arms, "p": joint + loss - loss.mean() + 1e-4}).interval is None
+
+
 def test_holm_example():
     # R's p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm").
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -173,12 +200,12 @@ def test_tost_from_t_tables():
 
 def test_power_published():
     # Cohen 1988, table 2.3.5: d = 0.5, 64 a group, two-sided 5 %: 0.80 (G*Power: 0.8015).
-    assert stats.power(0.5, (2 / 64) ** 0.5, 126) == pytest.approx(0.8015, abs=1e-4)
+    assert inference.power(0.5, (2 / 64) ** 0.5, 126) == pytest.approx(0.8015, abs=1e-4)
     # Paired, d = 0.5, n = 34: 0.8078 (G*Power).
-    assert stats.power(0.5, 34**-0.5, 33) == pytest.approx(0.8078, abs=1e-4)
-    assert stats.power(0.0, 1.0, 7, 0.03) == pytest.approx(0.03)
+    assert inference.power(0.5, 34**-0.5, 33) == pytest.approx(0.8078, abs=1e-4)
+    assert inference.power(0.0, 1.0, 7, 0.03) == pytest.approx(0.03)
     with pytest.raises(ValueError, match="se > 0"):
-        stats.power(1.0, 0.0, 7)
+        inference.power(1.0, 0.0, 7)
 
 
 def test_smallest_detectable_effect():
@@ -189,7 +216,7 @@ def test_smallest_detectable_effect():
     for df in (1, 1.5, 4, 9.3, 100):  # where scipy's far tail turns into NaN
         for alpha in (1e-4, 0.0113, 0.05):
             effect = stats.smallest_detectable_effect(2.0, df, alpha)
-            assert stats.power(effect, 2.0, df, alpha) == pytest.approx(0.8, abs=1e-6)
+            assert inference.power(effect, 2.0, df, alpha) == pytest.approx(0.8, abs=1e-6)
     assert stats.smallest_detectable_effect(0.0, 5, 0.05) == 0
 
 
