@@ -64,7 +64,7 @@ def unwatched(result: dict[str, Any]) -> dict[str, Any]:
     curve = result["curve"]
     looks = sum(line.get("gradients_seconds", 0.0) for line in curve)
     return {
-        **result,
+        **{key: value for key, value in result.items() if key != "watched_by"},
         "config": {**result["config"], "probes": 0},
         "seconds": {**result["seconds"], "train": result["seconds"]["train"] - looks},
         "curve": [

@@ -5,9 +5,11 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 from analysis import ablation, order, probing, representation, routing
+from analysis.judge import read
 from eval.files import write_json
 from eval.provenance import made_by
 from model.unimoer import UniMoER
@@ -29,16 +31,23 @@ MEASURES = {
 
 
 def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
-    """Measure a trained model, unless that was done; nothing where there is nothing to measure.
+    """Measure a trained model, unless that was done with this config, on these data and beside the
+    same other models; nothing where there is nothing to measure.
 
     Args:
         place: runs/<experiment>/<setting>/<arm>/seed<k>, of the trial. name: of `MEASURES`.
     """
     path = place.with_name(f"{name}-{place.name}.json")
     saved = place.with_name(f"{place.name}.model")
-    mark, made = revision(saved), made_by(bench.device, "analysis")
-    if path.exists() and (old := json.loads(path.read_text())).get("model", mark) == mark:
-        if old.get("sources") != made["sources"]:
+    made = made_by(bench.device, "analysis")
+    of = {
+        "model": revision(saved),
+        "config": json.loads(json.dumps(config.to_json())),
+        "data": bench.collection.fingerprint,
+        "beside": _beside(place) if name == "representation" else {},
+    }
+    if path.exists() and {k: (old := read(path)).get(k) for k in of} == of:
+        if old["sources"] != made["sources"]:
             print(f"warning: the source has changed since {path} was made", file=sys.stderr)
         return
     started = time.perf_counter()
@@ -48,4 +57,12 @@ def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
     found = MEASURES[name](model, bench.evaluation(model, config), data, config, place)
     if found is not None:
         seconds = {"measure": time.perf_counter() - started}
-        write_json(path, {**made, "model": mark, "seconds": seconds, **found})
+        write_json(path, {**made, **of, "seconds": seconds, **found})
+
+
+def _beside(place: Path) -> dict[str, str]:
+    """arm -> what its model is, of the arms that a representation is held against: those run before
+    this one."""
+    before = takewhile(lambda arm: arm != place.parent.name, representation.OTHERS)
+    folders = {arm: place.parent.parent / arm / f"{place.name}.model" for arm in before}
+    return {arm: revision(folder) for arm, folder in folders.items() if folder.exists()}

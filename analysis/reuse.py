@@ -44,7 +44,8 @@ def stored(path: Path, config: Config, bench: Workbench) -> dict | None:
         raise ValueError(
             f"{path} began as {', '.join(other)}, trained anew since: move it away first"
         )
-    if result["sources"] != sources():
+    watched = sources("analysis")
+    if result["sources"] != sources() or result.get("watched_by", watched) != watched:
         print(f"warning: the source has changed since {path} was made", file=sys.stderr)
     return result
 

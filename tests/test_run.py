@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -652,6 +653,33 @@ def test_data_without_a_train_split(words, data, tmp_path, cache, monkeypatch, c
 )
 def test_what_set_takes(text, expected):
     assert run.override(text) == expected
+
+
+@pytest.mark.parametrize("text", ['ranks=["a"]', "ranks=[1.5]", "tasks=[1]", 'steps="x"', "no=1"])
+def test_what_set_does_not_take(text):
+    with pytest.raises(ValueError, match=f"--set '{re.escape(text)}': expected"):
+        run.override(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"clip": 0}, "clip must be > 0 and finite, got 0"),
+        ({"clip": -1}, "clip must be > 0 and finite, got -1"),
+        ({"temperature": -0.02}, "temperature must be > 0 and finite, got -0.02"),
+        ({"learning_rate": math.nan}, "learning_rate must be >= 0 and finite, got nan"),
+        ({"embedding_weight": -1}, "embedding_weight must be >= 0 and finite, got -1"),
+        ({"warmup": 2}, "warmup is a share of the steps, 0 to 1, got 2"),
+        ({"merge_density": 7}, "merge_density is a share, above 0 to 1, got 7"),
+        ({"balance": "maen"}, "balance is mean, argmax or support, got 'maen'"),
+        ({"tasks": ("embedding", "embedding")}, "tasks must be some of embedding, reranking"),
+        ({"tasks": ("embedding",), "probes": 1}, "leave out the arms that train"),
+    ],
+)
+def test_a_config_that_cannot_work(fields, said):
+    """Before anything is computed, and not as a result in which nothing moved."""
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Config(**fields)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,14 @@ def test_a_look_into_a_model_is_kept(
     assert len(found["sources"]) == 64 and found["sources"] != sources()  # analysis counts too
     monkeypatch.setattr(measures, "MEASURES", {"routing": forbidden})
     assert go("routing", "joint-moe") == folder
-    # Of another model than the one that lies there now, it is made again.
+    # Of other texts, or of another model than the one that lies there now, it is made again.
+    kept = (folder / "joint-moe" / "routing-seed0.json").read_text()
+    (folder / "joint-moe" / "routing-seed0.json").write_text(
+        json.dumps(json.loads(kept) | {"data": "of others"})
+    )
+    with pytest.raises(AssertionError, match="not computed"):
+        go("routing", "joint-moe")
+    (folder / "joint-moe" / "routing-seed0.json").write_text(kept)
     name = "seed0.model/adapters.safetensors"
     shutil.copy(folder / "bare-moe" / name, folder / "joint-moe" / name)
     with pytest.raises(AssertionError, match="not computed"):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from eval.collections import Collection, load
 from eval.machine import peak_bytes, reset_peak, trim_heap
 from eval.protocol import EvaluationSet, Scores
-from eval.provenance import made_by
+from eval.provenance import made_by, sources
 from model import bases, parallel, sharding
 from model.layers import RMSNorm
 from model.lora import LinearGroup, LoRAConfig
@@ -285,6 +285,7 @@ def run_trial(
         "trainable_parameters": parameters,
         "merged_energy": merged,
         **({"started_from": started} if started else {}),
+        **({"watched_by": sources("analysis")} if config.probes else {}),
         "seconds": seconds,
         "peak_bytes": max(earlier.peak_bytes, peak_bytes(bench.device)),
     }
