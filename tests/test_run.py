@@ -310,7 +310,7 @@ def test_the_config_of_another_version_is_an_error_too(copy, words, tmp_path, ca
 
 
 def test_changed_sources_are_a_warning(copy, words, tmp_path, cache, monkeypatch, capsys):
-    monkeypatch.setattr(run.reuse, "sources", lambda: "another")
+    monkeypatch.setattr(run.reuse, "sources", lambda *more: "another")
     assert run.main(words(tmp_path / "runs")) == 0
     error = capsys.readouterr().err
     for name in ("baselines.json", "emb-only/seed0.json", "joint-moe/seed0.json"):
@@ -605,7 +605,11 @@ def test_publish_copies_what_is_quoted(copy, words, setting, tmp_path, monkeypat
         (["--controls"], "--arms names all arms that are run: leave out --controls"),
         (["--set", "checkpoint_every=0"], "checkpoint_every must be at least 1, got 0"),
         (["--set", "reranking_queries=-1"], "reranking_queries must be at least 0, got -1"),
-        (["--set", "probes=1", "--set", "shard=true"], "probes watch whole weights"),
+        (
+            ["--set", "probes=1", "--set", "shard=true", "--arms", "joint-single"],
+            "probes watch whole weights",
+        ),
+        (["--set", "probes=1"], "leave out the arms that train ('embedding',) alone"),
         (["--set", "steps=many"], "--set 'steps=many': expected <class 'int'>, as 1000"),
         (["--set", "steps=1.5"], "expected <class 'int'>"),
         (["--set", "layers=all"], "expected int | None"),

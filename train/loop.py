@@ -161,7 +161,7 @@ def train(
             line["gradient_norm"] = norm
             if not (math.isfinite(total.item()) and math.isfinite(norm)):
                 kept = f"the last good checkpoint is in {folder}"
-                kept = kept if folder.exists() else "no checkpoint was due yet"
+                kept = kept if (folder / STATE).exists() else "no checkpoint was due yet"
                 raise NonFiniteLoss(
                     f"step {step}: loss {total.item()}, gradient norm {norm}; batch {ids}; {kept}. "
                     "Lower learning_rate or clip, or look at these texts"
@@ -223,7 +223,7 @@ def owned(place: Path) -> AbstractContextManager[None]:
     if parallel.rank():
         return nullcontext()
     busy = f"another process is at {place.name}: wait for it, or choose other ARMS or RUNS"
-    return locked(place.parent, busy, f".{place.name}.lock")
+    return locked(_checkpoint_folder(place), busy)
 
 
 @dataclass(frozen=True)
