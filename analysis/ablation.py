@@ -34,8 +34,9 @@ TEXT = """## Which part of the adapters does the work? (keep and omit)
 Points of nDCG@10 × 100 lost when a component's changes are taken back to the base, and the share of
 the whole gain over the base that is left when it alone is kept, on {queries} queries: reranking of
 their BM25 candidates, retrieval among the candidates and the relevant documents of all of them.
-Nothing is trained anew. Means over seeds ± their standard deviation, with 95 % intervals over
-seeds.
+The base keeps the trained head and routers, unlike the untrained one of the scores; a seed whose
+adapters gain nothing over it has no share (then how many have one stands behind). Nothing is
+trained anew. Means over seeds ± their standard deviation, with 95 % intervals over seeds.
 
 {table}![ablation](ablation.png)
 
@@ -143,9 +144,10 @@ def markdown(ablated: dict[str, dict[str, Any]]) -> str:
             rows.append([label(arm), TASKS[task], "everything", *cells])
         for name, tasks in found["components"].items():
             for task, row in tasks.items():
-                cells = [spread(row["lost"], "+.2f"), spread(row["kept"])]
-                seeds = str(len(row["lost"]["seeds"]))
-                rows.append([label(arm), TASKS[task], name, *cells, seeds])
+                seeds, shares = (len(row[key]["seeds"]) for key in ("lost", "kept"))
+                some = f" ({shares} of {seeds})" if 0 < shares < seeds else ""
+                cells = [spread(row["lost"], "+.2f"), spread(row["kept"]) + some, str(seeds)]
+                rows.append([label(arm), TASKS[task], name, *cells])
     queries = next(iter(ablated.values()))["queries"]
     head = ["arm", "task", "component", "lost without it", "kept by it alone", "seeds"]
     return TEXT.format(queries=queries, table=table(head, rows), caption=CAPTION)

@@ -5,7 +5,6 @@ The figures are sized for a two-column paper, and the same trials give the same 
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -74,18 +73,14 @@ def label(arm: str) -> str:
     )
 
 
-def write(folder: Path, verdict: dict[str, Any], arms: Arms) -> list[str]:
-    """Draw what there is to draw into `folder`; return the names out of `NAMES` that were drawn.
+def draw(verdict: dict[str, Any], arms: Arms) -> dict[str, Figure]:
+    """What there is to draw, by its name of `NAMES`.
 
     verdict: as `report.judge` returns it; arms: the trials, for their curves.
     """
     with matplotlib.rc_context(STYLE):
         drawn = {"scores": scores(verdict), "curves": curves(arms), "routing": routing(arms)}
-        for name, figure in drawn.items():
-            if figure is not None:
-                figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-                figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    return [name for name, figure in drawn.items() if figure is not None]
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def scores(verdict: dict[str, Any]) -> Figure:

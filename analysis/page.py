@@ -94,14 +94,19 @@ def spread(found: Mapping[str, Any], form: str = ".2f") -> str:
     return f"{text} ± {np.std(found['seeds'], ddof=1):{form.lstrip('+')}} [{low}, {high}]"
 
 
-def warnings(v: dict[str, Any]) -> str:
-    """What a reader has to know before any number, as quoted lines."""
-    notes = [f"Warning: {text}" for text in v["warnings"]]
+def notes(v: dict[str, Any]) -> list[str]:
+    """What a reader has to know before any number; v: with setting, split and warnings."""
+    said = [f"Warning: {text}" for text in v["warnings"]]
     if v["split"] != "test":
-        notes.insert(0, f"Measured on {v['split']}, where the settings may have been chosen.")
+        said.insert(0, f"Measured on {v['split']}, where the settings may have been chosen.")
     if v["setting"].split("-")[0] == "smoke":
-        notes.insert(0, "SCALE=smoke shows that the machinery runs: it concludes nothing.")
-    return "".join(f"\n> **{text}**\n" for text in notes)
+        said.insert(0, "SCALE=smoke shows that the machinery runs: it concludes nothing.")
+    return said
+
+
+def warnings(v: dict[str, Any]) -> str:
+    """`notes` as quoted lines."""
+    return "".join(f"\n> **{text}**\n" for text in notes(v))
 
 
 def limits(v: dict[str, Any]) -> list[str]:

@@ -3,10 +3,7 @@
 What is printed comes from the dict of `judge.judge` alone.
 """
 
-import json
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import scales
 from analysis import arm_table, figures, verdict_tables
 from analysis.figures import TASKS, label, p_value, span
 from analysis.judge import JOINT, MOE, SPECIALIST, judge, load
+from analysis.page import notes, warnings, write_folder
 from eval import stats
 from trials import parts
 
@@ -106,15 +104,8 @@ def write(folder: Path) -> dict[str, Any]:
     folder = folder.resolve()
     baselines, arms = load(folder)
     verdict = judge(folder, baselines, arms)
-    part = folder / ".report.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    drawn = figures.write(part, verdict, arms)
-    (part / "report.md").write_text(markdown(verdict, drawn), encoding="utf-8")
-    (part / "verdict.json").write_text(json.dumps(verdict, indent=1, allow_nan=False) + "\n")
-    for path in sorted(part.iterdir()):
-        os.replace(path, folder / path.name)
-    part.rmdir()
+    drawn = figures.draw(verdict, arms)
+    write_folder(folder, {"verdict.json": verdict}, markdown(verdict, list(drawn)), drawn)
     for stale in (f"{n}.{k}" for n in figures.NAMES if n not in drawn for k in ("png", "svg")):
         (folder / stale).unlink(missing_ok=True)
     return verdict
@@ -187,16 +178,6 @@ def limits(verdict: dict[str, Any]) -> list[str]:
     return [*said, f"Other collections than {verdict['data']['name']}, other bases than {base}."]
 
 
-def _notes(verdict: dict[str, Any]) -> list[str]:
-    """What a reader has to know before any number."""
-    notes = [f"Warning: {text}" for text in verdict["warnings"]]
-    if (split := verdict["config"]["split"]) != "test":
-        notes.insert(0, f"Measured on {split}, where the settings may have been chosen.")
-    if verdict["setting"].split("-")[0] == "smoke":
-        notes.insert(0, "SCALE=smoke shows that the machinery runs: it concludes nothing.")
-    return notes
-
-
 def markdown(verdict: dict[str, Any], drawn: list[str]) -> str:
     """report.md; `drawn`: the figures that lie beside it."""
     v, c = verdict, verdict["config"]
@@ -239,7 +220,7 @@ def markdown(verdict: dict[str, Any], drawn: list[str]) -> str:
     text = PAGE.format(
         v=v,
         title=f"{v['experiment'].replace('_', ' ').capitalize()}: {v['setting']}",
-        notes="".join(f"\n> **{text}**\n" for text in _notes(v)),
+        notes=warnings({**v, "split": c["split"]}),
         headline=headline(v),
         supported="yes" if v["supported"] else "no",
         reading=reading(v),
@@ -275,4 +256,4 @@ def summary(verdict: dict[str, Any]) -> str:
             f"  {MOE} wins back: {verdict_tables.back(f)}",
         ]
     lines.append(f"seeds {v['seeds_compared']}, {len(v['trials']) - 1} trials")
-    return "\n".join([*lines, *_notes(v)])
+    return "\n".join([*lines, *notes({**v, "split": v["config"]["split"]})])

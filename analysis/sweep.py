@@ -5,7 +5,6 @@ its tasks and seeds; of equal ones the lowest learning rate, then the tightest c
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ import numpy as np
 import experiments
 from analysis import judge
 from analysis.figures import METRIC, REFERENCE_ROWS, TASKS, label, table
+from analysis.page import provenance, warnings, write_folder
 
 SWEPT = ("learning_rate", "clip")
 PAGE = """# {title}
 
 {question}
-
+{notes}
 Scores are nDCG@10 × 100 on the {split} split ({queries}), after {steps} steps.
 Gradient norms are the median before clipping. The rule, fixed before the run: an arm takes the
 setting with the highest mean over its tasks (bold); of equal ones the lowest learning rate, then
@@ -32,7 +32,9 @@ choice settles a sensible setting for each arm and claims nothing about which is
 {chosen}
 ```
 
-Made at commit {commits} on {devices}; {seconds:,.0f} s of training and evaluation.
+## Provenance
+
+{provenance}
 """
 
 
@@ -49,23 +51,24 @@ def write(folder: Path) -> dict[str, Any]:
         arm = next(a for a in experiments.ARMS if name.startswith(f"{a}-lr"))
         rows[arm].append(_row(trials))
     chosen = {arm: {k: _best(found)[k] for k in SWEPT} for arm, found in rows.items() if found}
-    files = [baselines, *(trial for trials in arms.values() for trial in trials.values())]
+    files = {"baselines.json": baselines} | {
+        f"{arm}/seed{seed}.json": trial for arm in arms for seed, trial in arms[arm].items()
+    }
     choice = {
         "setting": folder.resolve().name,
         "chosen": chosen,
         "rows": rows,
         "missing": [a for a in experiments.EXPERIMENTS["sweep"].arms if a not in arms],
-        "commits": sorted({str(file["git"]["commit"]) for file in files}),
-        "devices": sorted({file["device"] for file in files}),
-        "seconds": sum(sum(file["seconds"].values()) for file in files),
+        "split": baselines["config"]["split"],
+        "base": baselines["base"],
+        "data": baselines["data"],
+        **judge.origin(files),
+        "seconds": sum(sum(file["seconds"].values()) for file in files.values()),
+        "peak_bytes": max(file["peak_bytes"] for file in files.values()),
+        "files": list(files),
     }
-    for name, text in (
-        ("choice.json", json.dumps(choice, indent=1) + "\n"),
-        ("report.md", _markdown(choice, baselines, files[-1]["config"])),
-    ):
-        part = folder / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, folder / name)
+    steps = next(iter(next(iter(arms.values())).values()))["config"]["steps"]
+    write_folder(folder, {"choice.json": choice}, _markdown(choice, baselines, steps), {})
     return choice
 
 
@@ -92,7 +95,7 @@ def _best(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return min(rows, key=lambda row: (-row["mean"], *(row[key] for key in SWEPT)))
 
 
-def _markdown(choice: dict[str, Any], baselines: dict, config: dict) -> str:
+def _markdown(choice: dict[str, Any], baselines: dict, steps: int) -> str:
     tables = ""
     for arm, rows in choice["rows"].items():
         if not rows:
@@ -122,15 +125,14 @@ def _markdown(choice: dict[str, Any], baselines: dict, config: dict) -> str:
     return PAGE.format(
         title=f"Sweep: {choice['setting']}",
         question=experiments.EXPERIMENTS["sweep"].question,
-        split=config["split"],
+        split=choice["split"],
         queries=", ".join(f"{queries[task]:,} queries for {name}" for task, name in TASKS.items()),
-        steps=config["steps"],
+        steps=steps,
         seeds="One seed" if seeds == [1] else f"{' or '.join(map(str, seeds))} seeds",
         tables=tables,
         chosen=_literal(choice),
-        commits=", ".join(choice["commits"]),
-        devices=", ".join(choice["devices"]),
-        seconds=choice["seconds"],
+        notes=warnings(choice),
+        provenance=provenance(choice),
     )
 
 

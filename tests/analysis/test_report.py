@@ -93,7 +93,7 @@ def make(tmp_path: Path) -> Make:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that look at numbers and words alone: drawing takes most of the time."""
-    monkeypatch.setattr(figures, "write", lambda folder, verdict, arms: [])
+    monkeypatch.setattr(figures, "draw", lambda verdict, arms: {})
 
 
 words_alone = pytest.mark.usefixtures("no_figures")

@@ -18,7 +18,8 @@ def trial(name: str, scores: dict[str, float]) -> dict:
     config = experiments.config("sweep", name, "small", 0).to_json()
     return {
         **{"base": {"name": "tiny"}, "data": {"name": "toy"}, "device": "cpu", "config": config},
-        "git": {"commit": "c" * 40},
+        "git": {"commit": "c" * 40, "dirty": False},
+        **{"sources": "s" * 8, "versions": {"torch": "2.13.0"}, "peak_bytes": 10**9},
         "seconds": {"train": 1.0},
         "curve": [{"gradient_norm": norm} for norm in (1.0, 2.0, 9.0)],
         "scores": {
