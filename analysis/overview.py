@@ -3,6 +3,7 @@
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from trials import parts
 PAGE = """# The study: {setting}
 
 When does sharing one model between retrieval and reranking hurt, where, and does routing undo it?
+Under each section: which sources made its trials, and where. Of other sources or another processor
+the same arm scores a little otherwise.
 
 {sections}{missing}
 ## What it took
@@ -39,7 +42,8 @@ def markdown(setting: str, readings: Mapping[str, str], runs: Path) -> str:
         said = re.sub(rf"^{name} {re.escape(setting)}[^:]*: ", "", first)
         said += "".join(f"\n- {line}" for line in rest)
         title = f"[{name.replace('_', ' ').capitalize()}]({name}/{setting}/report.md)"
-        sections.append(f"## {title}\n\n*{experiments.EXPERIMENTS[name].question}*\n\n{said}\n")
+        question, made = experiments.EXPERIMENTS[name].question, made_by(runs / name / setting)
+        sections.append(f"## {title}\n\n*{question}*\n\n{said}\n\n{made}\n")
     absent = [name for name in experiments.EXPERIMENTS if name not in readings]
     missing = f"\nNot run in this setting: {', '.join(absent)}.\n" if absent else ""
     return PAGE.format(
@@ -47,6 +51,17 @@ def markdown(setting: str, readings: Mapping[str, str], runs: Path) -> str:
         cost=cost([runs / name / setting for name in readings]),
         collections=collections(runs, setting),
     )  # fmt: skip
+
+
+def made_by(folder: Path) -> str:
+    """Sources and devices of a setting's trials, the most frequent first; "" without a trial."""
+    trials = [judge.read(path) for path in sorted(folder.glob("*/seed[0-9]*.json"))]
+    if not trials:
+        return ""
+    sources = Counter(f"`{trial['sources'][:8]}`" for trial in trials)
+    devices = Counter(trial["device"] for trial in trials)
+    first = (", ".join(name for name, _ in of.most_common()) for of in (sources, devices))
+    return f"Sources {'; '.join(first)}."
 
 
 def cost(folders: Sequence[Path]) -> str:
