@@ -63,11 +63,14 @@ def stored(place: Path, of: dict[str, Any], another: str = "--name") -> dict | N
         of: what it must be of: name in the result -> JSON value; a dot leads into an object.
         another: the option that would file the new one elsewhere.
     Raises:
-        ValueError: it is of something else.
+        ValueError: it is of something else, or damaged.
     """
     if not place.exists():
         return None
-    result = json.loads(place.read_text(encoding="utf-8"))
+    try:
+        result = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{place} is damaged ({problem}): remove it, it is made again") from None
     different: dict[str, tuple[Any, Any]] = {}
     for name, wanted in json.loads(json.dumps(of)).items():
         found = result

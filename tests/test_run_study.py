@@ -11,7 +11,7 @@ import pytest
 
 import experiments
 import run
-from analysis import measures
+from analysis import measures, probing
 from eval.machine import device_name
 from eval.provenance import sources
 from model.unimoer import UniMoER
@@ -147,6 +147,22 @@ def test_a_look_into_a_model_is_kept(
     shutil.copy(folder / "bare-moe" / name, folder / "joint-moe" / name)
     with pytest.raises(AssertionError, match="not computed"):
         go("routing", "joint-moe")
+
+
+def test_the_base_is_probed_once(go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the same under every arm: what one trial found of it, the others take."""
+    right, seen = probing.probe, []
+
+    def probe(layers, *of):
+        seen.append(len(layers))
+        return right(layers, *of)
+
+    monkeypatch.setattr(probing, "probe", probe)
+    folder = go("probing", "rank-only", "joint-moe")
+    files = [read(folder / arm / "probing-seed0.json") for arm in ("rank-only", "joint-moe")]
+    assert len(seen) == 2 + 4  # the model and the base; the model and three experts
+    assert files[0]["probes"]["base"] == files[1]["probes"]["base"]
+    assert files[0]["base_mark"] == files[1]["base_mark"] != ""
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,13 @@ def test_a_result_is_computed_once_and_never_mixed(line: list[str], tmp_path: Pa
     assert capsys.readouterr().out == first
     assert program.main([*given, "--relevant", "2"]) == 2
     assert "is of another model, data, setting or device" in capsys.readouterr().err
+    whole = place.read_text()
+    place.write_text(json.dumps(json.loads(whole) | {"sources": "others"}))
+    assert program.main(given) == 0
+    assert f"the source has changed since {place} was made" in capsys.readouterr().err
+    place.write_text(whole[:50])
+    assert program.main(given) == 2 and f"{place} is damaged" in capsys.readouterr().err
+    place.write_text(whole)
 
 
 def test_grades_and_other_judgments(line: list[str], data: Path, tmp_path: Path) -> None:
