@@ -17,14 +17,12 @@ import torch
 
 from eval import baselines, metrics
 from eval.baselines import BM25, Row, Source
-from eval.benchmarks import TITLES, split_of
+from eval.benchmarks import TITLES, joined, split_of
 from eval.collections import Collection, load
 from eval.command import exit_status
 from eval.files import write_json, write_text
-from eval.metrics import evaluate
 from eval.protocol import EvaluationSet, without_states
 from eval.provenance import made_by, stored
-from eval.rerank import to_run
 from eval.stages import Stages
 from model import bases
 from model.config import DTYPES
@@ -36,7 +34,7 @@ Found = dict[str, dict | list[str]]  # row -> its result, or the models that it 
 
 
 def command(args: argparse.Namespace) -> None:
-    """A table of each collection, and of several their mean; all of them in summary.md."""
+    """A table of each collection, and of several their mean; all of them in a summary."""
     if odd := [text for text in args.local if not all(text.partition("="))]:
         raise ValueError(f"--local {odd[0]}: expected ID=FOLDER")
     rows = asked_rows(args)
@@ -51,7 +49,7 @@ def command(args: argparse.Namespace) -> None:
     if len(found) > 1:
         parts.append(mean_table(rows, list(found.values())))
         print(f"{parts[-1]}\n")
-    place = Path(args.out) / "baselines" / "summary.md"
+    place = Path(args.out) / "baselines" / f"summary-{joined(args.data)}.md"
     write_text(place, "\n\n".join(parts) + "\n")
     print(f"written to {place}")
 
@@ -201,8 +199,7 @@ def measure(
                 (scores[task],), vectors = part.retrieved(model, progress=True, keep=stages)
             else:
                 asked = {"vectors": vectors, "asked": row.pseudo_query}
-                found = part.pair_scores(model, progress=True, **asked)
-                scores[task] = evaluate(part.reranking_qrels, to_run(found, part.pairs))
+                scores[task] = part.reranking(model, progress=True, **asked)
         elif task == "embedding":
             scores[task] = stages.kept(
                 task, lambda p=part, m=model: p.retrieval(m, progress=True, keep=stages)

@@ -1,6 +1,7 @@
 """`python -m eval beir`: retrieval and reranking by our protocol, on one collection or on many."""
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from model.unimoer import UniMoER
 from model.weights import revision
 from trials import Config
 
+ALONE = "collections"  # the title of what is named alone
 TITLES = {"embedding": "retrieval", "reranking": "reranking"}
 
 
@@ -33,11 +35,18 @@ class Table:
 def tables(data: Sequence[str]) -> list[Table]:
     """What is asked: each group is a table of its own, what is named alone is one together."""
     alone = {name: (name,) for name in data if name not in hub.GROUPS}
-    made = [Table("collections", alone)] if alone else []
+    made = [Table(ALONE, alone)] if alone else []
     for group in dict.fromkeys(name for name in data if name in hub.GROUPS):
         rows = {name: hub.GROUPS.get(name, (name,)) for name in hub.GROUPS[group]}
         made.append(Table("beir" if group == "all" else group, rows))
     return made
+
+
+def joined(names: Sequence[str]) -> str:
+    """Collections as part of a file's name, `scifact+fiqa`: another choice is another file."""
+    text = "+".join(Path(name).name.lower() if Path(name).is_dir() else name for name in names)
+    text, mark = text.replace("/", "-"), hashlib.sha256(text.encode()).hexdigest()[:8]
+    return text if len(text) <= 100 else f"{text[:80]}+{mark}"
 
 
 def split_of(args: argparse.Namespace, data: str) -> str:
@@ -76,7 +85,8 @@ def beir(args: argparse.Namespace) -> None:
             found[name] = [measure(model, member, args, cache) for member in members]
         if len(found) > 1:
             text = summary(table.title, found)
-            place = Path(args.out) / "beir" / args.name / f"summary-{table.title}.md"
+            of = table.title if table.title != ALONE else joined(list(table.rows))
+            place = Path(args.out) / "beir" / args.name / f"summary-{of}.md"
             write_text(place, text + "\n")
             print(f"{text}\nwritten to {place}")
 

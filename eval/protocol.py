@@ -268,11 +268,15 @@ class EvaluationSet:
         return scores
 
     def reranking(
-        self, model: UniMoER, progress: bool = False, vectors: Tensor | None = None
+        self,
+        model: UniMoER,
+        progress: bool = False,
+        vectors: Tensor | None = None,
+        asked: PseudoQuery | None = None,
     ) -> Scores:
-        """Per-query metrics of the reranked candidates, lists being read in BM25's order. vectors:
-        as above."""
-        scores = self.pair_scores(model, progress=progress, vectors=vectors)
+        """Per-query metrics of the reranked candidates, lists being read in BM25's order. vectors,
+        asked: as above."""
+        scores = self.pair_scores(model, progress=progress, vectors=vectors, asked=asked)
         return evaluate(self.reranking_qrels, to_run(scores, self.pairs))
 
     @torch.no_grad()

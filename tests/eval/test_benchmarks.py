@@ -10,7 +10,7 @@ import torch
 from eval import __main__ as program
 from eval import hub as H
 from eval import metrics
-from eval.benchmarks import summary, tables
+from eval.benchmarks import joined, summary, tables
 from eval.collections import load
 from eval.protocol import EvaluationSet
 from eval.provenance import sources
@@ -219,6 +219,15 @@ def test_fewer_dimensions_are_further_rows_of_one_run(
     assert code == 2 and "another model, data, setting or device" in err
     code, _, err = run("--data", str(place), "--dimensions", "8", "64")
     assert code == 2 and "--dimensions 64: expected 1 to 32" in err
+
+
+def test_another_choice_of_collections_is_another_summary(tmp_path: Path) -> None:
+    (tmp_path / "Mine").mkdir()
+    assert joined(["scifact", "bright/biology", str(tmp_path / "Mine")]) == (
+        "scifact+bright-biology+mine"
+    )
+    many = [f"collection{i}" for i in range(40)]
+    assert len(joined(many)) < 100 and joined(many) != joined(many[:-1] + ["other"])
 
 
 def test_results_from_before_there_were_dimensions_are_read(run, tmp_path: Path) -> None:
