@@ -168,12 +168,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
         "references": judge.references(baselines),
         "queries": {task: len(labels[task]) for task in TASKS},
         "clusters": {task: len(set(labels[task])) for task in TASKS},
-        "seconds": sum(sum(file["seconds"].values()) for file in files.values()),
-        "peak_bytes": max(file["peak_bytes"] for file in files.values()),
-        "base": baselines["base"],
-        "data": baselines["data"],
-        **judge.origin(files),
-        "files": list(files),
+        **judge.facts(files),
     }
 
 

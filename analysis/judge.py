@@ -33,9 +33,7 @@ def load(folder: Path) -> tuple[dict, Trials]:
     """(baselines, arm -> seed -> trial), arms in the study's order; raises as `write`."""
     baselines = read(folder / "baselines.json", "base", "data", "untrained")
     found: Trials = {}
-    for path in sorted(folder.glob("*/seed[0-9]*.json")):
-        if not path.stem.removeprefix("seed").isdecimal():  # put aside, seed0.old.json say
-            continue
+    for path in trial_files(folder):
         trial = read(path, "base", "data", "config", "scores")
         same = {name: trial[name] == baselines[name] for name in ("base", "data")}
         for task, rows in trial["scores"].items():
@@ -53,6 +51,12 @@ def load(folder: Path) -> tuple[dict, Trials]:
         _comparable(path, rule[0], BY_ARM)
     order = dict.fromkeys([*planned(folder), *found])
     return baselines, {arm: dict(sorted(found[arm].items())) for arm in order if arm in found}
+
+
+def trial_files(folder: Path) -> list[Path]:
+    """Of a setting, <arm>/seed<k>.json; what was put aside, seed0.old.json say, is none."""
+    paths = sorted(folder.glob("*/seed[0-9]*.json"))
+    return [path for path in paths if path.stem.removeprefix("seed").isdecimal()]
 
 
 def read(path: Path, *needs: str) -> dict:
@@ -261,6 +265,20 @@ def _against(
         **{"p_holm": None, "detectable": None},  # over all of the table
         "won_back": back and back.value,
         "won_back_interval": back and back.interval,
+    }
+
+
+def facts(files: dict[str, dict]) -> dict[str, Any]:
+    """What `page.provenance` and `page.warnings` tell of the results behind a report; base and data
+    are those of the first."""
+    first = next(iter(files.values()))
+    return {
+        "seconds": sum(sum(file["seconds"].values()) for file in files.values()),
+        "peak_bytes": max(file["peak_bytes"] for file in files.values()),
+        "base": first["base"],
+        "data": first["data"],
+        **origin(files),
+        "files": list(files),
     }
 
 

@@ -55,7 +55,7 @@ def markdown(setting: str, readings: Mapping[str, str], runs: Path) -> str:
 
 def made_by(folder: Path) -> str:
     """Sources and devices of a setting's trials, the most frequent first; "" without a trial."""
-    trials = [judge.read(path) for path in sorted(folder.glob("*/seed[0-9]*.json"))]
+    trials = [judge.read(path) for path in judge.trial_files(folder)]
     if not trials:
         return ""
     sources = Counter(f"`{trial['sources'][:8]}`" for trial in trials)
@@ -68,7 +68,7 @@ def cost(folders: Sequence[Path]) -> str:
     """Trials and their time; one that stands for the same in several experiments counts once."""
     took: dict[tuple, float] = {}  # the seconds of its evaluation tell a trial from every other
     devices, count = set(), 0
-    for path in (p for folder in folders for p in folder.glob("*/seed[0-9]*.json")):
+    for path in (p for folder in folders for p in judge.trial_files(folder)):
         trial = judge.read(path)
         seconds = trial["seconds"]
         key = (trial["seed"], seconds["test"], seconds.get("prepare"))
@@ -125,7 +125,7 @@ def write(runs: Path, setting: str, report: Callable[[str, Path], str]) -> dict[
     readings = {
         name: report(name, folder)
         for name in experiments.EXPERIMENTS
-        if any((folder := runs / name / setting).glob("*/seed[0-9]*.json"))
+        if judge.trial_files(folder := runs / name / setting)
     }
     if readings:
         write_text(runs / f"{setting}.md", markdown(setting, readings, runs))

@@ -113,11 +113,7 @@ def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
         "bm25": {task: _mean(baselines["bm25"][task]) for task in TASKS},
         "queries": {task: len(baselines["bm25"][task]) for task in TASKS},
         "split": baselines["config"]["split"],
-        **{name: baselines[name] for name in ("base", "data")},
-        **judge.origin(files),
-        "files": list(files),
-        "seconds": sum(sum(file["seconds"].values()) for file in files.values()),
-        "peak_bytes": max(file["peak_bytes"] for file in files.values()),
+        **judge.facts(files),
     }
 
 

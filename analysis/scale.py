@@ -137,7 +137,7 @@ def others(folder: Path) -> list[Path]:
         same = theirs["data"] == mine["data"] and theirs["base"] != mine["base"]
         queries = all(theirs["untrained"][t].keys() == mine["untrained"][t].keys() for t in TASKS)
         pairs = [(mine, theirs)]
-        for trial in path.parent.glob("*/seed[0-9]*.json"):
+        for trial in judge.trial_files(path.parent):
             if (own := folder / trial.parent.name / trial.name).exists():
                 pairs.append((judge.read(own), judge.read(trial)))
         if same and queries and all(_alike(a["config"], b["config"]) for a, b in pairs):
@@ -169,12 +169,7 @@ def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
         "references": judge.references(baselines),
         "rows": rows,
         "slopes": slopes.fits(rows, ladder.scores, ladder.labels),
-        "seconds": sum(sum(file["seconds"].values()) for file in files.values()),
-        "peak_bytes": max(file["peak_bytes"] for file in files.values()),
-        "base": first["base"],
-        "data": first["data"],
-        **judge.origin(files),
-        "files": list(files),
+        **judge.facts(files),
     }
 
 

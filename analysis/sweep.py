@@ -60,12 +60,7 @@ def write(folder: Path) -> dict[str, Any]:
         "rows": rows,
         "missing": [a for a in experiments.EXPERIMENTS["sweep"].arms if a not in arms],
         "split": baselines["config"]["split"],
-        "base": baselines["base"],
-        "data": baselines["data"],
-        **judge.origin(files),
-        "seconds": sum(sum(file["seconds"].values()) for file in files.values()),
-        "peak_bytes": max(file["peak_bytes"] for file in files.values()),
-        "files": list(files),
+        **judge.facts(files),
     }
     steps = next(iter(next(iter(arms.values())).values()))["config"]["steps"]
     write_folder(folder, {"choice.json": choice}, _markdown(choice, baselines, steps), {})

@@ -124,13 +124,13 @@ def measure(
         return about | {"sides": list(names)} | found
 
     both = row(*makers)
-    rows = [both]
-    if "failed" in both:
-        rows = []
-        for name in makers:
-            gc.collect()
-            torch.cuda.empty_cache()
-            rows.append(row(name))
+    if "failed" not in both:
+        return [both]
+    rows = []
+    for name in makers:
+        gc.collect()
+        torch.cuda.empty_cache()
+        rows.append(row(name))
     return rows
 
 
