@@ -4,7 +4,6 @@ One trial is config -> train -> evaluate -> one JSON under runs/<experiment>/<se
 """
 
 import argparse
-import json
 import shutil
 import sys
 from dataclasses import replace
@@ -39,13 +38,13 @@ from analysis import (
 from eval import hub
 from eval.collections import require_split
 from eval.command import exit_status
-from eval.files import write_json, write_text
 from eval.machine import device_name
 from eval.protocol import show_row
 from eval.provenance import sources
 from kernels.choice import KERNELS, use_triton
 from model import bases, parallel
 from model.config import DTYPES
+from model.files import read_json, write_json, write_text
 from scales import SCALES
 from train.loop import NonFiniteLoss, forget, owned
 from train.mixture import training_steps
@@ -318,7 +317,7 @@ def command_publish(args: argparse.Namespace) -> None:
     ignore = shutil.ignore_patterns("*.checkpoint", "*.log.jsonl", "*.model", "*.features", ".*")
     shutil.copytree(folder, part, ignore=ignore)
     for path in [*part.glob("baselines*.json"), *part.glob("*/seed[0-9]*.json")]:
-        write_json(path, overview.portable(json.loads(path.read_text())))
+        write_json(path, overview.portable(read_json(path, "run it again")))
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
     # A report of sizes takes in the settings of other bases; a page those of other collections.

@@ -20,7 +20,7 @@ import numpy as np
 from analysis.figures import TASKS, span
 from analysis.judge import JOINT, METRIC, NEEDED, SPECIALIST, arrays, load
 from eval import stats
-from eval.files import write_json, write_text
+from model.files import write_json, write_text
 
 Part = tuple[stats.Arms, Sequence[str]]  # of a collection: arm -> (S, Q) scores, Q cluster labels
 

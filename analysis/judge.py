@@ -15,6 +15,7 @@ from analysis import arm_table
 from analysis.figures import METRIC, METRICS, REFERENCE_ROWS, TASKS
 from analysis.page import with_holm
 from eval import stats
+from model.files import read_json
 
 SPECIALIST = stats.SPECIALIST
 JOINT, MOE = "joint-single", "joint-moe"
@@ -61,15 +62,12 @@ def trial_files(folder: Path) -> list[Path]:
 
 def read(path: Path, *needs: str) -> dict:
     """A result. Raises ValueError where there is none, or one that is damaged or lacks a key."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}: `python -m run run ...` makes it") from None
-    except ValueError as problem:
-        raise ValueError(f"{path} is damaged ({problem}): remove it, then run it again") from None
-    if not isinstance(found, dict) or (lacks := [key for key in needs if key not in found]):
-        what = f"lacks {', '.join(lacks)}" if isinstance(found, dict) else "holds no object"
-        raise ValueError(f"{path} is no result, it {what}: remove it, then run it again")
+    if not path.exists():
+        raise ValueError(f"there is no {path}: `python -m run run ...` makes it")
+    found = read_json(path, "remove it, then run it again")
+    if lacks := [key for key in needs if key not in found]:
+        what = f"it lacks {', '.join(lacks)}"
+        raise ValueError(f"{path} is no result, {what}: remove it, then run it again")
     return found
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from analysis import across, judge
 from analysis.figures import label, percent, span, table
 from eval import stats
-from eval.files import write_json, write_text
+from model.files import write_json, write_text
 from model.unimoer import UniMoER
 from model.weights import revision
 from train.trial import model_config

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from analysis import ablation, order, probing, representation, routing
 from analysis.judge import read
-from eval.files import write_json
 from eval.provenance import made_by
+from model.files import write_json
 from model.unimoer import UniMoER
 from model.weights import revision
 from train.trial import Workbench

@@ -10,7 +10,7 @@ from pathlib import Path
 import experiments
 from analysis import judge
 from analysis.figures import TASKS, p_value, percent, span, table
-from eval.files import write_text
+from model.files import write_text
 from trials import parts
 
 PAGE = """# The study: {setting}

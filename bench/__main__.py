@@ -23,9 +23,9 @@ from bench import corpus, designs, encoding, index, ops, reranking, serving, tim
 from bench.serving import PAIR
 from bench.shapes import SHAPES
 from bench.tables import TABLES, render
-from eval.files import write_text
 from model import bases
 from model.config import DTYPES
+from model.files import read_json, write_text
 from train.trial import Workbench, resolve_dtype
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +97,7 @@ def parts(bench: Workbench, base: str, rounds: int) -> list[Part]:
 def unfinished(about: dict, path: Path) -> dict:
     """The record at `path` if it can be gone on with: parts are left, and what it is about, its
     commit aside, is the same; else an empty one."""
-    old = json.loads(path.read_text()) if path.exists() else {}
+    old = read_json(path, "remove it") if path.exists() else {}
     same = all(old.get(key) == about[key] for key in about.keys() - {"git"})
     return old if same and old["left_out"] else {}
 

@@ -30,9 +30,9 @@ from triton.runtime.jit import JITFunction
 from analysis.figures import table
 from bench.designs import lora_config
 from bench.shapes import SHAPES
-from eval.files import write_text
 from kernels.sparsegen import fused_sparsegen
 from model.config import DecoderConfig
+from model.files import write_text
 from model.packed import pack
 from model.router import RouterConfig
 from model.transformer import Decoder

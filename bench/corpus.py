@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from eval.files import write_text
 from eval.machine import peak_bytes
 from eval.sources import Sources
 from eval.vectors import WINDOW, encode, windows
 from model.config import ModelConfig
+from model.files import write_text
 from model.unimoer import UniMoER
 from train.trial import Workbench
 

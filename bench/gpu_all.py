@@ -18,9 +18,9 @@ import torch
 
 from analysis.figures import table
 from bench.timing import stem
-from eval.files import write_text
 from eval.machine import device_name
 from model import bases
+from model.files import read_json, write_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     name = stem(device)
     state = folder / f"{name}.json"
-    record = json.loads(state.read_text()) if state.exists() else {}
+    record = read_json(state, "remove it") if state.exists() else {}
     listed, failed = steps(sys.executable, device), False
 
     def done(name: str) -> bool:

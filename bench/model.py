@@ -31,7 +31,7 @@ from bench.roofline import (
 )
 from bench.serving import RANKS
 from bench.shapes import SHAPES
-from eval.files import write_text
+from model.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 TRIALS = Path(__file__).parent.parent / "results"  # published

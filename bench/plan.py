@@ -21,10 +21,10 @@ from bench.model import RESULTS
 from bench.roofline import BANDWIDTH, CARDS, GEMM, LAUNCH, Card
 from bench.shapes import parameters, shape_of
 from eval.collections import load, require_split
-from eval.files import write_text
 from eval.protocol import SCORES, WINDOW
 from model import bases
 from model.config import DecoderConfig
+from model.files import write_text
 from scales import SCALES
 from trials import WIDTHS, Config
 

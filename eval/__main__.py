@@ -26,12 +26,12 @@ from eval.answers import NORMALISERS
 from eval.benchmarks import beir, evaluation_set, split_of
 from eval.collections import load, require_split
 from eval.command import exit_status
-from eval.files import write_json, write_text
 from eval.machine import device_name
 from eval.provenance import made_by, stored
 from eval.stages import Stages
 from eval.vectors import Vectors
 from model import bases, saved
+from model.files import write_json, write_text
 from model.generate import require_whole
 from model.unimoer import UniMoER
 from model.weights import revision

@@ -20,12 +20,12 @@ from eval.baselines import BM25, Row, Source
 from eval.benchmarks import TITLES, joined, split_of
 from eval.collections import Collection, load
 from eval.command import exit_status
-from eval.files import write_json, write_text
 from eval.protocol import EvaluationSet, without_states
 from eval.provenance import made_by, stored
 from eval.stages import Stages
 from model import bases
 from model.config import DTYPES
+from model.files import write_json, write_text
 from model.pseudo import PseudoQuery
 from model.weights import revision
 from trials import Config

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from eval import hub, metrics
 from eval.collections import Collection, load, missing, require_known
-from eval.files import write_json, write_text
 from eval.metrics import METRICS, MRR_10
 from eval.protocol import EvaluationSet, Scores, without_states
 from eval.provenance import made_by, stored
 from eval.stages import Stages
 from model import bases
+from model.files import write_json, write_text
 from model.unimoer import UniMoER
 from model.weights import revision
 from trials import Config

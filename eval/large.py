@@ -24,13 +24,13 @@ from torch import Tensor
 from eval import hub, metrics
 from eval.collections import find, fingerprint
 from eval.command import exit_status
-from eval.files import whole, write_json
 from eval.provenance import made_by
 from eval.provenance import stored as known
 from eval.retrieval import Ids, cut, exact, plan, to_run
 from eval.sources import Qrels, Sources, lacking, read_qrels, read_queries, read_splits
 from eval.vectors import DTYPES, MANIFEST, WINDOW, Vectors, encode, read_manifest
 from model import bases, saved
+from model.files import whole, write_json
 from model.heads import truncate
 from model.unimoer import UniMoER
 from model.weights import revision

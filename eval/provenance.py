@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.machine import device_name
+from model.files import read_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,10 +68,7 @@ def stored(place: Path, of: dict[str, Any], another: str = "--name") -> dict | N
     """
     if not place.exists():
         return None
-    try:
-        result = json.loads(place.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise ValueError(f"{place} is damaged ({problem}): remove it, it is made again") from None
+    result = read_json(place, "remove it, it is made again")
     different: dict[str, tuple[Any, Any]] = {}
     for name, wanted in json.loads(json.dumps(of)).items():
         found = result

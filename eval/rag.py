@@ -8,7 +8,6 @@ What a stage is good for is seen where it is left out: the one model without rer
 any document; or BM25's documents in place of both.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from eval.sources import rows, strings_of, text_of
 from eval.stages import Stages
 from eval.vectors import Vectors
 from model import saved
+from model.files import read_json
 from model.generate import generate, output_matrix
 from model.unimoer import UniMoER
 from model.weights import revision
@@ -75,16 +75,7 @@ def read_answers(folder: Path, queries: Sequence[str]) -> dict[str, list[str]]:
         ValueError: the file is missing or malformed, or a query has no answer in it.
     """
     path = Path(folder) / "answers.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} is missing: expected gold answers, {{query id: [answer, ...]}}"
-        ) from None
-    except ValueError as problem:
-        raise ValueError(f"{path} is not JSON: {problem}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, expected {{query id: [...]}}")
+    found = read_json(path, "give gold answers there, {query id: [answer, ...]}")
     for query in queries:
         gold = found.get(query)
         if not (isinstance(gold, list) and gold and all(isinstance(text, str) for text in gold)):

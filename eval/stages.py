@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from eval.files import write_array, write_json, write_text
 from eval.provenance import sources
+from model.files import read_json, write_array, write_json, write_text
 
 SOURCES = "sources"
+AGAIN = "remove it, it is made again"
 
 
 class Stages:
@@ -30,7 +31,7 @@ class Stages:
         self.folder = place.with_name(f"{place.name}.part")
         of, note = json.loads(json.dumps(identity)), self.folder / "of.json"
         begun = self.folder.is_dir() and any(p != note for p in self.folder.glob("[!.]*"))
-        was = json.loads(note.read_text()) if begun and note.exists() else {}
+        was = read_json(note, AGAIN) if begun and note.exists() else {}
         self.begun = sorted({*was.pop(SOURCES, ()), sources()})
         if was and was != of:
             other = [key for key in of.keys() | was.keys() if of.get(key) != was.get(key)]
@@ -45,7 +46,7 @@ class Stages:
         path = self.folder / f"{name}.json"
         if not path.exists():
             write_json(path, {"made": make()})
-        return json.loads(path.read_text())["made"]
+        return read_json(path, AGAIN)["made"]
 
     def latest(self, name: str) -> tuple[int, np.ndarray] | None:
         """The last array of `advance`, and how far it had come."""

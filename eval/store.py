@@ -24,7 +24,7 @@ from typing import overload
 import numpy as np
 from tqdm import tqdm
 
-from eval.files import locked, write_array
+from model.files import locked, write_array
 
 FORMAT = 1
 MODULUS = 2**256

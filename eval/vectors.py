@@ -8,7 +8,6 @@ each document while the corpus is looked through.
 """
 
 import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,9 +18,9 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-from eval.files import locked, write_array, write_json
 from eval.machine import trim_heap
 from eval.sources import Sources, documents
+from model.files import locked, read_json, write_array, write_json
 from model.heads import truncate
 from model.unimoer import UniMoER
 
@@ -168,11 +167,8 @@ def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{path} is missing: encode the corpus first (make encode)")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no manifest ({error}): give another folder") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    manifest = read_json(path, "give another folder")
+    if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is not of format {FORMAT}: encode again into another folder")
     return manifest
 

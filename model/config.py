@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from model import bases
+from model.files import read_json
 from model.heads import check_pooling
 from model.lora import LoRAConfig
 from model.router import SIMILARITY, RouterConfig
 from model.tokens import Prompts
-from model.weights import read_json
+from model.weights import AGAIN
 
 FAMILIES = ("qwen3", "mistral", "llama")
 
@@ -44,7 +45,7 @@ class DecoderConfig:
                 key that is missing, or more layers than there are.
         """
         path = folder / "config.json"
-        raw = read_json(path)
+        raw = read_json(path, AGAIN)
         if raw.get("model_type") not in FAMILIES:
             raise ValueError(
                 f"{path}: model_type {raw.get('model_type')!r} is not one of {FAMILIES}"

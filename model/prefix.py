@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.files import write_json
 from model.packed import Packed, common_lengths, pack, pack_trie
 from model.transformer import Decoder
 
@@ -219,10 +220,8 @@ def prefix_states(
             header = {"key": key, "crc32": out.checksum(), "shape": shape}
             note = folder / f"{name}.json"
             # The note goes first: a states file without its note is never believed.
-            part = Path(path).with_suffix(".json.part")  # another process may build the same
-            part.write_text(json.dumps(header))
-            os.chmod(path, part.stat().st_mode)  # as the umask has it: others may share the cache
-            os.replace(part, note)
+            write_json(note, header, f".{os.getpid()}")  # another process may build the same
+            os.chmod(path, note.stat().st_mode)  # as the umask has it: others may share the cache
             os.replace(path, folder / f"{name}.states")
     finally:
         Path(path).unlink(missing_ok=True)

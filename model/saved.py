@@ -1,7 +1,6 @@
 """A saved model: one folder with config.json, adapters.safetensors and heads.safetensors."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from model import weights
 from model.config import ModelConfig
+from model.files import read_json, write_text
 
 FORMAT = 1
 CONFIG, ADAPTERS, HEADS = "config.json", "adapters.safetensors", "heads.safetensors"
@@ -36,9 +36,7 @@ def write(
     weights.save(adapters, folder / ADAPTERS)
     weights.save(heads, folder / HEADS)
     record = {"format": FORMAT, "model": asdict(config), "identity": identity}
-    part = folder / f".{CONFIG}.part"
-    part.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(part, folder / CONFIG)
+    write_text(folder / CONFIG, json.dumps(record, indent=2) + "\n")
 
 
 def name_of(folder: Path | str) -> str:
@@ -56,7 +54,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str | None]]:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{path} is missing: expected a folder written by save_pretrained")
-    record = weights.read_json(path)
+    record = read_json(path, "save it again, or copy it again")
     if record.get("format") != FORMAT:
         raise ValueError(f"{path}: format {record.get('format')!r}, expected {FORMAT}")
     try:

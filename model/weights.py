@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -73,17 +73,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     to do, if it is missing, truncated, longer than its header says, or not safetensors at all.
     """
     return _parse(path)[0]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; raises ValueError with the file's name if it does not."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}): {AGAIN}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, expected a JSON object")
-    return found
 
 
 def read_metadata(path: Path) -> dict[str, str]:

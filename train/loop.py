@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.files import locked
 from eval.machine import peak_bytes
 from eval.provenance import sources
 from model import parallel, sharding, weights
+from model.files import locked, write_text
 from model.router import NOT_LEARNED
 from model.unimoer import UniMoER
 from train import losses, pcgrad
@@ -308,7 +308,5 @@ def _resume(
         )
     if not writes:
         return step, lines
-    part = log_path.with_name(log_path.name + ".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(part, log_path)
+    write_text(log_path, "".join(json.dumps(line) + "\n" for line in lines))
     return step, lines

@@ -23,7 +23,6 @@ index, where that is the first stage.
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -38,9 +37,9 @@ from tqdm import tqdm
 
 from eval import retrieval
 from eval.collections import Collection
-from eval.files import locked, write_array, write_json, write_text
 from eval.machine import device_name
 from model import saved
+from model.files import locked, whole, write_array, write_json, write_text
 from model.unimoer import UniMoER
 from model.weights import revision
 from train.batches import training_queries
@@ -367,8 +366,7 @@ def _begin(folder: Path, identity: dict) -> dict:
 def _finish(folder: Path, manifest: dict, parts: list[Path], wanted: int) -> dict:
     """Join the parts, count, and say in the manifest that the folder is whole."""
     digest, counts = hashlib.sha256(), {"queries": 0, "short": 0, "none": 0}
-    part = folder / f".{MINED}.part"
-    with open(part, "wb") as file:
+    with whole(folder / MINED) as file:
         for path in parts:
             for line in path.read_bytes().splitlines(keepends=True):
                 found = json.loads(line)["found"]
@@ -377,9 +375,6 @@ def _finish(folder: Path, manifest: dict, parts: list[Path], wanted: int) -> dic
                 counts["none"] += found == 0
                 digest.update(line)
                 file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, folder / MINED)
     manifest = {**manifest, "sha256": digest.hexdigest(), "mined": counts}
     write_json(folder / MANIFEST, manifest)
     for name in ("parts", "vectors"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from eval.bm25 import BM25
 from eval.collections import Collection
+from model.files import read_json
 
 MINED, MANIFEST = "negatives.jsonl", "manifest.json"  # what a mined folder holds
 
@@ -190,7 +191,4 @@ def read_mined(
 
 def read_manifest(path: Path) -> dict:
     """What a mined folder says of itself."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): mine again") from error
+    return read_json(path, "mine again")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from model import weights
 from model.lora import LinearGroup, LoRAConfig
-from model.unimoer import ModelConfig, UniMoER
+from model.saved import read_config
+from model.unimoer import UniMoER
 from trials import Config
 
 Piece = tuple[Tensor, Tensor, float]  # A (R, D), B (O, R), s = alpha / r; its change is s B A
@@ -110,7 +111,7 @@ def _check(folder: Path, model: UniMoER) -> None:
             f"there is no trained model {folder}, from which this arm starts: run that arm first "
             "(ARMS= with both, or none)"
         )
-    theirs = weights.read_json(folder / "config.json")["identity"]["fingerprint"]
+    theirs = read_config(folder)[1]["fingerprint"]
     if theirs != model.identity["fingerprint"]:
         raise ValueError(
             f"{folder} was trained on a base with fingerprint {theirs}, this one has "
@@ -123,8 +124,7 @@ def pieces(folder: Path, part: str, device: str = "cpu") -> dict[tuple[str, str]
 
     part: its name; where the model has one expert, that one whatever its name.
     """
-    record = weights.read_json(folder / "config.json")
-    lora = ModelConfig.from_json(record["model"]).lora
+    lora = read_config(folder)[0].lora
     assert isinstance(lora, LoRAConfig)
     if len(lora.experts) > 1 and part not in lora.experts:
         raise ValueError(f"{folder} has the experts {lora.experts}, none of them {part!r}")

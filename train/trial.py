@@ -17,6 +17,7 @@ from eval.machine import peak_bytes, reset_peak, trim_heap
 from eval.protocol import EvaluationSet, Scores
 from eval.provenance import made_by, sources
 from model import bases, parallel, sharding
+from model.files import read_json
 from model.layers import RMSNorm
 from model.lora import LinearGroup, LoRAConfig
 from model.prefix import LIMIT, TextSet, prefix_states
@@ -303,7 +304,7 @@ def measure_trial(config: Config, arm: str, source: Path, bench: Workbench) -> d
     model_folder = source.with_suffix(".model")
     if not (source.exists() and model_folder.exists()):
         raise ValueError(f"there is no {source} with its model: train it before it is measured")
-    trained = json.loads(source.read_text())
+    trained = read_json(source, "remove it and train it again")
     wanted, was = json.loads(json.dumps(config.to_json())), Config.completed(trained["config"])
     if other := [k for k in wanted if k not in MEASURED and was[k] != wanted[k]]:
         shown = ", ".join(f"{k}: {was[k]!r}, not {wanted[k]!r}" for k in other)

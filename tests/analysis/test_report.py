@@ -373,7 +373,7 @@ def test_what_cannot_be_compared_is_an_error(make: Make) -> None:
     path.write_text(whole[:100])
     # What was put aside is no trial.
     (path.with_name("seed0.old.json")).write_text("{")
-    with pytest.raises(ValueError, match="seed0.json is damaged"):
+    with pytest.raises(ValueError, match="seed0.json cannot be read as JSON"):
         report.write(folder)
     path.write_text("{}")
     with pytest.raises(ValueError, match="seed0.json is no result, it lacks base, data, config"):

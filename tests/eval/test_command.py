@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 
 from eval.command import exit_status
-from eval.files import write_array, write_json
 from model import weights
+from model.files import write_array, write_json
 
 
 def raising(problem: BaseException):

@@ -149,7 +149,7 @@ def test_a_result_is_computed_once_and_never_mixed(line: list[str], tmp_path: Pa
     assert program.main(given) == 0
     assert f"the source has changed since {place} was made" in capsys.readouterr().err
     place.write_text(whole[:50])
-    assert program.main(given) == 2 and f"{place} is damaged" in capsys.readouterr().err
+    assert program.main(given) == 2 and f"{place} cannot be read as JSON" in capsys.readouterr().err
     place.write_text(whole)
 
 

@@ -264,8 +264,8 @@ def test_right_answers_count(folder: Path, data: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "answers.json is missing"),
-        ("{", "is not JSON"),
+        (None, "answers.json cannot be read .*give gold answers"),
+        ("{", "answers.json cannot be read as JSON"),
         ("[]", "holds a list"),
         ('{"q0": []}', "query 'q0' has \\[\\], expected a list of answers"),
         ('{"q1": ["a"]}', "query 'q0' has None"),

@@ -377,7 +377,7 @@ def test_a_document_of_100000_tokens_is_cut(model: UniMoER, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("manifest.json", b"{", "is no manifest"),
+        ("manifest.json", b"{", "manifest.json cannot be read as JSON"),
         ("manifest.json", b'{"format": 0}', "is not of format 1"),
         ("00003.npy", b"\x93NUMPY", r"00003\.npy cannot be read .*remove it"),
         ("00003.npy", None, r"00003\.npy holds .* of \(2, 32\), expected <f2 of \(5, 32\)"),

@@ -457,7 +457,7 @@ def test_folders_that_do_not_serve(config: Config, collection: Collection, tmp_p
     with pytest.raises(ValueError, match="was mined from data with fingerprint"):
         build(config, replace(collection, fingerprint="other"))
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="manifest.json is no JSON"):
+    with pytest.raises(ValueError, match="manifest.json cannot be read as JSON"):
         resolved(replace(config, negatives=str(tmp_path)), "cpu")
     with pytest.raises(ValueError, match="no teacher's scores, which distill needs"):
         build(replace(config, distill="kl"), collection)

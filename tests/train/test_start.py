@@ -9,8 +9,8 @@ from peft.utils.merge_utils import ties as peft_ties
 
 from eval.collections import Collection, load
 from experiments import ON_BASE, ON_EMBEDDER, Config
-from model import weights
 from model.lora import LinearGroup
+from model.saved import read_config
 from model.unimoer import UniMoER
 from tests.train.tiny import build, tiny_config
 from train import start
@@ -195,7 +195,8 @@ def test_models_carry_what_was_merged(tiny: Config, arms: Path, tmp_path: Path) 
     begin(model, config, at(arms))
     model.save_pretrained(tmp_path / "merged")
     again = UniMoER.from_pretrained(tmp_path / "merged")
-    assert weights.read_json(tmp_path / "merged" / "config.json")["model"]["lora"]["ranks"] == [8]
+    lora = read_config(tmp_path / "merged")[0].lora
+    assert lora is not None and lora.ranks == (8,)
     for name, value in change(again, "shared").items():
         assert torch.equal(value, change(model, "shared")[name])
 

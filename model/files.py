@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read with a word on what is wrong with them."""
 
 import fcntl
 import io
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -71,3 +71,21 @@ def write_text(path: Path, text: str, mark: str = "") -> None:
 def write_json(path: Path, content: dict, mark: str = "") -> None:
     """`write_text` of JSON; a NaN or infinity is an error."""
     write_text(path, json.dumps(content, allow_nan=False), mark)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        remedy: what to do about a file that is missing or damaged, the end of the error's message.
+    Raises:
+        ValueError: with the file's name, if it cannot be read or holds no JSON object.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}): {remedy}") from error
+    if not isinstance(found, dict):
+        what = f"{path} holds a {type(found).__name__}, expected a JSON object"
+        raise ValueError(f"{what}: {remedy}")
+    return found
