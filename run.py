@@ -35,7 +35,7 @@ from analysis import (
     sweep,
     tracking,
 )
-from eval import hub
+from eval import hub, stages
 from eval.collections import require_split
 from eval.command import exit_status
 from eval.machine import device_name
@@ -58,7 +58,7 @@ from train.trial import (
     run_baselines,
     run_trial,
 )
-from trials import Config, override
+from trials import Config, override, parts
 
 ROOT = Path(__file__).parent
 REPORTS = {  # each has write(folder) and summary(what it wrote)
@@ -82,6 +82,7 @@ def finish(path: Path, result: dict) -> None:
     parallel.wait()  # nobody is still to ask whether it is there
     if parallel.rank() == 0:
         write_json(path, result)
+        stages.discard(path)
     parallel.wait()
 
 
@@ -90,7 +91,7 @@ def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> N
     of = "".join(f", {name} {value}" for name, value in size.items())
     if (result := reuse.stored(path, plain, bench)) is None:
         if (result := reuse.baselines_elsewhere(path, plain, bench)) is None:
-            result = run_baselines(plain, bench, lambda arm, s: show_row(arm + of, None, s))
+            result = run_baselines(plain, bench, lambda arm, s: show_row(arm + of, None, s), path)
             finish(path, result)
             return
         finish(path, result)
@@ -100,11 +101,10 @@ def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> N
 
 def command_run(args: argparse.Namespace) -> None:
     sources("analysis")  # of measures: as it is now, not when the first is taken
-    overrides = {
-        key: value
-        for key, value in (("base", args.base), ("data", args.data), ("split", args.split))
-        if value
-    }
+    own = hub.own_split(parts(args.data or Config().data)[0])  # as its authors measure it
+    split = args.split or (own if own != Config().split else None)
+    given = ("base", args.base), ("data", args.data), ("split", split)
+    overrides = {key: value for key, value in given if value}
     overrides |= dict(override(text) for text in args.set)
     for option in ("evaluate", "mteb"):
         if getattr(args, option) and experiments.EXPERIMENTS[args.experiment].report != "verdict":
@@ -177,7 +177,8 @@ def command_run(args: argparse.Namespace) -> None:
         path = place.with_suffix(".json")
         if (result := reuse.stored(path, config, bench)) is None:
             with owned(place), tracking.tracked(args.wandb, place, config) as track:
-                result = reuse.taken_over(path, config, bench)
+                # Another process may have finished it since.
+                result = reuse.stored(path, config, bench) or reuse.taken_over(path, config, bench)
                 result = result or run_trial(
                     config, arm, place, bench, track.beside(gradients.watch)
                 )
@@ -222,7 +223,7 @@ def evaluate(
                 f"{folder} away first"
             )
         if result is None:
-            result = measure_trial(config, arm, source, bench)
+            result = measure_trial(config, arm, source, bench, path)
             finish(path, result)
         show_row(arm, config.seed, result["scores"])
     if parallel.rank() == 0:
@@ -314,7 +315,9 @@ def command_publish(args: argparse.Namespace) -> None:
     target = ROOT / "results" / args.experiment / folder.name
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    ignore = shutil.ignore_patterns("*.checkpoint", "*.log.jsonl", "*.model", "*.features", ".*")
+    ignore = shutil.ignore_patterns(
+        "*.checkpoint", "*.part", "*.log.jsonl", "*.model", "*.features", ".*"
+    )
     shutil.copytree(folder, part, ignore=ignore)
     for path in [*part.glob("baselines*.json"), *part.glob("*/seed[0-9]*.json")]:
         write_json(path, overview.portable(read_json(path, "run it again")))

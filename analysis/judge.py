@@ -16,6 +16,7 @@ from analysis.figures import METRIC, METRICS, REFERENCE_ROWS, TASKS
 from analysis.page import with_holm
 from eval import stats
 from model.files import read_json
+from trials import Config
 
 SPECIALIST = stats.SPECIALIST
 JOINT, MOE = "joint-single", "joint-moe"
@@ -36,7 +37,10 @@ def load(folder: Path) -> tuple[dict, Trials]:
     found: Trials = {}
     for path in trial_files(folder):
         trial = read(path, "base", "data", "config", "scores")
-        same = {name: trial[name] == baselines[name] for name in ("base", "data")}
+        same = {  # by content: the commit of a repository may be another
+            name: trial[name].get("fingerprint") == baselines[name].get("fingerprint")
+            for name in ("base", "data")
+        }
         for task, rows in trial["scores"].items():
             same[f"{task} queries"] = rows.keys() == baselines["untrained"][task].keys()
         if other := [name for name, agrees in same.items() if not agrees]:
@@ -108,7 +112,7 @@ def add_measures(report: dict[str, Any], measured: Trials, name: str) -> None:
 
 def _comparable(path: Path, other: Path, free: tuple[str, ...]) -> None:
     """Raise ValueError if two trials differ in a field of their config that is not `free`."""
-    mine, theirs = (read(file)["config"] for file in (path, other))
+    mine, theirs = (Config.completed(read(file)["config"]) for file in (path, other))
     for name in mine.keys() | theirs.keys():
         if name not in free and mine.get(name) != theirs.get(name):
             raise ValueError(
@@ -291,7 +295,9 @@ def origin(files: dict[str, dict]) -> dict[str, Any]:
         for name, values in seen.items()
         if len(values) > 1
     ]
-    if dirty := sum(fact["git"]["dirty"] for fact in facts):
+    if unknown := sum(fact["git"]["dirty"] is None for fact in facts):
+        warnings.append(f"{unknown} of the {len(files)} files do not say which commit made them.")
+    if dirty := sum(bool(fact["git"]["dirty"]) for fact in facts):
         warnings.append(f"{dirty} of the {len(files)} files were made with uncommitted changes.")
     if begun := sum("begun_by_sources" in fact for fact in facts):
         warnings.append(f"{begun} of the {len(files)} files were begun by other code.")

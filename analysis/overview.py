@@ -54,12 +54,12 @@ def markdown(setting: str, readings: Mapping[str, str], runs: Path) -> str:
 
 
 def made_by(folder: Path) -> str:
-    """Sources and devices of a setting's trials, the most frequent first; "" without a trial."""
+    """Sources, devices and dtypes of a setting's trials, the most frequent first; "" if none."""
     trials = [judge.read(path) for path in judge.trial_files(folder)]
     if not trials:
         return ""
     sources = Counter(f"`{trial['sources'][:8]}`" for trial in trials)
-    devices = Counter(trial["device"] for trial in trials)
+    devices = Counter(f"{trial['device']}, {trial['config']['dtype']}" for trial in trials)
     first = (", ".join(name for name, _ in of.most_common()) for of in (sources, devices))
     return f"Sources {'; '.join(first)}."
 

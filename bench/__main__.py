@@ -26,7 +26,8 @@ from bench.tables import TABLES, render
 from model import bases
 from model.config import DTYPES
 from model.files import read_json, write_text
-from train.trial import Workbench, resolve_dtype
+from model.processor import resolve_dtype
+from train.trial import Workbench
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -27,12 +27,13 @@ from kernels.info_nce import info_nce
 from model.config import DTYPES, DecoderConfig
 from model.heads import LinearScore, run_pooled
 from model.packed import Packed, pack
+from model.processor import resolve_dtype
 from model.router import TASKS
 from model.texts import CARD_BUDGET
 from model.transformer import Decoder
 from train import losses
 from train.optim import adamw
-from train.trial import model_config, resolve_dtype
+from train.trial import model_config
 from trials import Config
 
 CPU_SHARE, CPU_BUDGET = 1 / 32, 1024  # of a step's batches; tokens of an encoding batch

@@ -199,13 +199,15 @@ def measure(
                 (scores[task],), vectors = part.retrieved(model, progress=True, keep=stages)
             else:
                 asked = {"vectors": vectors, "asked": row.pseudo_query}
-                scores[task] = part.reranking(model, progress=True, **asked)
+                scores[task] = part.reranking(model, progress=True, keep=stages, **asked)
         elif task == "embedding":
             scores[task] = stages.kept(
                 task, lambda p=part, m=model: p.retrieval(m, progress=True, keep=stages)
             )
         else:
-            scores[task] = stages.kept(task, lambda p=part, m=model: p.reranking(m, progress=True))
+            scores[task] = stages.kept(
+                task, lambda p=part, m=model: p.reranking(m, progress=True, keep=stages)
+            )
     return {
         "models": models, "parameters": sum(m["parameters"] for m in models), "scores": scores,
     }  # fmt: skip

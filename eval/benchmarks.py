@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from eval import hub, metrics
 from eval.collections import Collection, load, missing, require_known
 from eval.metrics import METRICS, MRR_10
@@ -113,8 +111,7 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
             "revision": mark, "data": collection.fingerprint, "split": split,
             "asked": asked, "device": args.device,
         })  # fmt: skip
-        (whole, *rest), reranked = _scores(model, evaluation, args.dimensions, stages)
-        scores = {"embedding": whole, "reranking": reranked}
+        scores, rest = evaluation.scores(model, list(TITLES), stages, args.dimensions)
         shorter = dict(zip(map(str, args.dimensions), rest, strict=True))
         result = {
             "model": args.name, "revision": mark, "base": model.identity,
@@ -130,25 +127,6 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
         stages.done()
     show(result)
     return result
-
-
-def _scores(
-    model: UniMoER, evaluation: EvaluationSet, sizes: Sequence[int], stages: Stages
-) -> tuple[list[Scores], Scores]:
-    """Retrieval, by the whole vectors and by shorter ones, and reranking; or what is left of it."""
-    vectors: Tensor | None = None
-
-    def retrieve() -> list[Scores]:
-        nonlocal vectors
-        found, vectors = evaluation.retrieved(model, sizes, progress=True, keep=stages)
-        return found
-
-    # A pseudo-query reranks with retrieval's vectors, which are not kept.
-    again = model.config.rerank_head == "pseudo_query"
-    retrieved = retrieve() if again else stages.kept("retrieval", retrieve)
-    return retrieved, stages.kept(
-        "reranking", lambda: evaluation.reranking(model, progress=True, vectors=vectors)
-    )
 
 
 def rows_of(result: dict) -> dict[str, Scores]:

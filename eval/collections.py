@@ -43,6 +43,7 @@ class Collection:
         language: of documents and queries (ISO 639-1); BM25 cuts and stems words by it.
         query_prompt: the template that the authors give for the embedded queries, in place of the
             model's own; "" for none.
+        relevant_from: split -> the lowest grade that counts as relevant in scores, where not 1.
         negatives: (depth, count) -> query id -> BM25's hard negatives, kept by `train.batches`.
     """
 
@@ -57,6 +58,7 @@ class Collection:
     excluded: dict[str, list[str]] = field(default_factory=dict)
     language: str = "en"
     query_prompt: str = ""
+    relevant_from: dict[str, int] = field(default_factory=dict)
     # What a process has found out about it, for all of its trials
     _indices: dict[int, BM25] = field(default_factory=dict, init=False, repr=False, compare=False)
     negatives: dict[tuple[int, int], dict[str, list[str]]] = field(
@@ -296,6 +298,7 @@ def _read(sources: Sources, cache: Path | None) -> Collection:
     return Collection(
         sources.name, texts, queries.texts, splits, queries.domain, pools, mark,
         sources.provenance | origin, queries.excluded, sources.language, sources.query_prompt,
+        sources.relevant,
     )  # fmt: skip
 
 

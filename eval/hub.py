@@ -188,6 +188,8 @@ def _beir(name: str, cache: Path | None) -> Sources:
     return Sources(
         name, files[1], files[0], qrels, provenance,
         published=True, own_document=name in OWN_DOCUMENT,
+        # Its test split is TREC DL 2019, whose grade 1 is "related, but not relevant".
+        relevant={"test": 2} if name == "msmarco" else {},
     )  # fmt: skip
 
 

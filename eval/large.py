@@ -172,11 +172,11 @@ def _judged(args: argparse.Namespace, sources: Sources) -> Judged:
             f"{sources.name}: no judgments of {split} (it has {has}): choose one of these with "
             "--split, or give a file with --qrels"
         )
-    deep = args.data == "msmarco" and split == "test" and not args.qrels  # TREC DL 2019
+    usual = 1 if args.qrels else sources.relevant.get(split, 1)
     return Judged(
         split, {query: queries.texts[query] for query in qrels}, qrels,
         {query: out for query, out in queries.excluded.items() if query in qrels},
-        args.relevant or (2 if deep else 1), sources.query_prompt, origin,
+        args.relevant or usual, sources.query_prompt, origin,
     )  # fmt: skip
 
 

@@ -3,12 +3,13 @@
 import contextlib
 import ctypes
 import os
-import platform
 import resource
 import sys
 from pathlib import Path
 
 import torch
+
+from model import processor
 
 # oneDNN keeps a compiled primitive for each of the last 1024 shapes it saw, and PyTorch's layer
 # over it as many of its own. Every batch has another number of tokens, so that is up to 1 GB which
@@ -21,11 +22,7 @@ def device_name(device: str) -> str:
     """The card, or the processor and how many threads torch uses."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = (models or [platform.processor() or platform.machine()])[0]
-    return f"{processor}, {torch.get_num_threads()} threads"
+    return f"{processor.name()}, {torch.get_num_threads()} threads"
 
 
 def peak_bytes(device: str) -> int:

@@ -78,12 +78,15 @@ def mean(per_query: Mapping[str, Mapping[str, float]], metric: str) -> float:
 
 
 def ideal(
-    qrels: Mapping[str, Mapping[str, int]], candidates: Mapping[str, Iterable[str]]
+    qrels: Mapping[str, Mapping[str, int]],
+    candidates: Mapping[str, Iterable[str]],
+    relevant: int = 1,
 ) -> dict[str, dict[str, float]]:
     """What the best possible reranking of fixed candidates would score: the ceiling they set.
 
     Args:
         candidates: query id -> document ids (a run of `BM25.search` will do: its keys are read).
+        relevant: as of `evaluate`.
     Returns:
         as `evaluate`.
     """
@@ -91,7 +94,7 @@ def ideal(
     for query, judged in qrels.items():
         best = sorted(set(candidates.get(query, ())), key=lambda d: (-judged.get(d, 0), d))
         run[query] = {document: -float(rank) for rank, document in enumerate(best)}
-    return evaluate(qrels, run)
+    return evaluate(qrels, run, relevant=relevant)
 
 
 def _float32(query: str, documents: Mapping[str, float]) -> dict[str, float]:

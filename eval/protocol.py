@@ -14,6 +14,7 @@ from eval.machine import trim_heap
 from eval.metrics import evaluate, ideal, mean
 from eval.rerank import HEADS, head_weights, over_heads, to_run
 from eval.retrieval import Best, Ids, cut, search
+from eval.sources import Qrels
 from eval.stages import Stages
 from model import parallel
 from model.heads import truncate
@@ -24,7 +25,7 @@ from model.tokens import Tokenizer
 from model.unimoer import UniMoER
 from trials import Config
 
-WINDOW = 100_000  # documents whose token ids and vectors are in memory at once
+WINDOW = 100_000  # documents or pairs whose token ids and vectors are in memory at once
 SCORES = 2**25  # of queries with documents of a window, held at once
 Scores = dict[str, dict[str, float]]  # query id -> metric -> value
 # Makes of token ids and a title the texts that a model reads, with prefix states or without.
@@ -70,6 +71,7 @@ class EvaluationSet:
     ):
         self.config = config
         self.qrels = require_split(collection, config.split)
+        self.relevant = collection.relevant_from.get(config.split, 1)
         self.documents = collection.pools[config.split]
         self.queries = list(self.qrels)
         order = sorted(self.queries, key=lambda query: random.Random(query).random())
@@ -121,6 +123,45 @@ class EvaluationSet:
         part._sets = {}
         return part
 
+    def _windows(self) -> list["EvaluationSet"]:
+        """This set in parts of whole queries with at most `WINDOW` pairs or one query each; itself
+        where that is one part."""
+        parts: list[list[str]] = [[]]
+        count = 0
+        for query, found in self.candidates.items():
+            if parts[-1] and count + len(found) > WINDOW:
+                parts.append([])
+                count = 0
+            parts[-1].append(query)
+            count += len(found)
+        if len(parts) == 1:
+            return [self]
+        made = []
+        for queries in parts:
+            part = copy.copy(self)
+            part.candidates = {query: self.candidates[query] for query in queries}
+            part.pairs = [(q, d) for q in queries for d in part.candidates[q]]
+            part._states, part._sets = without_states, {}
+            made.append(part)
+        return made
+
+    def _by_window(
+        self, score: Callable[["EvaluationSet"], Tensor], keep: Stages | None, name: str
+    ) -> Tensor:
+        """The scores (n, ...) of all pairs, of which `score` gives those of a part. keep: has them
+        after each part, from which the same call goes on."""
+        windows, found, first = self._windows(), [], 0
+        if len(windows) == 1:
+            return score(self)
+        if keep and (before := keep.latest(name)):
+            first, found = before[0], [torch.from_numpy(before[1])]
+        for end, part in enumerate(windows[first:], first + 1):
+            found = [torch.cat([*found, score(part)])]
+            if keep:
+                keep.advance(name, end, found[0].numpy())
+            trim_heap()
+        return found[0]
+
     def _set(self, task: str, model: UniMoER) -> TextSet:
         """The tokenized texts of a task, made when first needed; the model is not kept."""
         if task not in self._sets:
@@ -133,6 +174,10 @@ class EvaluationSet:
             self._sets[task] = self._states(model)(ids, f"{self.config.split} {task}")
         return self._sets[task]
 
+    def evaluate(self, qrels: Qrels, run: dict[str, dict[str, float]]) -> Scores:
+        """Per-query metrics, relevant from the grade on that the split's authors say."""
+        return evaluate(qrels, run, relevant=self.relevant)
+
     def bm25_scores(self) -> dict[str, Scores]:
         """BM25's own ranking, under both tasks."""
         retrieved = {
@@ -140,13 +185,13 @@ class EvaluationSet:
             for q, row in self.bm25.items()
         }
         return {
-            "embedding": evaluate(self.qrels, retrieved),
-            "reranking": evaluate(self.reranking_qrels, self.candidates),
+            "embedding": self.evaluate(self.qrels, retrieved),
+            "reranking": self.evaluate(self.reranking_qrels, self.candidates),
         }
 
     def ceiling(self) -> Scores:
         """The best that any reranking of these candidates can score."""
-        return ideal(self.reranking_qrels, self.candidates)
+        return ideal(self.reranking_qrels, self.candidates, self.relevant)
 
     def retrieved(
         self,
@@ -183,7 +228,7 @@ class EvaluationSet:
                 keep.advance(name, best[0].added, torch.stack([b.keys for b in best]).numpy())
             trim_heap()
         runs = [cut(found.run(self.queries), self._excluded, depth) for found in best]
-        return [evaluate(self.qrels, run) for run in runs], None
+        return [self.evaluate(self.qrels, run) for run in runs], None
 
     def _search(
         self, model: UniMoER, start: int, best: Sequence[Best], widths: Sequence[int | None],
@@ -205,7 +250,7 @@ class EvaluationSet:
         """Per-query metrics of full-corpus retrieval by `vectors`, or by their first dimensions."""
         n, depth = len(self.queries), self.config.retrieval_depth
         run = search(vectors[:n], vectors[n:], self.queries, self.documents, depth + self._most)
-        return evaluate(self.qrels, cut(run, self._excluded, depth))
+        return self.evaluate(self.qrels, cut(run, self._excluded, depth))
 
     def retrieval(
         self, model: UniMoER, base: bool = False, progress: bool = False,
@@ -273,11 +318,44 @@ class EvaluationSet:
         progress: bool = False,
         vectors: Tensor | None = None,
         asked: PseudoQuery | None = None,
+        keep: Stages | None = None,
     ) -> Scores:
-        """Per-query metrics of the reranked candidates, lists being read in BM25's order. vectors,
-        asked: as above."""
-        scores = self.pair_scores(model, progress=progress, vectors=vectors, asked=asked)
-        return evaluate(self.reranking_qrels, to_run(scores, self.pairs))
+        """Per-query metrics of the reranked candidates, lists being read in BM25's order.
+
+        More than `WINDOW` pairs are tokenized and scored window by window; `keep` then has the
+        scores of those that are done. vectors, asked: as above.
+        """
+
+        def score(part: "EvaluationSet") -> Tensor:
+            return part.pair_scores(model, progress=progress, vectors=vectors, asked=asked)
+
+        scores = self._by_window(score, keep, "pair-scores")
+        return self.evaluate(self.reranking_qrels, to_run(scores, self.pairs))
+
+    def scores(
+        self, model: UniMoER, tasks: Sequence[str], keep: Stages, sizes: Sequence[int] = (),
+    ) -> tuple[dict[str, Scores], list[Scores]]:  # fmt: skip
+        """Task -> per-query metrics; and those of retrieval by shorter vectors, as of `retrieved`.
+        keep: has what an earlier call finished."""
+        found: dict[str, Scores] = {}
+        vectors: Tensor | None = None
+        rest: list[Scores] = []
+
+        def retrieve() -> list[Scores]:
+            nonlocal vectors
+            rows, vectors = self.retrieved(model, sizes, progress=True, keep=keep)
+            return rows
+
+        def rerank() -> Scores:
+            return self.reranking(model, progress=True, vectors=vectors, keep=keep)
+
+        if "embedding" in tasks:
+            # A pseudo-query reranks with retrieval's vectors, which are not kept.
+            again = model.config.rerank_head == "pseudo_query" and "reranking" in tasks
+            found["embedding"], *rest = retrieve() if again else keep.kept("retrieval", retrieve)
+        if "reranking" in tasks:
+            found["reranking"] = keep.kept("reranking", rerank)
+        return found, rest
 
     @torch.no_grad()
     def untrained(
@@ -291,15 +369,18 @@ class EvaluationSet:
             read, routing = model.pooled(batch, "reranking", states, base)
             return read.float() @ weights, routing
 
-        def reranking() -> Scores:
-            texts = self._set("reranking", model)
+        def by_heads(part: "EvaluationSet") -> Tensor:
+            texts = part._set("reranking", model)
             scores = torch.zeros(len(texts.ids), HEADS)
             for indices, rows in in_batches(
                 model.decoder, texts, score, base=True, progress=progress, shared=True, trie=True
             ):
                 scores[indices] = rows
-            scores = parallel.together(scores, model.device)
-            return over_heads(scores, self.pairs, self.reranking_qrels)
+            return parallel.together(scores, model.device)
+
+        def reranking() -> Scores:
+            scores = self._by_window(by_heads, keep, "pair-scores-of-base")
+            return over_heads(scores, self.pairs, self.reranking_qrels, self.relevant)
 
         def retrieval() -> Scores:
             return self.retrieval(model, base=True, progress=progress, keep=keep)

@@ -15,19 +15,23 @@ from eval.machine import device_name
 from model.files import read_json
 
 ROOT = Path(__file__).parent.parent
+CODE = ("kernels", "model", "eval", "train")  # what produces the numbers of trials
 
 
 @cache
 def _git() -> dict:
     """Of the code as it was when first asked for: what is edited later does not run here. dirty: a
-    module is not the commit's."""
+    module is not the commit's. Both None where git is not installed or knows of no commit."""
 
     def ask(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    changed = ask("status", "--porcelain", "--untracked-files=no", "*.py")
-    return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(changed)}
+    changed = ask("status", "--porcelain", *CODE, "analysis", "bench", ":(glob)*.py")
+    return {"commit": ask("rev-parse", "HEAD"), "dirty": None if changed is None else changed != ""}
 
 
 def remember() -> None:
@@ -103,7 +107,7 @@ def sources(*more: str) -> str:
     """One hash over the modules that produce the numbers of trials, as they were when first asked
     for. more: folders beside theirs."""
     digest = hashlib.sha256()
-    for folder in ("kernels", "model", "eval", "train", *more):
+    for folder in (*CODE, *more):
         for path in sorted((ROOT / folder).glob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

@@ -27,11 +27,17 @@ def head_weights(width: int, heads: int = HEADS) -> Tensor:
 
 
 def over_heads(
-    scores: Tensor, pairs: list[tuple[str, str]], qrels: dict[str, dict[str, int]]
+    scores: Tensor,
+    pairs: list[tuple[str, str]],
+    qrels: dict[str, dict[str, int]],
+    relevant: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Per query, the mean over heads of what their scores (n, heads) of n pairs are worth."""
     names = (*METRICS, MRR_10)  # whose cut does not follow from a mean of reciprocal ranks
-    runs = [evaluate(qrels, to_run(column, pairs), metrics=names) for column in scores.t()]
+    runs = [
+        evaluate(qrels, to_run(column, pairs), metrics=names, relevant=relevant)
+        for column in scores.t()
+    ]
     return {
         query: {metric: sum(run[query][metric] for run in runs) / len(runs) for metric in names}
         for query in qrels

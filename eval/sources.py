@@ -38,6 +38,7 @@ class Sources:
         own_document: a query is itself in the corpus, under its own id, and is no answer.
         language, query_prompt: see `collections.Collection`.
         provenance: e.g. repository -> commit, or {"path": ...}.
+        relevant: split -> the lowest grade that is relevant, where that is not 1.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Sources:
     own_document: bool = False
     language: str = "en"
     query_prompt: str = ""
+    relevant: dict[str, int] = field(default_factory=dict)
 
     def only(self, split: str) -> "Sources":
         """With no more judgments than `read_splits` needs for this split."""

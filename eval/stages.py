@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from eval.provenance import sources
+from model import parallel
 from model.files import read_json, write_array, write_json, write_text
 
 SOURCES = "sources"
@@ -23,30 +24,47 @@ class Stages:
     Args:
         place: of the result; the pieces lie in `<place>.part/` beside it.
         identity: what they are of, as JSON.
+        renew: remove those of something else.
     Raises:
-        ValueError: those that are there are of something else.
+        ValueError: those that are there are of something else, without `renew`.
+
+    Of several processes of a job each calls the same, and the first writes. Between a look for a
+    piece and its writing lies work that all of them do together, so they see the same.
     """
 
-    def __init__(self, place: Path, identity: dict[str, Any]):
-        self.folder = place.with_name(f"{place.name}.part")
+    def __init__(self, place: Path, identity: dict[str, Any], renew: bool = False):
+        self.place, self.folder = place, _folder(place)
         of, note = json.loads(json.dumps(identity)), self.folder / "of.json"
         begun = self.folder.is_dir() and any(p != note for p in self.folder.glob("[!.]*"))
         was = read_json(note, AGAIN) if begun and note.exists() else {}
         self.begun = sorted({*was.pop(SOURCES, ()), sources()})
-        if was and was != of:
+        if renew and was != of:
+            self.begun = [sources()]
+            if self.writes:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            parallel.wait()
+        elif was and was != of:
             other = [key for key in of.keys() | was.keys() if of.get(key) != was.get(key)]
             raise ValueError(
                 f"{self.folder} holds pieces of a run that was stopped, with another "
                 f"{', '.join(sorted(other))}: remove it, or give the same command again"
             )
-        write_json(note, of | {SOURCES: self.begun})
+        if self.writes:
+            write_json(note, of | {SOURCES: self.begun})
+
+    @property
+    def writes(self) -> bool:
+        return parallel.rank() == 0
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         """A piece, read or made and written; a JSON value."""
         path = self.folder / f"{name}.json"
-        if not path.exists():
-            write_json(path, {"made": make()})
-        return read_json(path, AGAIN)["made"]
+        if path.exists():
+            return read_json(path, AGAIN)["made"]
+        made = make()
+        if self.writes:
+            write_json(path, {"made": made})
+        return json.loads(json.dumps(made))
 
     def latest(self, name: str) -> tuple[int, np.ndarray] | None:
         """The last array of `advance`, and how far it had come."""
@@ -55,6 +73,8 @@ class Stages:
 
     def advance(self, name: str, end: int, array: np.ndarray) -> None:
         """Keep an array in place of the one before; `end`: how far it has come."""
+        if not self.writes:
+            return
         mine = self.folder / f"{name}-{end:012}.npy"
         write_array(mine, array)
         for path in self.folder.glob(f"{name}-[0-9]*.npy"):
@@ -78,4 +98,13 @@ class Stages:
 
     def done(self) -> None:
         """The result is stored."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        discard(self.place)
+
+
+def _folder(place: Path) -> Path:
+    return place.with_name(f"{place.name}.part")
+
+
+def discard(place: Path) -> None:
+    """Remove the pieces of a result, if there are any."""
+    shutil.rmtree(_folder(place), ignore_errors=True)

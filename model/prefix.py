@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model import processor
 from model.files import write_json
 from model.packed import Packed, common_lengths, pack, pack_trie
 from model.transformer import Decoder
@@ -229,10 +230,10 @@ def prefix_states(
 
 
 def _machine(device: torch.device) -> str:
-    """What rounds alike: a card by its name, a CPU by its instructions."""
+    """What rounds alike: a card by its name, a CPU by that and the instructions that are used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{device.type} {processor.name()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _open(path: Path, shape: tuple[int, int], key: str) -> Mapped | None:

@@ -13,9 +13,10 @@ import experiments
 import scales
 from eval import baselines
 from experiments import EXPERIMENTS, Config
+from model.processor import resolve_dtype
 from model.router import ROUTES, Router
 from scales import SCALES
-from train.trial import model_config, resolve_dtype
+from train.trial import model_config
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [

@@ -32,6 +32,7 @@ from eval.collections import load
 from eval.metrics import METRICS
 from eval.protocol import EvaluationSet, without_states
 from experiments import Config
+from model import processor
 from model.unimoer import UniMoER
 from tests.train.tiny import TEST, tiny_config, write_collection
 from train.mining import Settings, mine
@@ -717,8 +718,8 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_dtypes():
-    assert train.trial.resolve_dtype("float16", "cpu") == "float16"
-    assert train.trial.resolve_dtype("auto", "cpu") in ("bfloat16", "float16", "float32")
+    assert processor.resolve_dtype("float16", "cpu") == "float16"
+    assert processor.resolve_dtype("auto", "cpu") in ("bfloat16", "float16", "float32")
 
 
 def test_python_m_run():

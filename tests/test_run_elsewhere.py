@@ -1,6 +1,7 @@
 """run.py --evaluate: what was trained on one collection, measured on others."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,3 +206,18 @@ def test_the_name_of_such_a_setting(tmp_path: Path) -> None:
     assert name("") == "full-msmarco"
     (tmp_path / "Mine").mkdir()
     assert name(str(tmp_path / "Mine")) == "full-msmarco-on-mine"
+
+
+def test_a_collection_is_measured_on_its_own_split(
+    go: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its authors measure it, unless another is asked for."""
+    asked = []
+    monkeypatch.setattr(run, "check_starts", lambda trials, _: asked.append(trials[0][1].split))
+    monkeypatch.setattr(run, "Workbench", lambda *_: sys.exit(3))
+    for more, split in (((), "test"), (("--data", "msmarco"), "dev"),
+                        (("--data", "scifact"), "test"), (("--data", "msmarco+fiqa"), "dev"),
+                        (("--data", "msmarco", "--split", "test"), "test")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            go(*more)
+        assert asked.pop() == split

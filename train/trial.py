@@ -16,11 +16,13 @@ from eval.collections import Collection, load
 from eval.machine import peak_bytes, reset_peak, trim_heap
 from eval.protocol import EvaluationSet, Scores
 from eval.provenance import made_by, sources
+from eval.stages import Stages
 from model import bases, parallel, sharding
 from model.files import read_json
 from model.layers import RMSNorm
 from model.lora import LinearGroup, LoRAConfig
 from model.prefix import LIMIT, TextSet, prefix_states
+from model.processor import resolve_dtype
 from model.router import SIMILARITY, RouterConfig
 from model.tokens import Prompts
 from model.unimoer import ModelConfig, UniMoER
@@ -36,16 +38,6 @@ from trials import Config, parts
 SCHEMA = 1
 TRIM_EVERY = 4  # steps
 MEASURED = ("measured_on", "split")  # what may differ between how it is trained and measured
-
-
-def resolve_dtype(name: str, device: str) -> str:
-    """`auto`: bfloat16 where the device multiplies it, else float16 on a card, float32 on a CPU."""
-    if name != "auto":
-        return name
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if fast else "float32"
 
 
 def resolved(config: Config, device: str) -> Config:
@@ -268,10 +260,14 @@ def run_trial(
         }  # fmt: skip
         log = train(model, data, config, place, callback=after_step, title=title, origin=origin)
     trained = time.perf_counter()
+    folder = place.with_name(place.name + ".model")
     if parallel.rank() == 0:
-        model.save_pretrained(place.with_name(place.name + ".model"))
+        model.save_pretrained(folder)
+    parallel.wait()  # the others read what it is
     saved = time.perf_counter()
-    scores = _scores(model, config, bench)
+    path = place.with_name(place.name + ".json")
+    keep = _pieces(path, config, bench, revision(folder))
+    scores = _scores(model, config, bench, keep)
     seconds = {
         "prepare": prepared - entered,
         "train": earlier.seconds + trained - prepared,
@@ -280,7 +276,7 @@ def run_trial(
     parameters = sum(p.numel() for p in model.trained().values())
     parameters = parameters - Held(model, config.frozen).count if config.steps else 0
     return {
-        **_record(config, arm, bench, model, earlier.sources),
+        **_record(config, arm, bench, model, (*earlier.sources, *keep.begun)),
         "scores": scores,
         "curve": log,
         "trainable_parameters": parameters,
@@ -292,12 +288,12 @@ def run_trial(
     }
 
 
-def measure_trial(config: Config, arm: str, source: Path, bench: Workbench) -> dict:
+def measure_trial(config: Config, arm: str, source: Path, bench: Workbench, path: Path) -> dict:
     """A trained trial, measured on `config.measured_on`: its result with the scores there.
 
     Args:
         source: of the result where it was trained, <runs>/<experiment>/<setting>/<arm>/seed<k>.json
-        bench: of the collection that is measured.
+        bench: of the collection that is measured. path: where the result will be stored.
     Raises:
         ValueError: it is not finished there, or was trained with another config.
     """
@@ -312,43 +308,49 @@ def measure_trial(config: Config, arm: str, source: Path, bench: Workbench) -> d
     reset_peak(bench.device)
     started = time.perf_counter()
     model = UniMoER.from_pretrained(model_folder, bench.device, kernels=bench.kernels)
-    scores = _scores(model, config, bench)
+    mark = revision(model_folder)
+    keep = _pieces(path, config, bench, mark)
+    scores = _scores(model, config, bench, keep)
     return {
         **trained,
-        **_record(config, arm, bench, model),
+        **_record(config, arm, bench, model, keep.begun),
         "trained": {k: trained[k] for k in ("data", "git", "sources", "versions", "device")}
-        | {"model": revision(model_folder)},
+        | {"model": mark},
         "scores": scores,
         "seconds": {**trained["seconds"], "test": time.perf_counter() - started},
         "peak_bytes": peak_bytes(bench.device),
     }
 
 
-def _scores(model: UniMoER, config: Config, bench: Workbench) -> dict[str, Scores]:
+def _scores(model: UniMoER, config: Config, bench: Workbench, keep: Stages) -> dict[str, Scores]:
     """Task -> per-query metrics, of the tasks that are measured."""
     evaluation = bench.evaluation(model, config)
     trim_heap()
-    scores, tasks = {}, config.scored or config.tasks
-    vectors = None
-    if "embedding" in tasks:
-        (scores["embedding"],), vectors = evaluation.retrieved(model, progress=True)
-    if "reranking" in tasks:
-        scores["reranking"] = evaluation.reranking(model, progress=True, vectors=vectors)
-    return scores
+    return evaluation.scores(model, config.scored or config.tasks, keep)[0]
 
 
-def run_baselines(config: Config, bench: Workbench, show: Callable[[str, dict], None]) -> dict:
-    """BM25, the untrained base, and the ceiling of the candidates, as they are stored."""
+def _pieces(path: Path, config: Config, bench: Workbench, model: str) -> Stages:
+    """Of the scores of a model, `weights.revision`, beside its result until that is stored."""
+    of = {"model": model, "data": bench.collection.fingerprint, "config": config.to_json()}
+    return Stages(path, {**of, "device": bench.device, "kernels": bench.kernels}, renew=True)
+
+
+def run_baselines(
+    config: Config, bench: Workbench, show: Callable[[str, dict], None], path: Path | None = None
+) -> dict:
+    """BM25, the untrained base, and the ceiling of the candidates, as they are stored. path: where
+    the result will be; its pieces lie beside it until then."""
     reset_peak(bench.device)
     model = bench.model(config)
     evaluation = bench.evaluation(model, config)
     bm25 = evaluation.bm25_scores()
     show("bm25", bm25)
     started = time.perf_counter()
-    untrained = evaluation.untrained(model, progress=True)
+    keep = path and _pieces(path, config, bench, model.identity["fingerprint"] or "")
+    untrained = evaluation.untrained(model, progress=True, keep=keep)
     show("untrained base", untrained)
     return {
-        **_record(config, "baselines", bench, model),
+        **_record(config, "baselines", bench, model, keep.begun if keep else ()),
         "bm25": bm25,
         "untrained": untrained,
         "ceiling": {"reranking": evaluation.ceiling()},
@@ -362,8 +364,8 @@ def run_baselines(config: Config, bench: Workbench, show: Callable[[str, dict], 
 def _record(
     config: Config, arm: str, bench: Workbench, model: UniMoER, begun: Sequence[str] = ()
 ) -> dict:
-    """What every result says about where it comes from. begun: the sources that trained it before
-    it was stopped."""
+    """What every result says about where it comes from. begun: the sources that made parts of it
+    before it was stopped."""
     return {
         "schema": SCHEMA,
         "arm": arm,

@@ -12,6 +12,7 @@ import pytest
 import experiments
 from analysis import figures, report
 from eval import stats
+from trials import Config
 
 QUERIES, CLUSTERS = 60, 12
 METRICS = ("ndcg_cut_10", "map", "recip_rank", "recall_100")
@@ -315,6 +316,7 @@ def test_twice_gives_the_same_bytes(make: Make) -> None:
         ({"git": {"commit": "e" * 40, "dirty": False}}, "2 different values of commit"),
         ({"git": {"commit": "c" * 40, "dirty": True}}, "1 of the 13 files were made with uncom"),
         ({"git": {"commit": None, "dirty": False}}, "2 different values of commit"),
+        ({"git": {"commit": None, "dirty": None}}, "1 of the 13 files do not say which commit"),
         ({"sources": "other"}, "2 different values of sources"),
         ({"device": "H100"}, "2 different values of device"),
     ],
@@ -363,7 +365,7 @@ def test_what_cannot_be_compared_is_an_error(make: Make) -> None:
     path = folder / "emb-only" / "seed0.json"
     whole = path.read_text()
     for new, words in (
-        ({"data": {"name": "other"}}, "has other data than"),
+        ({"data": {"name": "other", "fingerprint": "g"}}, "has other data than"),
         ({"scores": {"embedding": rows(np.ones(3))}}, "has other embedding queries than"),
     ):
         path.write_text(whole)
@@ -397,3 +399,17 @@ def test_importing_and_writing_leave_matplotlib_alone(make: Make) -> None:
 )
 def test_label(arm: str, name: str) -> None:
     assert figures.label(arm) == name
+
+
+def test_seeds_of_an_older_code_stand_beside_newer_ones(make: Make) -> None:
+    """What it did not know yet is at what changes nothing; other content under another commit is
+    not the same data."""
+    folder = make()
+    path = folder / "joint-moe" / "seed0.json"
+    trial = json.loads(path.read_text())
+    trial["config"] = Config.completed(trial["config"])
+    change(path, config=trial["config"], data=trial["data"] | {"hub/name": "another commit"})
+    report.write(folder)
+    change(path, config=trial["config"] | {"shard": True})
+    with pytest.raises(ValueError, match="shard is .* they cannot be compared"):
+        report.write(folder)

@@ -242,7 +242,9 @@ def test_results_from_before_there_were_dimensions_are_read(run, tmp_path: Path)
     assert not [*file.parent.glob("summary*")]  # one collection needs none
 
 
-@pytest.mark.parametrize("moment", ["a window", "reranking", "the untrained base"])
+@pytest.mark.parametrize(
+    "moment", ["a window", "a window of pairs", "reranking", "the untrained base"]
+)
 def test_a_collection_that_was_stopped_goes_on(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -253,12 +255,13 @@ def test_a_collection_that_was_stopped_goes_on(
     assert run(*words)[0] == 0
     whole = result(tmp_path, "tiny-test")
     shutil.rmtree(tmp_path / "out")
-    name = {"a window": "_search", "reranking": "reranking", "the untrained base": "untrained"}
+    name = {"a window": "_search", "a window of pairs": "pair_scores", "reranking": "reranking",
+            "the untrained base": "untrained"}  # fmt: skip
     stage, calls = getattr(EvaluationSet, name[moment]), []
 
     def stopped(*args, **options):
         calls.append(args)
-        if len(calls) == (3 if moment == "a window" else 1):
+        if len(calls) == (3 if "window" in moment else 1):
             raise KeyboardInterrupt
         return stage(*args, **options)
 

@@ -263,6 +263,38 @@ def test_a_large_corpus_is_searched_window_by_window(make, collection, model, mo
         assert kept is not None and torch.equal(kept, vectors)
 
 
+@pytest.mark.parametrize("size", [1, 7])
+def test_many_pairs_are_scored_window_by_window(make, model, monkeypatch, size):
+    """Of whole queries, with the scores of all pairs at once; so for the untrained base."""
+    whole = make()
+    expected = whole.pair_scores(model), whole.untrained(model)
+    monkeypatch.setattr("eval.protocol.WINDOW", size)
+    windows = whole._windows()
+    assert len(windows) > 1 and [p for part in windows for p in part.pairs] == whole.pairs
+    assert all(len(p.pairs) <= size or len(p.candidates) == 1 for p in windows)
+    torch.testing.assert_close(
+        whole._by_window(lambda part: part.pair_scores(model), None, ""), expected[0]
+    )
+    found = whole.untrained(model)["reranking"]
+    for query, row in expected[1]["reranking"].items():
+        assert found[query] == pytest.approx(row)
+
+
+@pytest.mark.parametrize(("relevant", "recall"), [({}, 1.0), ({"test": 2}, 0.0)])
+def test_the_grade_that_counts_is_the_collections(collection, model, config, relevant, recall):
+    """TREC's Deep Learning track has grades below what is relevant; nDCG keeps all of them."""
+    of = replace(collection, relevant_from=relevant)
+    found = EvaluationSet(of, model.tokenizer, config, without_states)
+    top = {q: dict.fromkeys(row, 1.0) for q, row in found.reranking_qrels.items()}
+    assert {row["recall_100"] for row in found.evaluate(found.reranking_qrels, top).values()} == {
+        recall
+    }
+    ceiling, bm25 = found.ceiling(), found.bm25_scores()["reranking"]
+    assert all((row["map"] > 0) == (recall > 0 and row["ndcg_cut_10"] > 0)
+               for of in (ceiling, bm25) for row in of.values())  # fmt: skip
+    assert any(row["ndcg_cut_10"] > 0 for row in ceiling.values())
+
+
 def test_what_is_excluded_is_taken_out_before_the_cut(collection, model, config, make):
     """As if the ranking had been made deeper, and then the documents struck out."""
     first, second = list(collection.qrels["test"])[:2]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval.provenance import made_by
-from eval.stages import Stages
+from eval.stages import Stages, discard
 
 
 def forbidden() -> None:
@@ -69,3 +69,19 @@ def test_a_line_that_a_kill_cut_is_left_out(tmp_path: Path) -> None:
     assert stages.rows("questions") == [{"q": 1}, {"q": "zwei"}]
     stages.append("questions", {"q": 4})
     assert stages.rows("questions")[-1] == {"q": 4}
+
+
+def test_pieces_of_something_else_are_removed_if_asked_for(tmp_path: Path) -> None:
+    Stages(tmp_path / "result.json", {"depth": 3}).kept("a", lambda: 1)
+    assert Stages(tmp_path / "result.json", {"depth": 3}, renew=True).kept("a", forbidden) == 1
+    assert Stages(tmp_path / "result.json", {"depth": 4}, renew=True).kept("a", lambda: 2) == 2
+    discard(tmp_path / "result.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.parallel.rank", lambda: 1)
+    stages = Stages(tmp_path / "result.json", {"depth": 3})
+    assert stages.kept("a", lambda: {"widths": (1, 2)}) == {"widths": [1, 2]}
+    stages.advance("keys", 1, np.zeros(2))
+    assert list(tmp_path.iterdir()) == []
