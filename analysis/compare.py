@@ -19,6 +19,7 @@ from analysis import arm_table, figures, judge
 from analysis.figures import METRIC, TASKS, label, p_value, span, table
 from analysis.page import limits, mean, provenance, warnings, with_holm, write_folder
 from eval import stats
+from model.router import NOT_LEARNED
 
 SPECIALISTS = tuple(stats.SPECIALIST.values())
 PAGE = """# {title}
@@ -129,7 +130,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
             "shaken": bool(first) and _shaken(first["config"]),
             "routing": _routing(list(trials.values())),
             "collapsed": mean(["alarm" in line for line in _last(trials.values())])
-            if first and first["config"]["router"]
+            if first and first["config"]["router"] not in ("", *NOT_LEARNED)
             else None,
         }
     differences = []

@@ -59,16 +59,19 @@ none.
 {overall}How far the probe set measures the gradient on W: its reliability after each number of
 steps, mean over the seeds that have one (how many). Below 0.3 it is mostly the probe batches.
 
-{reliable}{along}## Does it differ between the arms?
+{reliable}The ratio of the norms on W in the same way, where the reliability allows it.
+
+{ratios}{along}## Does it differ between the arms?
 
 The arm's cosine less that of {reference} at the same seed; of an expert, its own cosine on W less
 that of {reference} there.
 
 {between}## Where?
 
-Of the gradients induced on W, at the last probe: mean over seeds ± their standard deviation, with
-the 95 % interval over seeds; where not all seeds have a value, how many do. Negative: the share of
-its linears, over all probes and seeds, in which the cosine is.
+Of the gradients induced on W, averaged over the probes along training, each number over those that
+have one, as above: mean over seeds ± their standard deviation, with the 95 % interval over seeds;
+where not all seeds have a value, how many do. Negative: the share of its linears, over all probes
+and seeds, in which the cosine is.
 
 {where}{heat}## What the arms score
 
@@ -131,7 +134,7 @@ def pick(rows: Rows, space: str, expert: str = "all", **where: Any) -> Rows:
 
 
 def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
-    """One arm: by space along training, then layers, projections and experts at the last probe."""
+    """One arm: by space along training, then by layer, projection and expert."""
     steps = [step for step, _ in next(iter(trials.values()))]
     probes = {seed: dict(found) for seed, found in trials.items()}
 
@@ -172,17 +175,21 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
         ]  # fmt: skip
         return float(np.mean([c < 0 for c in cosines if c is not None]))
 
-    last = [found[steps[-1]] for found in probes.values()]
-    one = last[0]
+    one = next(iter(probes.values()))[steps[-1]]
     layers = sorted({row["layer"] for row in one})
     projections = [p for p in PROJECTIONS if any(row["projection"] == p for row in one)]
     experts = sorted({row["expert"] for row in one} - {"all"})
 
-    def at_last(**where: Any) -> dict[str, Any]:
-        of = [statistics(pooled(pick(rows, "w", **where))) for rows in last]
-        return {name: over_seeds([row[name] for row in of]) for name in STATISTICS} | {
-            "conflicts": conflicts("w", **where)
-        }
+    def place(**where: Any) -> dict[str, Any]:
+        """Each statistic over the probes that have one."""
+        of = [
+            [statistics(pooled(pick(rows, "w", **where))) for rows in found.values()]
+            for found in probes.values()
+        ]
+        return {
+            name: over_seeds([mean([row[name] for row in rows]) for rows in of])
+            for name in STATISTICS
+        } | {"conflicts": conflicts("w", **where)}
 
     return {
         "steps": steps,
@@ -196,15 +203,17 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
             for space in SPACES
         },
         "curve": {
-            space: {name: curve(space, name) for name in ("cosine", "corrected", "reliability")}
+            space: {
+                name: curve(space, name) for name in ("cosine", "corrected", "reliability", "ratio")
+            }
             for space in SPACES
         },
         "cells": {
-            f"{layer}": {p: at_last(layer=layer, projection=p) for p in projections}
+            f"{layer}": {p: place(layer=layer, projection=p) for p in projections}
             for layer in layers
         },
-        "layers": {f"{layer}": at_last(layer=layer) for layer in layers},
-        "projections": {p: at_last(projection=p) for p in projections},
+        "layers": {f"{layer}": place(layer=layer) for layer in layers},
+        "projections": {p: place(projection=p) for p in projections},
         "experts": {expert: averaged("w", "cosine", expert) for expert in experts},
     }
 
@@ -292,10 +301,11 @@ def markdown(v: dict[str, Any]) -> str:
                                  for key in ("cosine", "corrected")), *_rest(x)]
             for name, x in cells.items()
         ]  # fmt: skip
-    reliable = [
-        [label(arm), *(_known(row) for row in found["curve"]["w"]["reliability"])]
-        for arm, found in v["gradients"].items()
-    ]
+    reliable, ratios = (
+        [[label(arm), *(_known(row) for row in found["curve"]["w"][name])]
+         for arm, found in v["gradients"].items()]
+        for name in ("reliability", "ratio")
+    )  # fmt: skip
     noisy = [label(arm) for arm, found in v["gradients"].items()
              if (mean(found["curve"]["w"]["reliability"][-1]) or 0) < 0.3]  # fmt: skip
     rest = ["reliability", "negative", "removed", "ratio", "similarity"]
@@ -307,7 +317,7 @@ def markdown(v: dict[str, Any]) -> str:
         names = ", ".join(map(label, missing))
         unsure.insert(0, f"Anything about the gradients of {names}: no trial watched them.")
     if noisy:
-        unsure.insert(0, "Where in the network the tasks conflict at the last probe, in "
+        unsure.insert(0, "Where in the network the tasks conflict at the end of training, in "
                          f"{', '.join(noisy)}: the probe set measures mostly its own noise there, "
                          "and more `probes` would be needed.")  # fmt: skip
     unsure.insert(0, "Whether conflict causes interference: the cosines are an observation, PCGrad "
@@ -321,6 +331,7 @@ def markdown(v: dict[str, Any]) -> str:
         family=v["family"],
         overall=table(["arm", "in", "cosine", *test, "corrected", *rest], rows),
         reliable=table(["arm", *map(str, one["steps"])], reliable),
+        ratios=table(["arm", *map(str, one["steps"])], ratios),
         between=table(["arm", "in", "difference", *test], between)
         if between
         else "Nothing to compare with.\n\n",

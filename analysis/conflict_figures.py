@@ -18,8 +18,8 @@ CAPTIONS = {
     "along": "Cosine between the tasks' gradients (all layers and projections) after a number of "
     "steps, by space: mean over seeds with its 95 % interval; open: corrected for noise, where "
     "all seeds allow it.",
-    "heat": "Cosine between the tasks' gradients (induced on W) by layer and projection at the "
-    "last probe, mean over seeds; orange: conflict, blue: agreement.",
+    "heat": "Cosine between the tasks' gradients (induced on W) by layer and projection, "
+    "averaged over the probes along training, mean over seeds; orange: conflict, blue: agreement.",
 }
 NAMES = {
     "ab": "(A, B), as trained",

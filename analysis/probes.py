@@ -41,7 +41,8 @@ the one on a control task, in which each document has one value at random under 
 0.5) where the control is below it. Bits saved: of each value, by the online code of the probe
 against the values' own distribution; 0 where the features say nothing. At the layer with the
 highest mean score (of the base all layers are probed, of an arm the adapted ones: those below are
-the base's); mean over seeds ± their standard deviation, with its 95 % interval.
+the base's); mean over seeds ± their standard deviation, with its 95 % interval; the base is one
+model.
 
 {table}{picture}{ablation}## What the arms score
 
@@ -57,8 +58,8 @@ over seeds and queries.
 {provenance}
 """
 CAPTION = (
-    "Score of the probes by layer, R² or balanced accuracy: mean over seeds with its 95 % "
-    "interval; grey, dotted: the untrained base."
+    "Score of the probes by layer, R² or, where it says so, balanced accuracy: mean over seeds "
+    "with its 95 % interval; grey, dotted: the untrained base."
 )
 
 
@@ -183,6 +184,8 @@ def markdown(v: dict[str, Any]) -> str:
                 if of["best"] is None:
                     continue
                 row = of["layers"][of["best"]]
+                if view == "base":  # one model, whatever the seeds of the arms
+                    row = {key: over_seeds(row[key]["seeds"][:1]) for key in row}
                 rows.append([
                     "untrained base" if view == "base" else label(arm),
                     "all layers" if view == "base" else view, NAMES[name],
@@ -232,8 +235,8 @@ def draw(v: dict[str, Any]) -> Figure:
             unit = " (accuracy)" if name in first["binary"] else ""
             axes.set_title(NAMES[name] + unit, fontsize=7)
             axes.tick_params(labelsize=7)
-        for axes in grid[::wide]:
-            axes.set_ylabel("R²")
+        for axes, name in zip(grid[::wide], names[::wide], strict=False):
+            axes.set_ylabel("balanced accuracy" if name in first["binary"] else "R²")
         for axes in grid[-wide:]:
             axes.set_xlabel("layer")
         handles, texts = grid[0].get_legend_handles_labels()

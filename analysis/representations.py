@@ -76,7 +76,9 @@ expert acts on both alike.
 Of what training added to the features of documents and of pairs: how much one task's k leading
 directions hold of the other's variance (cross), between what they hold of the other half of their
 own task's texts (within) and what random directions hold (null): STIR = (cross - null) / (within -
-null). Direction: cosine of the two mean changes; tasks may share a subspace and pull apart in it. A
+null). k: as many as hold 90 % of the energy, at most a tenth of the texts in a half; held: how much
+they do hold (harmonic mean of the tasks), and below 90 % the strongest directions alone are spoken
+of. Direction: cosine of the two mean changes; tasks may share a subspace and pull apart in it. A
 pair holds a document, and a specialist has never trained the other task: its STIR is what the
 texts' likeness gives by itself, and speaks of the tasks only as far as a joint arm's differs.
 
@@ -118,6 +120,10 @@ def write(folder: Path) -> dict[str, Any]:
             for trial in trials.values():
                 trial["deltas"] = []  # of a file from before `subspaces.of_changes` left them out
     found["measured"] = {arm: summarise(list(trials.values())) for arm, trials in measured.items()}
+    for arm, of in found["measured"].items():
+        width = next(iter(arms[arm].values()))["width"]
+        for row in of["stir"]:  # the null is (k / D) / held
+            row["held"] = row["k"]["mean"] / width / row["null"]["mean"]
     found["tests"] = tests(found["measured"])
     drawn = {"layers": draw_layers(found), "spectra": draw_spectra(measured),
              "stir": draw_stir(found),
@@ -303,7 +309,7 @@ def markdown(v: dict[str, Any]) -> str:
                 label(arm), str(found["first_layer"] + i),
                 spread(row["stir"], "+.2f"), spread(row["cross"]), spread(row["within"]),
                 f"{row['null']['mean']:.2f}", f"{row['k']['mean']:.0f}",
-                spread(row["direction"], "+.2f"),
+                f"{100 * row['held']:.0f} %", spread(row["direction"], "+.2f"),
             ])  # fmt: skip
     tested = [
         [label(row["arm"]), row["what"], spread(row["difference"], "+.2f"),
@@ -334,7 +340,8 @@ def markdown(v: dict[str, Any]) -> str:
                     pairs) if pairs else none + "\n",
         values=_picture("spectra"),
         crosstalk=table(["arm", "expert", "crosstalk"], crosstalk),
-        stir=table(["arm", "layer", "STIR", "cross", "within", "null", "k", "direction"], stir),
+        stir=table(["arm", "layer", "STIR", "cross", "within", "null", "k",
+                    "held", "direction"], stir),
         overlap=_picture("stir"),
         subspaces=subspaces.markdown(v["measured"], label),
         scores=compare.scores_table(v),

@@ -29,7 +29,7 @@ from eval.provenance import stored as known
 from eval.retrieval import Ids, cut, exact, plan, to_run
 from eval.sources import Qrels, Sources, lacking, read_qrels, read_queries, read_splits
 from eval.vectors import DTYPES, MANIFEST, WINDOW, Vectors, encode, read_manifest
-from model import bases, saved
+from model import bases, parallel, saved
 from model.files import whole, write_json
 from model.heads import truncate
 from model.unimoer import UniMoER
@@ -66,8 +66,8 @@ class Judged:
 
 def run_encode(args: argparse.Namespace) -> None:
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if "LOCAL_RANK" in os.environ:
+        args.device = parallel.own_card(args.device)
     sources = _find(args.data)
     folder = _folder(args, sources.name)
     begun = read_manifest(folder) if (folder / MANIFEST).exists() else {}

@@ -20,6 +20,7 @@ from mteb.types import PromptType
 from torch import Tensor
 
 from eval.collections import Collection, require_split
+from eval.command import FULL
 from model.unimoer import UniMoER
 
 # ISO 639-1 -> mteb's name of a language and its script, of those that eval/hub.py has.
@@ -165,15 +166,25 @@ def main_score(side: Encoder | CrossEncoder, task: Any, folder: Path) -> float:
     Args:
         folder: of the results, in mteb's own layout.
     Raises:
-        ValueError: mteb could not evaluate it.
+        ValueError: its data cannot be had, or mteb could not evaluate it.
     """
     cache = mteb.ResultCache(folder)
     place = cache.get_task_result_path(task.metadata.name, side.mteb_model_meta)
     known = json.loads(place.read_text())["dataset_revision"] if place.exists() else None
-    found = mteb.evaluate(
-        cast(Any, side), task, cache=cache, encode_kwargs={"batch_size": 32},
-        overwrite_strategy="only-missing" if known in (None, task.metadata.revision) else "always",
-    )  # fmt: skip
+    again = "only-missing" if known in (None, task.metadata.revision) else "always"
+    try:
+        found = mteb.evaluate(
+            cast(Any, side), task, cache=cache, encode_kwargs={"batch_size": 32},
+            overwrite_strategy=again,
+        )  # fmt: skip
+    except OSError as problem:  # the hub's errors and those of `datasets` are of this class
+        if problem.errno in FULL:
+            raise
+        raise ValueError(
+            f"{task.metadata.name}: its data are neither in the cache nor to be had from the hub "
+            f"({type(problem).__name__}: {problem}). Without a network, evaluate it once on a "
+            "machine that has one and bring HF_HOME over. The tasks that are finished are kept"
+        ) from problem
     if not found.task_results:
         why = found.exceptions[0].exception if found.exceptions else "without a word why"
         raise ValueError(f"{task.metadata.name}: mteb did not evaluate it ({why})")

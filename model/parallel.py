@@ -34,18 +34,28 @@ def join(device: str) -> str:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
+    device = own_card(device)
     on_card = device.startswith("cuda")
-    if on_card:
-        local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= cards:
-            raise ValueError(
-                f"process {local} of this machine has no card of its own, there are {cards}: "
-                f"start torchrun with --nproc-per-node {cards} or fewer"
-            )
-        device = f"cuda:{local}"
-        torch.cuda.set_device(local)
     dist.init_process_group("nccl" if on_card else "gloo", timeout=PATIENCE)
     return device
+
+
+def own_card(device: str) -> str:
+    """Of a process that `torchrun` started: the card of its LOCAL_RANK, where cards are asked for.
+
+    Raises:
+        ValueError: there are more processes than cards on this machine.
+    """
+    if not device.startswith("cuda"):
+        return device
+    local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= cards:
+        raise ValueError(
+            f"process {local} of this machine has no card of its own, there are {cards}: "
+            f"start torchrun with --nproc-per-node {cards} or fewer"
+        )
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
 
 
 def leave() -> None:

@@ -1,5 +1,6 @@
 """The front of the remedies and what is said of routing: planted cases."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ def test_a_remedy_that_is_better_is_said_to_be(tmp_path: Path) -> None:
     assert set(found["front"]) == {"pcgrad", "ties-20"}
     assert "is below: on retrieval PCGrad; on reranking PCGrad, Ties-20." in text
     assert "is above: on retrieval Ties-20." in text
+    above = r"On retrieval, PCGrad is [78]\.\d+ points above Joint-Single \(.*\): against sharing"
+    assert re.search(above, text)
     assert "Routing beats no remedy on both tasks beyond chance." in text
     assert "| 75.0 % |" in text and (tmp_path / "remedies/smoke/pareto.svg").exists()
 

@@ -271,3 +271,12 @@ def test_a_full_disk_is_not_taken_for_a_file_that_is_absent(tmp_path, monkeypatc
 def test_a_group_is_not_one_collection() -> None:
     with pytest.raises(ValueError, match=r"DATA=bright is 12 collections.*bright/biology"):
         C.load("bright")
+
+
+def test_ms_marcos_test_split_has_grades_below_relevant(hub) -> None:
+    """It is TREC's Deep Learning track of 2019; what it is measured on, dev, has none."""
+    files, _ = hub
+    P.beir(files, "msmarco", 1)
+    assert C.load("msmarco").relevant_from == {"test": 2}
+    P.beir(files, "scifact", 1)
+    assert C.load("scifact").relevant_from == {}

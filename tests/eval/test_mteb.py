@@ -1,5 +1,6 @@
 """MTEB's scores of a model are ours; every type of task runs; what is kept beside the scores."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,23 @@ def test_a_score_is_of_what_the_task_asks_for(model: UniMoER, tmp_path: Path) ->
     stored["scores"]["test"].append(more)
     place.write_text(json.dumps(stored))
     assert mteb_adapter.main_score(side, task, tmp_path) == score
+
+
+def test_a_hub_that_is_down_is_told(
+    model: UniMoER, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side, task = mteb_adapter.Encoder(model, "unimoer/x", "1"), sts.MockSTSTask()
+
+    def load(*_: object, **__: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(type(task), "load_data", load)
+    problem = ConnectionError("no way out")
+    with pytest.raises(ValueError, match=r"MockSTS.*no way out.* bring HF_HOME over"):
+        mteb_adapter.main_score(side, task, tmp_path)
+    problem = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):
+        mteb_adapter.main_score(side, task, tmp_path)
 
 
 def test_what_cannot_be_named() -> None:
