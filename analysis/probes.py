@@ -15,11 +15,11 @@ from analysis.figures import label, span, table
 from analysis.page import limits, over_seeds, provenance, spread, warnings, write_folder
 
 NAMES = {
-    "covered_terms": "covered query terms", "covered_share": "their share", "tf_sum": "sum of TF",
-    "idf_sum": "sum of IDF", "bm25": "BM25", "bigrams": "share of query bigrams",
-    "length": "document length (ln)", "exact": "a query bigram is there",
-    "similarity": "similarity in the base", "nouns": "nouns in the query",
-    "verbs": "verbs in the query", "relevant": "relevant",
+    "covered_terms": "covered query terms", "covered_share": "share of terms covered",
+    "tf_sum": "sum of TF", "idf_sum": "sum of IDF", "bm25": "BM25",
+    "bigrams": "share of query bigrams", "length": "document length (ln)",
+    "exact": "a query bigram is there", "similarity": "similarity in the base",
+    "nouns": "nouns in the query", "verbs": "verbs in the query", "relevant": "relevant",
 }  # fmt: skip
 INGREDIENTS = ("covered_terms", "tf_sum", "idf_sum", "bm25")  # of BM25, and itself
 PAGE = """# {title}
@@ -170,6 +170,8 @@ def reading(v: dict[str, Any]) -> str:
                 f"{NAMES[up]} ({gains[up]:+.2f}) and least on {NAMES[down]} ({gains[down]:+.2f})."
             )
         said += _experts(arm, found)
+    if max(len(row["seeds"]) for row in v["arms"].values()) == 1:
+        said.insert(0, "One seed: what differs between arms may be its own.")
     more = ablation.reading(v["ablated"])
     return " ".join([*said, more] if more else said) or "There is nothing to compare yet."
 
@@ -232,11 +234,11 @@ def draw(v: dict[str, Any]) -> Figure:
                 _line(axes, found, "model", name, colour, figures.DASHES[at % 3], label(arm))
             first = next(iter(arms.values()))
             _line(axes, first, "base", name, figures.GREY, ":", "untrained base")
-            unit = " (accuracy)" if name in first["binary"] else ""
+            unit = " (acc.)" if name in first["binary"] else ""
             axes.set_title(NAMES[name] + unit, fontsize=7)
             axes.tick_params(labelsize=7)
         for axes, name in zip(grid[::wide], names[::wide], strict=False):
-            axes.set_ylabel("balanced accuracy" if name in first["binary"] else "R²")
+            axes.set_ylabel("accuracy" if name in first["binary"] else "R²")
         for axes in grid[-wide:]:
             axes.set_xlabel("layer")
         handles, texts = grid[0].get_legend_handles_labels()
