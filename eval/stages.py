@@ -40,6 +40,7 @@ class Stages:
         self.begun = sorted({*was.pop(SOURCES, ()), sources()})
         if renew and was != of:
             self.begun = [sources()]
+            parallel.wait()  # all have read what was there
             if self.writes:
                 shutil.rmtree(self.folder, ignore_errors=True)
             parallel.wait()

@@ -331,8 +331,12 @@ def _scores(model: UniMoER, config: Config, bench: Workbench, keep: Stages) -> d
 
 def _pieces(path: Path, config: Config, bench: Workbench, model: str) -> Stages:
     """Of the scores of a model, `weights.revision`, beside its result until that is stored."""
-    of = {"model": model, "data": bench.collection.fingerprint, "config": config.to_json()}
-    return Stages(path, {**of, "device": bench.device, "kernels": bench.kernels}, renew=True)
+    of = {
+        "model": model, "data": bench.collection.fingerprint, "config": config.to_json(),
+        "device": torch.device(bench.device).type,  # not which: each process has its own
+        "kernels": bench.kernels,
+    }  # fmt: skip
+    return Stages(path, of, renew=True)
 
 
 def run_baselines(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import run
+from eval.protocol import EvaluationSet
 from model import parallel
 from model.prefix import TextSet
 from model.unimoer import UniMoER
@@ -117,6 +118,24 @@ def test_a_killed_process_ends_the_job_and_one_process_finishes_it(tiny_base, ti
     assert run.main(words(tiny_base, tiny_data, tmp_path / "runs", **steps)) == 0
     assert run.main(words(tiny_base, tiny_data, tmp_path / "whole", **steps)) == 0
     assert_alike(tmp_path / "whole", tmp_path / "runs")
+
+
+def test_scores_that_one_process_began_are_finished_by_two(
+    tiny_base, tiny_data, tmp_path, single, monkeypatch
+):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EvaluationSet, "reranking", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(words(tiny_base, tiny_data, tmp_path / "runs"))
+    (piece,) = tmp_path.glob("runs/kill_gate/*/joint-moe/seed0.json.part/retrieval.json")
+    job = launch(2, words(tiny_base, tiny_data, tmp_path / "runs"))
+    output = job.communicate(timeout=200)[0]
+    assert job.returncode == 0, output
+    assert "test embedding" not in output, "retrieval was there"
+    assert_alike(single, tmp_path / "runs")
+    assert not piece.parent.exists()
 
 
 def test_one_process_needs_no_job(monkeypatch):
