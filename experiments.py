@@ -93,6 +93,8 @@ def _ranks(*ranks: int) -> dict[str, dict]:
 EXPERIMENTS = {
     "kill_gate": Experiment(
         question="Does training one model for retrieval and reranking cost either task?",
+        expected="Neither outcome: the proposal names both, and what follows from each. What "
+        "counts as a loss was fixed instead, by the rule below.",
         smoke_seeds=3,  # the whole rule is applied
         arms=ARMS,
         controls={

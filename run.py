@@ -390,7 +390,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
-        work = partial(COMMANDS[args.command], args)
+        work = parallel.connected()(partial(COMMANDS[args.command], args))
         return exit_status(work, NonFiniteLoss, parallel.LostProcess)
     finally:
         parallel.leave()

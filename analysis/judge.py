@@ -188,6 +188,7 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         "experiment": experiment,
         "setting": folder.name,
         "question": study.question if study else "",
+        "expected": study.expected if study else "",
         **{key: found[key] for key in ("decision", "supported", "reason", "seeds", "alpha")},
         "seeds_compared": common,
         "seeds_planned": experiments.seeds(experiment, folder.name) if study else None,

@@ -94,6 +94,18 @@ def spread(found: Mapping[str, Any], form: str = ".2f") -> str:
     return f"{text} ± {np.std(found['seeds'], ddof=1):{form.lstrip('+')}} [{low}, {high}]"
 
 
+def claims_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Differences over seeds that `with_holm` has adjusted, a row each: arm, what, difference."""
+    cells = [
+        [figures.label(row["arm"]), row["what"], spread(gap, "+.2f"), figures.p_value(gap["p"]),
+         figures.p_value(gap.get("p_holm")),
+         f"{gap['detectable']:.2f}" if "detectable" in gap else "-", str(len(gap["seeds"]))]
+        for row in rows for gap in (row["difference"],)
+    ]  # fmt: skip
+    head = ["arm", "what", "difference", "p", "Holm p", "detectable", "seeds"]
+    return figures.table(head, cells)
+
+
 def notes(v: dict[str, Any]) -> list[str]:
     """What a reader has to know before any number; v: with setting, split and warnings."""
     said = [f"Warning: {text}" for text in v["warnings"]]

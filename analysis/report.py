@@ -19,7 +19,9 @@ SAME_SIZE = ("joint-3r", "uniform-moe")  # controls with Joint-MoE's parameters 
 DECISIONS = ("proceed", "pivot", "more_seeds", "inconclusive")
 PAGE = """# {title}
 
-{v[question]}
+**Question.** {v[question]}
+
+**Expected, before the first run.** {v[expected]}
 {notes}
 ## Verdict
 

@@ -17,6 +17,8 @@ NAMED = ("embedding", "reranking", "shared")  # experts, each in its colour in e
 MAPS = {"tsne": "t-SNE", "umap": "UMAP"}
 CAPTIONS = {
     "layers": "CKA with the untrained base by layer: mean over seeds with its 95 % interval.",
+    "experts": "CKA of two experts of one model, each alone on the same texts, by layer: mean over "
+    "seeds with its 95 % interval (Student's t, which knows no limit such as 1).",
     "spectra": "Singular values of ΔW by expert, each over its linear's largest, mean over linears "
     "and seeds.",
     "stir": "What training added, by layer: STIR between documents and pairs (1: as much as a "
@@ -39,6 +41,35 @@ def draw_layers(v: dict[str, Any]) -> Figure:
     ])  # fmt: skip
     panels[0].set_ylabel("CKA with the base")
     return figure
+
+
+def draw_experts(v: dict[str, Any]) -> Figure:
+    """CKA of two experts by layer: a column a kind of text, a row an arm, a line a pair."""
+    arms = {arm: found for arm, found in v["measured"].items() if found["pairs"]}
+    with matplotlib.rc_context(figures.STYLE):
+        size = (figures.WIDTH, 0.7 + 1.5 * len(arms))
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(arms), len(KINDS), sharex=True, sharey=True, squeeze=False)
+        for row, (arm, found) in zip(grid, arms.items(), strict=True):
+            row[0].set_ylabel(f"{label(arm)}\nCKA")
+            for axes, kind in zip(row, KINDS, strict=True):
+                for at, (pair, rows) in enumerate(found["experts"][kind].items()):
+                    x = [found["first_layer"] + i for i in range(len(rows))]
+                    known = [[value for value in values if value is not None] for values in rows]
+                    colour = figures.SPARE[at % len(figures.SPARE)]
+                    middle = [np.mean(values) if values else np.nan for values in known]
+                    axes.plot(x, middle, color=colour, marker="os^Dv"[at % 5], markersize=3,
+                              linestyle=figures.DASHES[at % 4],
+                              label=pair.replace(" | ", " with "))  # fmt: skip
+                    shade(axes, x, known, colour)
+                    axes.set_xticks(x)
+        for axes, text in zip(grid[0], KINDS.values(), strict=True):
+            axes.set_title(text.capitalize(), fontweight="bold")
+        for axes in grid[-1]:
+            axes.set_xlabel("layer")
+        handles, texts = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, texts, loc="outside lower center", ncols=3)
+        return figure
 
 
 def draw_stir(v: dict[str, Any]) -> Figure:

@@ -69,17 +69,19 @@ class Row:
 
 def embedder(base: str, task: str = TASK, document_tokens: int = TOKENS) -> ModelConfig:
     """Qwen3-Embedding and what is made like it. base: hub id or folder."""
+    prompts = Prompts(query="Instruct: {instruction}\nQuery:{query}", instruction=task)
     return ModelConfig(
-        base=base, prompts=Prompts(query=f"Instruct: {task}\nQuery:{{query}}"),
+        base=base, prompts=prompts,
         embedding_pooling="last", end_token="<|endoftext|>", document_tokens=document_tokens,
     )  # fmt: skip
 
 
 def reranker(base: str, task: str = TASK) -> ModelConfig:
     """Qwen3-Reranker. base: hub id or folder."""
-    body = f"<Instruct>: {task}\n<Query>: {{query}}\n<Document>: {{document}}"
+    body = "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
+    prompts = Prompts(pair=JUDGE + body + CHAT[1], instruction=task)
     return ModelConfig(
-        base=base, prompts=Prompts(pair=JUDGE + body + CHAT[1]), rerank_head="yes_no",
+        base=base, prompts=prompts, rerank_head="yes_no",
         reranking_pooling="last", end_token="<|endoftext|>", document_tokens=TOKENS,
     )  # fmt: skip
 

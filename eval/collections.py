@@ -41,8 +41,7 @@ class Collection:
         excluded: query id -> documents that are taken out of every ranking before it is scored,
             because the authors say that they are neither right nor wrong.
         language: of documents and queries (ISO 639-1); BM25 cuts and stems words by it.
-        query_prompt: the template that the authors give for the embedded queries, in place of the
-            model's own; "" for none.
+        instruction: the task in words, as the authors give it to the models; "" for none.
         relevant_from: split -> the lowest grade that counts as relevant in scores, where not 1.
         negatives: (depth, count) -> query id -> BM25's hard negatives, kept by `train.batches`.
     """
@@ -57,7 +56,7 @@ class Collection:
     provenance: dict[str, str]
     excluded: dict[str, list[str]] = field(default_factory=dict)
     language: str = "en"
-    query_prompt: str = ""
+    instruction: str = ""
     relevant_from: dict[str, int] = field(default_factory=dict)
     # What a process has found out about it, for all of its trials
     _indices: dict[int, BM25] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -297,7 +296,7 @@ def _read(sources: Sources, cache: Path | None) -> Collection:
     pools = dict.fromkeys(splits, everything)  # one list: the largest corpus has 8.8 million ids
     return Collection(
         sources.name, texts, queries.texts, splits, queries.domain, pools, mark,
-        sources.provenance | origin, queries.excluded, sources.language, sources.query_prompt,
+        sources.provenance | origin, queries.excluded, sources.language, sources.instruction,
         sources.relevant,
     )  # fmt: skip
 

@@ -211,7 +211,7 @@ def _bright(domain: str, cache: Path | None) -> Sources:
     return Sources(
         f"bright-{domain}", files[1:], files[:1], {}, {repo: at},
         key="id", document="content", query="query", beside="test", published=True,
-        query_prompt=f"Instruct: {BRIGHT[domain]}\nQuery: {{query}}",
+        instruction=BRIGHT[domain],
     )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class Judged:
     Attributes:
         queries: those that are judged. excluded: of them alone; see `collections.Collection`.
         relevant: the grade from which a document counts as relevant.
-        prompt: the collection's own for queries, or "".
+        instruction: the collection's own for queries, or "".
         origin: where queries and judgments came from.
     """
 
@@ -56,7 +56,7 @@ class Judged:
     qrels: Qrels
     excluded: dict[str, list[str]]
     relevant: int
-    prompt: str
+    instruction: str
     origin: dict[str, str]
 
     def depth(self, k: int) -> int:
@@ -176,7 +176,7 @@ def _judged(args: argparse.Namespace, sources: Sources) -> Judged:
     return Judged(
         split, {query: queries.texts[query] for query in qrels}, qrels,
         {query: out for query, out in queries.excluded.items() if query in qrels},
-        args.relevant or usual, sources.query_prompt, origin,
+        args.relevant or usual, sources.instruction, origin,
     )  # fmt: skip
 
 
@@ -194,8 +194,8 @@ def _measure(
 
     with timed("queries"):
         model = UniMoER.from_pretrained(args.model, args.device)
-        if judged.prompt:
-            model.tokenizer = model.tokenizer.with_query(judged.prompt)
+        if judged.instruction:
+            model.tokenizer = model.tokenizer.with_instruction(judged.instruction)
         prompts = vars(model.tokenizer.prompts)
         asked = truncate(model.encode_query(list(judged.queries.values())), stored.dimension)
         del model  # its memory is the search's

@@ -41,8 +41,7 @@ def meta(model: UniMoER, name: str, version: str, *, cross: bool) -> ModelMeta:
         loader=None,
         loader_kwargs={
             "base": model.identity,
-            "prompts": {"query": c.prompts.query, "document": c.prompts.document,
-                        "pair": c.prompts.pair},
+            "prompts": {name: c.prompts.filled(name) for name in ("query", "document", "pair")},
             "document_tokens": c.document_tokens,
             "pooling": {"embedding": c.embedding_pooling, "reranking": c.reranking_pooling},
         },
@@ -204,9 +203,9 @@ def tasks(
         ValueError: there is no such split, or mteb's evaluator would not keep to the collection's
             rules.
     """
-    if collection.excluded or collection.query_prompt:
+    if collection.excluded or collection.instruction:
         raise ValueError(
-            f"{collection.name} excludes documents by query or has its own prompt, which mteb "
+            f"{collection.name} excludes documents by query or has its own instruction, which mteb "
             "would pass over: use BENCH=beir, or mteb's own task of it"
         )
     judged = require_split(collection, split)

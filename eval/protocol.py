@@ -93,8 +93,8 @@ class EvaluationSet:
         self._sets: dict[str, TextSet] = {}
 
     def _prompted(self, tokenizer: Tokenizer) -> Tokenizer:
-        prompt = self.collection.query_prompt
-        return tokenizer.with_query(prompt) if prompt else tokenizer
+        own = self.collection.instruction
+        return tokenizer.with_instruction(own) if own else tokenizer
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -36,7 +36,7 @@ class Sources:
             that the corpus lacks (ArguAna has some) then counts as one that nobody finds, as in
             trec_eval, where in a folder of one's own it is an error.
         own_document: a query is itself in the corpus, under its own id, and is no answer.
-        language, query_prompt: see `collections.Collection`.
+        language, instruction: see `collections.Collection`.
         provenance: e.g. repository -> commit, or {"path": ...}.
         relevant: split -> the lowest grade that is relevant, where that is not 1.
     """
@@ -57,7 +57,7 @@ class Sources:
     published: bool = False
     own_document: bool = False
     language: str = "en"
-    query_prompt: str = ""
+    instruction: str = ""
     relevant: dict[str, int] = field(default_factory=dict)
 
     def only(self, split: str) -> "Sources":

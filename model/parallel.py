@@ -16,6 +16,7 @@ from torch import Tensor
 # Of one wait for the others. Rank 0 alone looks into trained models and writes reports meanwhile;
 # that a process is gone is seen at once by its closed connection, and by torchrun.
 PATIENCE = timedelta(hours=6)
+GLOO = "gloo/transport"  # in the text of its errors, which have no class of their own
 CHUNK = 2**25  # bytes of `together`
 _alone = False
 
@@ -101,21 +102,26 @@ def first() -> Iterator[None]:
 
 
 @contextmanager
-def _talking() -> Iterator[None]:
+def connected() -> Iterator[None]:
+    """What a lost connection raises in here, in this module or in FSDP, becomes LostProcess."""
     try:
         yield
     except RuntimeError as error:
+        if not dist.is_initialized() or not (
+            isinstance(error, dist.DistError) or GLOO in f"{error}"
+        ):
+            raise
         raise LostProcess(
-            f"rank {rank()} of {world()} lost another process of the job ({error}). Look for that "
-            "one's own error; the same command goes on from the last checkpoint"
+            f"rank {dist.get_rank()} of {dist.get_world_size()} lost another process of the job "
+            f"({error}). Look for that one's own error; the same command goes on from the last "
+            "checkpoint"
         ) from error
 
 
 def wait() -> None:
     """Until every process is here."""
     if world() > 1:
-        with _talking():
-            dist.barrier()
+        dist.barrier()
 
 
 def gather(rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
@@ -132,8 +138,7 @@ def gather(rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
     mine = rows.new_zeros(most, *rows.shape[1:])
     mine[: len(rows)] = rows
     found = [torch.empty_like(mine) for _ in counts]
-    with _talking():
-        dist.all_gather(found, mine)
+    dist.all_gather(found, mine)
     return [of[:count] for of, count in zip(found, counts, strict=True)]
 
 
@@ -145,8 +150,7 @@ def add(tensors: Sequence[Tensor]) -> None:
     for dtype in sorted({t.dtype for t in tensors}, key=str):
         some = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.flatten() for t in some])
-        with _talking():
-            dist.all_reduce(flat)
+        dist.all_reduce(flat)
         for t, summed in zip(some, flat.split([t.numel() for t in some]), strict=True):
             t.copy_(summed.view_as(t))
 

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer as FastTokenizer
 # Texts, and their characters, whose whole encodings, before they are cut, are in memory at once.
 CHUNK, CHARACTERS = 1000, 4_000_000
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
+INSTRUCTION = "{instruction}"  # its place in a template
+INSTRUCTED = f"Instruct: {INSTRUCTION}\nQuery: {{query}}"
 Part = tuple[str, int, int]  # a text, and which of its characters are a document (0, 0: none)
 
 
@@ -19,12 +21,14 @@ Part = tuple[str, int, int]  # a text, and which of its characters are a documen
 class Prompts:
     """Templates with `{query}` and `{document}`; saved with every model.
 
-    The pair's template holds both. What is outside the braces is never truncated.
+    The pair's template holds both. What is outside the braces is never truncated. Where one has a
+    place `{instruction}`, the task in words stands there, which a benchmark may replace.
     """
 
     query: str = "Query: {query}"
     document: str = "{document}"
     pair: str = "Query: {query}\nDocument: {document}"
+    instruction: str = ""
 
     def __post_init__(self):
         for name, needs in (
@@ -32,9 +36,18 @@ class Prompts:
             ("document", ("{document}",)),
             ("pair", ("{query}", "{document}")),
         ):
-            template = getattr(self, name)
+            template = self.filled(name)
             if any(template.count(field) != 1 for field in needs):
                 raise ValueError(f"prompt {name!r} needs {' and '.join(needs)} once: {template!r}")
+
+    def filled(self, name: str) -> str:
+        """A template with the instruction in it. name: query, document or pair."""
+        return getattr(self, name).replace(INSTRUCTION, self.instruction)
+
+    def instructed(self, instruction: str) -> "Prompts":
+        """With a benchmark's own instruction; if queries have no place for one, as INSTRUCTED."""
+        query = self.query if INSTRUCTION in self.query else INSTRUCTED
+        return replace(self, query=query, instruction=instruction)
 
 
 class Tokenizer:
@@ -94,10 +107,10 @@ class Tokenizer:
         assert end is not None
         self.end_id = end
 
-    def with_query(self, template: str) -> "Tokenizer":
-        """The same with another template for queries, such as a benchmark's own instruction."""
+    def with_instruction(self, instruction: str) -> "Tokenizer":
+        """The same, asked with a benchmark's own instruction; see `Prompts.instructed`."""
         other = copy.copy(self)
-        other.prompts = replace(self.prompts, query=template)
+        other.prompts = self.prompts.instructed(instruction)
         return other
 
     def with_pair(self, template: str) -> "Tokenizer":
@@ -126,16 +139,16 @@ class Tokenizer:
 
     def queries(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text in the query template, whole, with the end token."""
-        return self._encode(self.prompts.query, [{"query": text} for text in texts])
+        return self._encode(self.prompts.filled("query"), [{"query": text} for text in texts])
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids in the document template, the document cut to `document_tokens`."""
-        return self._encode(self.prompts.document, [{"document": text} for text in texts])
+        return self._encode(self.prompts.filled("document"), [{"document": text} for text in texts])
 
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
         """Token ids of (query, document) in the pair's template, only the document cut."""
         rows = [{"query": query, "document": document} for query, document in pairs]
-        return self._encode(self.prompts.pair, rows, self.pair_end)
+        return self._encode(self.prompts.filled("pair"), rows, self.pair_end)
 
     def template(self, text: str) -> list[int]:
         """Token ids of a text of our own, whose special tokens are such, with nothing put before or

@@ -93,7 +93,6 @@ def train(
     Raises:
         NonFiniteLoss: with the step and the batch's ids.
         ValueError: the checkpoint belongs to another config or origin, or not all processes see it.
-        LostProcess: another process of the job is gone.
     """
     parameters, writes = model.trained(), parallel.rank() == 0
     held = Held(model, config.frozen)

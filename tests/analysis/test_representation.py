@@ -14,6 +14,7 @@ import experiments
 from analysis import representation, representations, spectra, subspaces
 from analysis.cka import CKA, cka, hsic
 from analysis.page import over_seeds
+from analysis.representation_claims import claims
 from analysis.subspace import between, factor, rank_for, stir
 from eval import stats
 from eval.collections import load
@@ -287,11 +288,11 @@ def test_what_is_claimed_is_tested_over_seeds() -> None:
     far = {"emb-only": {"by_seed": [0.94, 0.95, 0.96]}, "rank-only": {"by_seed": [0.9] * 3}}
     pair = {"outputs_overlap": over_seeds([0.25, 0.26, 0.27]),
             "outputs_by_chance": over_seeds([0.26, 0.26, 0.26])}  # fmt: skip
-    measured = {
+    measured: Any = {
         "emb-only": {"arms": {kind: {} for kind in representations.KINDS}, "pairs": {}},
         "joint-moe": {"arms": {"document": cka, "pair": far}, "pairs": {"a | b": pair}},
     }
-    rows = representations.tests(measured)
+    rows = claims(measured)
     assert [row["arm"] for row in rows] == ["joint-moe"] * 3
     means = [row["difference"]["mean"] for row in rows]
     assert means == pytest.approx([0.02, 0.05, 0.0])
@@ -300,7 +301,35 @@ def test_what_is_claimed_is_tested_over_seeds() -> None:
     assert rows[2]["what"] == "overlap of a with b (write) less by chance"
     # A seed that one of them lacks is left out, and pairs stay those of one seed.
     cka["emb-only"]["by_seed"], cka["rank-only"]["by_seed"] = [None, 0.92, 0.93], [0.1, 0.9, 0.9]
-    assert representations.tests(measured)[0]["difference"]["seeds"] == pytest.approx([0.02, 0.03])
+    assert claims(measured)[0]["difference"]["seeds"] == pytest.approx([0.02, 0.03])
+
+
+def test_routing_is_held_against_uniform_weights_and_sharing_against_the_specialists() -> None:
+    """By seed: 0.10 and 0.12 below Uniform-MoE's, whose first seed the other lacks; 0.2 below and
+    0.1 above the specialists' STIR."""
+    none: Any = {kind: {} for kind in representations.KINDS}
+
+    def arm(seeds: list[int], overlap: list[float] | None, stir: list[float | None]) -> Any:
+        row = {} if overlap is None else {"a | b": {
+            "outputs_overlap": over_seeds(overlap),
+            "outputs_by_chance": over_seeds([0.0] * len(overlap)),
+        }}  # fmt: skip
+        return {"at": seeds, "arms": none, "pairs": row, "stir": [{"stir": {"by_seed": stir}}]}
+
+    rows = claims({
+        "emb-only": arm([1, 2], None, [0.7, 0.9]), "rank-only": arm([1, 2], None, [0.4, 0.6]),
+        "joint-single": arm([1, 2], None, [0.5, 0.7]),
+        "joint-moe": arm([1, 2], [0.25, 0.26], [0.0, 0.0]),
+        "uniform-moe": arm([0, 1, 2], [0.9, 0.35, 0.38], [None, 0.0, 0.0]),
+    })  # fmt: skip
+    found = {(row["arm"], row["what"]): row["difference"]["seeds"] for row in rows}
+    stir = "STIR of documents with pairs less"
+    assert found["joint-single", f"{stir} Emb-Only's"] == pytest.approx([-0.2, -0.2])
+    assert found["joint-single", f"{stir} Rank-Only's"] == pytest.approx([0.1, 0.1])
+    overlap = "overlap of a with b (write) less"
+    assert found["joint-moe", f"{overlap} Uniform-MoE's"] == pytest.approx([-0.1, -0.12])
+    assert ("uniform-moe", f"{overlap} Uniform-MoE's") not in found
+    assert len(found) == 5
 
 
 @pytest.mark.parametrize("method", representation.MAPS)

@@ -107,6 +107,17 @@ def test_a_task_of_one_s_own(embedding_folder: Path) -> None:
         baselines.published("Find {query}")
 
 
+def test_a_benchmark_s_instruction_reaches_both_models(make_base) -> None:
+    """In the words of each model's own template, as it was trained."""
+    folder = str(folder_of(make_base, 3))
+    near, far = (UniMoER(made(folder)).tokenizer.with_instruction("Find code")
+                 for made in (baselines.embedder, baselines.reranker))  # fmt: skip
+    assert near.fast.decode(near.queries(["a"])[0]) == "Instruct: Find code\nQuery:a"
+    assert "<Instruct>: Find code\n<Query>: a\n<Document>: b" in far.fast.decode(
+        far.pairs([("a", "b")])[0]
+    )
+
+
 # Qwen3-Reranker ---------------------------------------------------------------------------------
 
 

@@ -59,14 +59,13 @@ def test_a_domain_of_bright(hub) -> None:
     assert data.queries == {str(i): pair.query for i, pair in enumerate(pairs[:3])}
     assert data.qrels == {"test": {str(i): {f"{pairs[i].id}.txt": 1} for i in range(3)}}
     assert data.excluded == {"0": ["itself.txt"]}  # "N/A" stands for none
-    assert data.query_prompt == (
-        "Instruct: Given a earth_science post, retrieve relevant passages that help answer the "
-        "post\nQuery: {query}"
+    assert data.instruction == (
+        "Given a earth_science post, retrieve relevant passages that help answer the post"
     )
     assert data.provenance == {"xlangai/BRIGHT": "commit-of-BRIGHT"}
     for other in H.BRIGHT:
         P.bright(hub[0], other, 0)
-        assert C.load(f"bright/{other}").query_prompt.count("{query}") == 1
+        assert C.load(f"bright/{other}").instruction == H.BRIGHT[other]
 
 
 @pytest.mark.parametrize("language", ["sw", "hi", "ja"])
@@ -104,7 +103,7 @@ def test_triviaqa(hub) -> None:
     }
     assert data.queries == {str(i): P.functions()[i].query for i in range(2)}
     assert data.qrels == {"dev": {"0": {"7": 1, "8": 1}, "1": {"8": 1}}}
-    assert data.excluded == {} and data.query_prompt == ""
+    assert data.excluded == {} and data.instruction == ""
     assert data.provenance == {
         "Tevatron/wikipedia-trivia": "commit-of-wikipedia-trivia",
         "Tevatron/wikipedia-trivia-corpus": "commit-of-wikipedia-trivia-corpus",

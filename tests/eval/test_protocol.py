@@ -331,11 +331,10 @@ def test_what_is_excluded_is_taken_out_before_the_cut(collection, model, config,
     assert found[second] == before[second]
 
 
-def test_the_collection_s_own_prompt_goes_before_queries_alone(collection, model, config, make):
-    template = "Instruct: find it\nQuery: {query}"
-    own = replace(collection, query_prompt=template)
+def test_the_collection_s_instruction_goes_before_queries_alone(collection, model, config, make):
+    own = replace(collection, instruction="find it")
     evaluation = EvaluationSet(own, model.tokenizer, config, without_states)
-    assert evaluation.tokenizer.prompts == replace(model.tokenizer.prompts, query=template)
+    assert evaluation.tokenizer.prompts == model.tokenizer.prompts.instructed("find it")
     assert model.tokenizer.prompts.query == config.query_prompt  # the model keeps its own
     plain = make().vectors(model)
     vectors = evaluation.vectors(model)

@@ -32,15 +32,27 @@ def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.fast.encode(text).ids
 
 
-def test_another_template_for_queries_alone(tiny_base: Path) -> None:
+def test_an_instruction_stands_in_its_place(tiny_base: Path) -> None:
+    """In both templates where they have one, or before the query alone; texts keep their braces."""
+    own = Prompts("A {instruction} Q:{query}", "{document}", "B {instruction}: {query} {document}",
+                  "first")  # fmt: skip
+    tokenizer = Tokenizer(tiny_base, own, 24)
+    for instruction, made in (("first", tokenizer), ("look", tokenizer.with_instruction("look"))):
+        [query], [pair] = made.queries(["{instruction}"]), made.pairs([("a", "{document}")])
+        assert text_of(made, query) == f"A {instruction} Q:{{instruction}}"
+        assert text_of(made, pair) == f"B {instruction}: a {{document}}"
+    assert tokenizer.prompts == own
+    with pytest.raises(ValueError, match="prompt 'query' needs {query} once"):
+        tokenizer.with_instruction("look for {query}")
+
+
+def test_an_instruction_where_no_template_has_a_place(tiny_base: Path) -> None:
     first = make(tiny_base)
-    other = first.with_query("Instruct: look\nQuery: {query}")
+    other = first.with_instruction("look")
     assert text_of(other, other.queries(["yes"])[0]).startswith("Instruct: look\nQuery: yes")
     assert first.prompts == WRAPPED
     assert other.documents(["yes"]) == first.documents(["yes"])
     assert other.pairs([("a", "b")]) == first.pairs([("a", "b")])
-    with pytest.raises(ValueError, match="prompt 'query' needs {query} once"):
-        first.with_query("Instruct: look")
 
 
 def test_short_texts_are_whole(tiny_base: Path) -> None:
