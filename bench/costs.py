@@ -56,9 +56,7 @@ COLLECTIONS = {
         8_841_823, 6_980, 10, 80, 92,
         "passages and queries of MS MARCO dev.small, as published (arXiv 2104.08663, table 1). "
         "Assumed: 80 tokens a passage and 7 a query, from that table's 55.98 and 5.96 words and "
-        "the tokens of a word in a sample. `run.py` measures the test split (43 queries, the same "
-        "passages) if `--split dev` does not say otherwise: the reranking column shrinks, the "
-        "others stay",
+        "the tokens of a word in a sample",
     ),
 }  # fmt: skip
 

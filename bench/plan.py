@@ -20,7 +20,7 @@ from bench.costs import COLLECTIONS, Counts, Option
 from bench.model import RESULTS
 from bench.roofline import BANDWIDTH, CARDS, GEMM, LAUNCH, Card
 from bench.shapes import parameters, shape_of
-from eval.collections import load, require_split
+from eval.collections import KEPT_FROM, load, require_split
 from eval.protocol import SCORES, WINDOW
 from model import bases
 from model.config import DecoderConfig
@@ -234,16 +234,20 @@ def render(
     window, widest = min(WINDOW, counts.documents), max(p.shape.hidden_size for p in plans)
     ids, vectors = TOKEN * window * counts.document, 4 * window * widest
     scores = 16 * min(SCORES, window * counts.queries)  # fp32, their bits, the keys
+    texts = c.embedding_batch * (counts.query + (1 + c.hard_negatives) * counts.document)
+    trained = TOKEN * c.steps * (texts + c.reranking_batch * c.group_size * counts.pair)
     peak, made = (bytes_ * counts.documents / 1e9 for bytes_ in (BM25_PEAK, BM25_MADE))
+    kept = counts.documents > KEPT_FROM
     left = (
         "## Not in it\n\n"
         "- Loading, tokenization, BM25 (its index, the candidates and negatives) and disk.\n"
         "- The exact search, on the host: the last column of the operations for each of the "
         f"{rankings} rankings.\n"
         f"- The host's memory. The documents are encoded and searched in windows of {window:,}: at "
-        f"most {(ids + vectors + scores) / 1e9:,.2f} GB of token ids, vectors and scores. BM25's "
-        f"index: about {peak:,.1f} GB while it is made, {made:,.1f} GB from then on. All of it in "
-        "each process, so twice on two cards.\n"
+        f"most {(ids + vectors + scores) / 1e9:,.2f} GB of token ids, vectors and scores, beside "
+        f"{trained / 1e9:,.2f} GB of what is trained on; in each process, so twice on two cards. "
+        f"BM25's index: about {peak:,.1f} GB while it is made, {made:,.1f} GB from then on, "
+        f"{'once, in the cache on disk, mapped' if kept else 'also in each process'}.\n"
         "- Batches above the mean, attention over texts of unequal length, a card that is slower "
         "when hot, other work on the machine.\n"
         "- A T4 multiplies fp16 alone (`--set dtype=float16`) and pads in attention.\n"

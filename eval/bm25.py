@@ -4,13 +4,20 @@ The scores are `bm25s`'s (arXiv 2407.03618, method "lucene"); the ranking is don
 `bm25s` breaks ties by chance of memory layout and candidates have to be the same in every run.
 """
 
+import hashlib
+import os
+import shutil
+import sys
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 
 import bm25s
 import numpy as np
 import Stemmer
+
+from model.files import locked
 
 # A letter or digit, with the accents and vowel signs that `\w` leaves out (those of Latin, Arabic,
 # Indic and Thai script): without them a Hindi word falls into single letters.
@@ -42,6 +49,10 @@ class BM25:
         ids: document ids, unique.
         texts: their texts, each asked for once; an empty text is allowed and is never found.
         language: ISO 639-1.
+        folder: where the index is kept, if at all: whoever asks for it next, here or in another
+            process, reads it from there, memory-mapped, so that processes share its pages. A
+            damaged one is made again.
+        content: a hash of what `texts` say, by which it is found in `folder`.
     Raises:
         ValueError: `ids` and `texts` differ in length, an id occurs twice, there is no document,
             or k1 or b is out of range.
@@ -55,6 +66,8 @@ class BM25:
         k1: float = 0.9,
         b: float = 0.4,
         language: str = "en",
+        folder: Path | None = None,
+        content: str = "",
     ):
         if len(ids) != len(texts):
             raise ValueError(f"{len(ids)} ids but {len(texts)} texts: pass one id for each text")
@@ -75,17 +88,35 @@ class BM25:
         # A group within a lookahead is found at every letter, so that the pairs overlap.
         pattern = f"(?=({LETTER}{{2}}))" if language in UNSPACED else f"{LETTER}{{2,}}"
         self._pattern = r"[^\W_]{2,}" if language == "en" else pattern
+        if folder is None:
+            self._index = self._make(texts, order, k1, b)
+            return
+        how = [content, language, k1, b, self._pattern, bm25s.__version__, Stemmer.version()]
+        name = hashlib.sha256("\0".join([*map(str, how), *self.ids]).encode()).hexdigest()[:20]
+        with locked(folder, name=f".{name}.lock"):
+            self._index = _read(folder / name)
+            if self._index is None:
+                self._index = self._make(texts, order, k1, b)
+                if self._index is not None:
+                    _write(self._index, folder / name)
+                    self._index = _read(folder / name)
+
+    def _make(
+        self, texts: Sequence[str], order: list[int], k1: float, b: float
+    ) -> bm25s.BM25 | None:
+        """None where no document has a term: the average length is 0, bm25s would divide by it."""
         rows: list[array] = []  # 4 bytes a term, where a list of words would take a hundred
         vocabulary: dict[str, int] = {}
         for start in range(0, len(order), WINDOW):
             for terms in self._tokenize([texts[i] for i in order[start : start + WINDOW]]):
                 places = (vocabulary.setdefault(term, len(vocabulary)) for term in terms)
                 rows.append(array("i", places))
-        self._index = None  # no document has a term: the average length is 0, bm25s would divide
-        if vocabulary:
-            self._index = bm25s.BM25(k1=k1, b=b, method="lucene")
-            found = bm25s.tokenization.Tokenized(rows, vocabulary)  # pyright: ignore
-            self._index.index(found, show_progress=False)
+        if not vocabulary:
+            return None
+        index = bm25s.BM25(k1=k1, b=b, method="lucene")
+        found = bm25s.tokenization.Tokenized(rows, vocabulary)  # pyright: ignore
+        index.index(found, show_progress=False)
+        return index
 
     def search(self, queries: dict[str, str], k: int) -> dict[str, dict[str, float]]:
         """The k best documents of each query, best first.
@@ -149,3 +180,28 @@ class BM25:
             found = found[scores[found] >= kth]  # k or, with a tie at the cut, more
         found = found[np.argsort(-scores[found], kind="stable")][:k]
         return {self.ids[i]: float(scores[i]) for i in found}
+
+
+def _write(index: bm25s.BM25, folder: Path) -> None:
+    """Whole or not at all; what a killed process leaves, the next one removes."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        index.save(part, show_progress=False)
+    except OSError as problem:
+        shutil.rmtree(part, ignore_errors=True)
+        problem.filename = problem.filename or str(folder)  # a write does not say of what
+        raise
+    os.replace(part, folder)
+
+
+def _read(folder: Path) -> bm25s.BM25 | None:
+    """None where there is none, or a damaged one."""
+    if not folder.exists():
+        return None
+    try:
+        return bm25s.BM25.load(folder, mmap=True, show_progress=False)
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as problem:
+        print(f"warning: the index {folder} is damaged ({problem}) and made again", file=sys.stderr)
+        return None

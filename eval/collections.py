@@ -20,6 +20,7 @@ from eval.stdlib import documented_functions, split_modules
 from eval.store import StoredTexts, stored
 from model import bases
 
+KEPT_FROM = 100_000  # documents, above which BM25's index is kept on disk
 STORED_BYTES = 2**30  # of corpus files, above which texts stay on disk; see eval/store.py
 
 
@@ -66,10 +67,14 @@ class Collection:
 
     def bm25(self, split: str) -> BM25:
         """The index over a split's pool, made when it is first asked for; splits that search the
-        same pool share it."""
+        same pool share it. That of more than `KEPT_FROM` documents stays in the cache."""
         pool = self.pools[split]
         if id(pool) not in self._indices:
-            self._indices[id(pool)] = BM25(pool, Texts(self.corpus, pool), language=self.language)
+            folder = bases.cache_folder() / "bm25" if len(pool) > KEPT_FROM else None
+            self._indices[id(pool)] = BM25(
+                pool, Texts(self.corpus, pool), language=self.language,
+                folder=folder, content=self.fingerprint,
+            )  # fmt: skip
         return self._indices[id(pool)]
 
     def relevant(self, split: str) -> dict[str, dict[str, int]]:

@@ -1,6 +1,7 @@
 """eval/bm25.py: the formula, ties, odd inputs, and the scale on two public collections."""
 
 import math
+from collections.abc import Sequence
 
 import bm25s
 import numpy as np
@@ -188,3 +189,57 @@ def test_pairs_of_letters_overlap_and_marks_hold_on_to_their_words():
     hindi = BM25(["a"], ["क"], language="bn")._tokenize(["प्राप्त है। ok"])
     assert hindi == [["प्राप्त", "है", "ok"]]
     assert BM25(["a"], ["x"])._tokenize(["naïve caf\u0065\u0301s"]) == [["naïv", "cafe"]]
+
+
+class Once(Sequence):
+    """Texts that may be read, each once."""
+
+    def __init__(self, texts: list[str], may: bool = True):
+        self.texts, self.may = texts, may
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, at):
+        assert self.may, "the index was kept"
+        return self.texts[at]
+
+
+def test_an_index_that_is_kept_is_not_made_again(tmp_path):
+    ids, texts = ["a", "b", "c"], ["red fish", "red bird now", "sky"]
+    expected = BM25(ids, texts).search({"q": "red now"}, 3)
+    made = BM25(ids, texts, folder=tmp_path, content="x")
+    again = BM25(ids, Once(texts, False), folder=tmp_path, content="x")
+    assert made.search({"q": "red now"}, 3) == again.search({"q": "red now"}, 3) == expected
+    assert again.score("red", ["b", "c"]) == made.score("red", ["b", "c"])
+    assert isinstance(again._index.scores["data"], np.memmap)
+    for change in ({"content": "y"}, {"language": "de"}, {"k1": 1.0}, {"b": 0.5}):
+        with pytest.raises(AssertionError, match="the index was kept"):
+            BM25(ids, Once(texts, False), folder=tmp_path, **{"content": "x", **change})
+    with pytest.raises(AssertionError, match="the index was kept"):
+        BM25(["a", "b", "z"], Once(texts, False), folder=tmp_path, content="x")
+    assert BM25(["a"], ["."], folder=tmp_path, content="x").search({"q": "red"}, 1) == {"q": {}}
+
+
+@pytest.mark.parametrize("name", ["data.csc.index.npy", "vocab.index.json", "params.index.json"])
+@pytest.mark.parametrize("kept", [0, 20])
+def test_a_damaged_index_is_made_again(tmp_path, name, kept, capsys):
+    ids, texts = ["a", "b"], ["red fish", "red bird now"]
+    expected = BM25(ids, texts, folder=tmp_path).search({"q": "bird"}, 2)
+    [place] = [path for path in tmp_path.iterdir() if path.is_dir()]
+    (place / name).write_bytes((place / name).read_bytes()[:kept])
+    assert BM25(ids, texts, folder=tmp_path).search({"q": "bird"}, 2) == expected
+    assert "is damaged" in capsys.readouterr().err
+    assert BM25(ids, Once(texts, False), folder=tmp_path).search({"q": "bird"}, 2) == expected
+
+
+def test_an_index_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, place, **_):
+        place.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bm25s.BM25, "save", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        BM25(["a"], ["red"], folder=tmp_path)
+    assert str(tmp_path) in raised.value.filename
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]

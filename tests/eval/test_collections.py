@@ -596,3 +596,25 @@ def test_modules_are_split_by_share_and_large_ones_train():
 )
 def test_first_sentence(docstring, sentence):
     assert S.first_sentence(docstring) == sentence
+
+
+def test_bm25_s_index_of_many_documents_is_kept_by_their_content(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNIMOER_CACHE", str(tmp_path))
+    texts = {"a": "red fish", "b": "blue bird"}
+
+    def made(fingerprint: str, **corpus: str) -> C.Collection:
+        return C.Collection(
+            "x", corpus, {"q": "red"}, {"test": {"q": {"a": 1}}}, {}, {"test": list(corpus)},
+            fingerprint, {},
+        )  # fmt: skip
+
+    assert list(made("1", **texts).bm25("test").search({"q": "red"}, 2)["q"]) == ["a"]
+    assert not (tmp_path / "bm25").exists()
+    monkeypatch.setattr(C, "KEPT_FROM", 1)
+    for fingerprint, red in (("1", "a"), ("2", "b")):
+        of = {red: "red", "ab".replace(red, ""): "blue"}
+        assert list(made(fingerprint, **of).bm25("test").search({"q": "red"}, 2)["q"]) == [red]
+    # What is kept under "1" is read, whatever the texts: the fingerprint says what they are.
+    again = made("1", **dict(sorted(texts.items())))
+    assert list(again.bm25("test").search({"q": "red"}, 2)["q"]) == ["a"]
+    assert len([path for path in (tmp_path / "bm25").iterdir() if path.is_dir()]) == 2
