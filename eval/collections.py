@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
 
-from eval import hub
+from eval import hub, mteb_data
 from eval.bm25 import BM25
 from eval.command import exit_status
 from eval.sources import Qrels, Sources, documents, folder, read_queries, read_splits
@@ -137,12 +137,15 @@ def require_known(data: str) -> None:
     """Raise ValueError unless something is called `data`, or is a folder; nothing is read."""
     if data == "stdlib" or data in hub.GATED or hub.known(data) or data in hub.GROUPS:
         return
+    if data.startswith(mteb_data.PREFIX) and not Path(data).is_dir():
+        return  # mteb, which takes seconds to import, says what it has
     if not Path(data).is_dir():
         raise ValueError(
             f"DATA={data}: neither a collection nor a folder; expected 'stdlib', one of "
             f"{', '.join([*hub.HUB_SPLITS, 'triviaqa', *hub.PAIRS])}, one of "
-            f"{', '.join(hub.FAMILIES)} with its part (bright/biology, miracl/sw), or the path of "
-            "a BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv)"
+            f"{', '.join(hub.FAMILIES)} with its part (bright/biology, miracl/sw), mteb/ and a "
+            "retrieval task's name (mteb/FiQA2018), or the path of a BEIR folder (corpus.jsonl, "
+            "queries.jsonl, qrels/test.tsv)"
         )
 
 
@@ -165,6 +168,8 @@ def find(data: str, cache: Path | None = None) -> Sources:
             f"them all, elsewhere name one, such as {hub.GROUPS[data][0]}"
         )
     require_known(data)
+    if not Path(data).is_dir():
+        return mteb_data.find(data, (cache or bases.cache_folder() / "data") / "mteb")
     return folder(Path(data))
 
 

@@ -212,7 +212,7 @@ def test_an_index_that_is_kept_is_not_made_again(tmp_path):
     again = BM25(ids, Once(texts, False), folder=tmp_path, content="x")
     assert made.search({"q": "red now"}, 3) == again.search({"q": "red now"}, 3) == expected
     assert again.score("red", ["b", "c"]) == made.score("red", ["b", "c"])
-    assert isinstance(again._index.scores["data"], np.memmap)
+    assert again._index and isinstance(again._index.scores["data"], np.memmap)
     for change in ({"content": "y"}, {"language": "de"}, {"k1": 1.0}, {"b": 0.5}):
         with pytest.raises(AssertionError, match="the index was kept"):
             BM25(ids, Once(texts, False), folder=tmp_path, **{"content": "x", **change})
