@@ -126,9 +126,10 @@ def decide(folder: Path, scores: Scores, elsewhere: Sequence[Path] = ()) -> dict
         row["p_holm"] = None if row["p"] is None else p
     mine = both["embedding"]
     mine["detectable_alpha"] = found["alpha"] / len(both)
-    mine["smallest_detectable_effect"] = mine["se"] and stats.smallest_detectable_effect(
-        mine["se"], mine["df"], mine["detectable_alpha"]
-    )
+    if mine["se"] is not None:
+        least = stats.smallest_detectable_effect(mine["se"], mine["df"], mine["detectable_alpha"])
+        mine["smallest_detectable_effect"] = least
+        mine["detectable_interval"] = list(stats.detectable_interval(least, mine["df"]))
     against = {
         arm: stats.arm_difference(y, None, arm, judge.JOINT)
         for arm in y if arm not in (*pair, "emb-only-aa")

@@ -64,7 +64,8 @@ the p of two tasks are adjusted after Holm, and pivot needs an equivalence test 
 has to be below this look's level{level}: looking after 3, 6 and 9 seeds shares out 5 % in all.
 Intervals are 95 % each, adjusted neither for tasks nor for looks. The randomisation test takes the
 models as they are and asks about other queries alone. Detectable: what would be found with 80 %
-power at half the level, Holm's first step. Gain-normalised I divides by what training gained the
+power at half the level, Holm's first step; its interval is wide because few seeds tell little of
+their own spread, on which it rests. Gain-normalised I divides by what training gained the
 specialist over the untrained base. A task on which that gain is under 5.00 is not measurable, which
 is not "no interference". A/A: two specialists that differ in nothing but their seeds, so what the
 instrument shows where there is nothing.

@@ -49,9 +49,10 @@ without its template (`template`, the same words); of the bare pair and the docu
 
 {task}## Expert by expert
 
-Mean weight over layers and seeds. Dead: layers whose mean weight over both tasks is under 1 %, of
-all layers and seeds. Role: the task that the expert is matched to (Hungarian, on the mean weight),
-in how many seeds.
+Mean weight over layers and seeds, by the expert's name: each seed settles anew what a name is used
+for, so a mean near a third may be of seeds that differ (the spread tells). Dead: layers whose mean
+weight over both tasks is under 1 %, of all layers and seeds. Role: the task that the expert is
+matched to (Hungarian, on the mean weight), in how many seeds.
 
 {experts}{layers}By layer: information on the task, the shift between the tasks' mean weights and
 the entropy of the weights.
@@ -75,7 +76,10 @@ over seeds and queries.
 
 {provenance}
 """
-DOMAINS = "Mean weights, over texts and layers, in the domains with the most texts."
+DOMAINS = (
+    "Mean weights, over texts and layers, in the domains with the most texts; over seeds by the "
+    "expert's name, as above."
+)
 LAYERS = (
     "Mean expert weights by layer and kind of text, a line for each seed and expert (each seed "
     "settles anew what an expert is used for, so their mean would be no model's); grey: uniform."

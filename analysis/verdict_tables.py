@@ -78,6 +78,7 @@ def effects_table(tasks: dict[str, dict[str, Any]], joint: str) -> str:
         "p of \\|I\\| ≥ 2 % (equivalence)": lambda t: p_value(t["p_equivalence"]),
         "gain-normalised I": gain,
         "detectable I (power 80 %)": lambda t: percent(t["smallest_detectable_effect"]),
+        "95 % interval of what is detectable": lambda t: span(t["detectable_interval"], 1, " %"),
         "measurable (+5.00 needed)": measurable,
     }
     cells = [[name, *(read(t) for t in tasks.values())] for name, read in rows.items()]

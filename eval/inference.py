@@ -54,6 +54,14 @@ def smallest_detectable_effect(se: float, df: float, alpha: float, target: float
     return se * float(found.root)
 
 
+def detectable_interval(effect: float, df: float) -> tuple[float, float]:
+    """95 % interval of `smallest_detectable_effect`, which rests on a standard error that is itself
+    an estimate: df s^2 / sigma^2 is chi-squared (of several variances: nearly, df after
+    Satterthwaite), and the effect is in proportion to s."""
+    low, high = stats.chi2.isf((0.025, 0.975), df)
+    return effect * math.sqrt(df / low), effect * math.sqrt(df / high)
+
+
 def fieller(
     contrast: Callable[[float], tuple[float, float, float]], ratio: float, step: float
 ) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from eval.sources import Sources, folder
 from model.files import locked
 
 PREFIX = "mteb/"
+TREC_DL = ("TRECDL2019", "TRECDL2020")  # whose grade 1 is "related, but not relevant"
 
 
 def find(data: str, place: Path) -> Sources:
@@ -74,6 +75,7 @@ def find(data: str, place: Path) -> Sources:
     return replace(
         folder(at), name=f"mteb-{called.lower()}", provenance={repo: revision},
         published=True, language=known.get(code, code),
+        relevant={"test": 2} if name in TREC_DL else {},
     )  # fmt: skip
 
 

@@ -26,7 +26,14 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from eval.inference import ALPHA, fieller, holm, smallest_detectable_effect, tost
+from eval.inference import (
+    ALPHA,
+    detectable_interval,
+    fieller,
+    holm,
+    smallest_detectable_effect,
+    tost,
+)
 
 Arms = Mapping[str, np.ndarray]  # arm -> (S_a, Q) scores
 Clusters = Sequence[str] | np.ndarray | None  # Q labels; None: each query its own cluster
@@ -310,10 +317,11 @@ def verdict(
     previous_look: see `alpha_at_look`; draws: of the randomisation test. seeds is the fewest of a
     specialist or joint arm, alpha the level of this look. Each task has (None: not available)
     measurable; specialist, joint, moe, base, seed_sd (nDCG, 0 to 1); interference, interval, se
-    (%), df, p, p_holm, p_randomisation, p_equivalence; smallest_detectable_effect (%) and its
-    detectable_alpha = alpha / tasks, Holm's first step; gain_normalised and won_back (fractions)
-    with _interval, won_back_reason. Intervals are 95 %, not adjusted for looks. Holm's family is
-    all tasks, measurable or not. ValueError as `arm_mean`, or if an argument lacks a task.
+    (%), df, p, p_holm, p_randomisation, p_equivalence; smallest_detectable_effect (%) with its
+    detectable_interval and detectable_alpha = alpha / tasks, Holm's first step; gain_normalised and
+    won_back (fractions) with _interval, won_back_reason. Intervals are 95 %, not adjusted for
+    looks. Holm's family is all tasks, measurable or not. ValueError as `arm_mean`, or if an
+    argument lacks a task.
     """
     for name, table in (("base", base), ("clusters", clusters), ("specialist", specialist)):
         if missing := set(scores) - set(table):
@@ -342,6 +350,8 @@ def verdict(
             back = won_back(y, labels, *pair, moe)
             why = f"the interval of {joint}'s loss excludes 0"
         difference = y[pair[0]].mean(axis=0) - y[joint].mean(axis=0)
+        least = smallest_detectable_effect(loss.se, loss.df, level)
+        sure = least == least  # not NaN
         found = {
             **{"measurable": measurable, "specialist": p, "base": base_mean},
             **{"joint": float(y[joint].mean()), "moe": float(y[moe].mean()) if moe in y else None},
@@ -350,7 +360,8 @@ def verdict(
             **{"se": loss.se, "df": loss.df, "p": loss.p},
             "p_randomisation": paired_randomisation(difference, labels, draws),
             "p_equivalence": tost(loss.value, loss.se, loss.df, PROCEED_FROM),
-            "smallest_detectable_effect": smallest_detectable_effect(loss.se, loss.df, level),
+            "smallest_detectable_effect": least,
+            "detectable_interval": list(detectable_interval(least, loss.df)) if sure else None,
             "detectable_alpha": level,
             **{"gain_normalised": gain.value, "gain_normalised_interval": gain.interval},
             **{"won_back": back.value, "won_back_interval": back.interval, "won_back_reason": why},

@@ -220,6 +220,18 @@ def test_smallest_detectable_effect():
     assert stats.smallest_detectable_effect(0.0, 5, 0.05) == 0
 
 
+@pytest.mark.parametrize("df", [2, 4.5, 30])
+def test_the_interval_of_what_is_detectable_covers_it(df):
+    """Of 20,000 standard errors that are estimated, 95 % give an interval with the true effect."""
+    rng = np.random.default_rng(0)
+    true = stats.smallest_detectable_effect(1.0, df, 0.025)
+    low, high = zip(*(stats.detectable_interval(true * s, df)
+                      for s in np.sqrt(rng.chisquare(df, 20_000) / df)), strict=True)  # fmt: skip
+    inside = (np.array(low) <= true) & (true <= np.array(high))
+    assert inside.mean() == pytest.approx(0.95, abs=0.005)
+    assert np.mean(np.array(low) > true) == pytest.approx(0.025, abs=0.004)
+
+
 def test_alpha_spending():
     # Lan and DeMets' Pocock-type function at three equal looks: 0.0226, 0.0382, 0.05 cumulative.
     spent = np.cumsum([stats.alpha_at_look(s) for s in (3, 6, 9)])
