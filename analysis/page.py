@@ -94,12 +94,12 @@ def spread(found: Mapping[str, Any], form: str = ".2f") -> str:
     return f"{text} ± {np.std(found['seeds'], ddof=1):{form.lstrip('+')}} [{low}, {high}]"
 
 
-def claims_table(rows: Iterable[Mapping[str, Any]]) -> str:
+def claims_table(rows: Iterable[Mapping[str, Any]], digits: int = 2) -> str:
     """Differences over seeds that `with_holm` has adjusted, a row each: arm, what, difference."""
     cells = [
-        [figures.label(row["arm"]), row["what"], spread(gap, "+.2f"), figures.p_value(gap["p"]),
-         figures.p_value(gap.get("p_holm")),
-         f"{gap['detectable']:.2f}" if "detectable" in gap else "-", str(len(gap["seeds"]))]
+        [figures.label(row["arm"]), row["what"], spread(gap, f"+.{digits}f"),
+         figures.p_value(gap["p"]), figures.p_value(gap.get("p_holm")),
+         f"{gap['detectable']:.{digits}f}" if "detectable" in gap else "-", str(len(gap["seeds"]))]
         for row in rows for gap in (row["difference"],)
     ]  # fmt: skip
     head = ["arm", "what", "difference", "p", "Holm p", "detectable", "seeds"]

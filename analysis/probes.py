@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis import ablation, compare, figures, judge
 from analysis.bands import shade
-from analysis.figures import label, p_value, span, table
+from analysis.figures import label, p_value, table
 from analysis.page import (
     claims_table,
     limits,
@@ -30,7 +30,7 @@ NAMES = {
     "exact": "a query bigram is there", "similarity": "similarity in the base",
     "nouns": "nouns in the query", "verbs": "verbs in the query", "relevant": "relevant",
 }  # fmt: skip
-HELD = "BM25 and its ingredients"
+HELD, RELEVANCE = "BM25 and its ingredients", "relevance"
 INGREDIENTS = ("covered_terms", "tf_sum", "idf_sum", "bm25")  # of BM25, and itself
 PAGE = """# {title}
 
@@ -67,9 +67,10 @@ over seeds and queries.
 
 {provenance}
 """
-TESTS = """Tested, over seeds, with Holm's correction over this table (fixed after one seed of the
-published run had been seen): scores at the best of the layers that an arm adapts, of the base among
-the same layers. Detectable: with 80 % power at the first step of that correction.
+TESTS = """Differences by seed, tested where there are several, with Holm's correction over this
+table. Scores at the best of the layers that an arm adapts, chosen on the same queries, of an arm by
+its mean over seeds, of the base, one model, by its one score among the same layers. p is of other
+seeds, not of other queries. Detectable: with 80 % power at the first step of that correction.
 
 """
 CAPTION = (
@@ -163,15 +164,15 @@ def claims(probed: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             rows.append({"arm": arm, "what": what, "difference": gap})
 
     for arm, found in probed.items():
-        for names, text in ((INGREDIENTS, HELD), (("relevant",), NAMES["relevant"])):
+        for names, text in ((INGREDIENTS, HELD), (("relevant",), RELEVANCE)):
             own = _held(found, "model", names)
-            add(arm, f"{text}, less the base", own, _held(found, "base", names))
+            add(arm, f"{text}, against the base", own, _held(found, "base", names))
             if arm != "rank-only" and "rank-only" in probed:
                 rival = _held(probed["rank-only"], "model", names)
-                add(arm, f"{text}, less {label('rank-only')}", own, rival)
+                add(arm, f"{text}, against {label('rank-only')}", own, rival)
         for view in found["views"]:
             if view not in ("model", "base", "reranking") and "reranking" in found["views"]:
-                text = f"{HELD}, expert reranking less {view}"
+                text = f"{HELD}, expert reranking against {view}"
                 mine, other = (_held(found, name, INGREDIENTS) for name in ("reranking", view))
                 add(arm, text, mine, other)
     with_holm(row["difference"] for row in rows)
@@ -179,17 +180,16 @@ def claims(probed: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _told(row: dict[str, Any]) -> str:
-    """A difference, and whether chance would give it."""
+    """A difference with Holm's p; of one seed, without."""
     gap = row["difference"]
-    if "p_holm" not in gap:
-        return f"{gap['mean']:+.3f} {span(gap['interval'], 1, '', 3)}".strip()
-    return f"{gap['mean']:+.3f} (Holm p {p_value(gap['p_holm'])})"
+    sure = f"Holm p {p_value(gap['p_holm'])}" if "p_holm" in gap else "one seed"
+    return f"{gap['mean']:+.3f} ({sure})"
 
 
 def _experts(arm: str, found: dict[str, Any], tested: Sequence[dict[str, Any]]) -> list[str]:
     """Whether an expert named for reranking holds more of BM25's ingredients than the others."""
     own = _held(found, "reranking", INGREDIENTS) if "reranking" in found["views"] else {}
-    start = f"{HELD}, expert reranking less "
+    start = f"{HELD}, expert reranking against "
     gaps = [row for row in tested if row["arm"] == arm and row["what"].startswith(start)]
     if not own or not gaps:
         return []
@@ -224,9 +224,9 @@ def reading(v: dict[str, Any]) -> str:
                 f"Against the same layers of the base, {label(arm)}'s pairs gain most on "
                 f"{NAMES[up]} ({gains[up]:+.2f}) and least on {NAMES[down]} ({gains[down]:+.2f})."
             )
-        for what in (HELD, NAMES["relevant"]):
+        for what in (HELD, RELEVANCE):
             rows = [row for row in v["tests"] if row["arm"] == arm and
-                    row["what"].startswith(f"{what}, less ")]  # fmt: skip
+                    row["what"].startswith(f"{what}, against ")]  # fmt: skip
             if rows:
                 told = ", ".join(f"{_told(row)} {row['what'].split(', ')[1]}" for row in rows)
                 said.append(f"{label(arm)} on {what}: {told}.")
@@ -271,7 +271,7 @@ def markdown(v: dict[str, Any]) -> str:
         differences=compare.differences_table(v),
         table=table(["arm", "view", "property", "layer", "score", "selectivity", "bits saved",
                      "seeds"], rows),
-        tests=TESTS + claims_table(v["tests"]) if v["tests"] else "",
+        tests=TESTS + claims_table(v["tests"], 3) if v["tests"] else "",
         picture=f"![probes](probes.png)\n\n*{CAPTION}*\n\n",
         ablation=ablation.markdown(v["ablated"]),
         limits="\n".join(f"- {text}" for text in unsure),

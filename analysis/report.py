@@ -21,7 +21,7 @@ PAGE = """# {title}
 
 **Question.** {v[question]}
 
-**Expected, before the first run.** {v[expected]}
+**Expected.** {v[expected]}
 {notes}
 ## Verdict
 

@@ -22,7 +22,8 @@ def claims(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def add(arm: str, what: str, values: Sequence[float | None]) -> None:
-        rows.append({"arm": arm, "what": what, "difference": over_seeds(values)})
+        if values:
+            rows.append({"arm": arm, "what": what, "difference": over_seeds(values)})
 
     for arm, found in measured.items():
         for kind, text in KINDS.items():

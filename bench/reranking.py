@@ -41,7 +41,7 @@ def config(base: str, layers: int, dtype: str, tokens: int) -> ModelConfig:
 def halves(pair: Pair, model: UniMoER) -> Pair:
     """The filled template with its end token as the two texts that a CrossEncoder takes."""
     query, document = pair
-    left, right = model.tokenizer.prompts.pair.split(SEAM)
+    left, right = model.tokenizer.prompts.filled("pair").split(SEAM)
     end = model.tokenizer.end_token
     return left.replace("{query}", query) + SEAM, right.replace("{document}", document) + end
 

@@ -89,13 +89,13 @@ def answer(args: argparse.Namespace) -> None:
             "revision": version,
             "asked": {**asdict(settings), "queries": args.queries},
             "data": collection.identity,
-            "prompts": {**vars(saved.read_config(Path(args.model))[0].prompts),
+            "prompts": {**saved.read_config(Path(args.model))[0].prompts.texts(),
                         "generate": rag.PROMPT},
             "device": device_name(args.device),
             **({"answers": of} if public else {}),
         }  # fmt: skip
         specialists = [
-            {"revision": revision(of), **vars(saved.read_config(Path(of))[0].prompts)}
+            {"revision": revision(of), **saved.read_config(Path(of))[0].prompts.texts()}
             for of in args.specialists
         ]
         found, ready = [], set()
@@ -181,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--sides", nargs="+", choices=[*rag.SIDES, *rag.PARTS],
                       default=[*rag.SIDES, "no-rerank", "closed-book"],
                       help="rag: how many models play the three roles; or what stages are left out "
-                      "(bm25: it retrieves, nothing reranks, its index is in memory)")  # fmt: skip
+                      "(bm25: it retrieves, nothing reranks)")  # fmt: skip
     made.add_argument("--specialists", nargs=2, metavar=("EMBEDDER", "RERANKER"), default=[],
                       help="rag: the folders of two of the three models, instead of --model "
                       "thrice")  # fmt: skip

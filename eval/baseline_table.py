@@ -139,7 +139,9 @@ def _one(
 
 def _named(source: Source) -> dict:
     """What a result says of a model that is asked for: its config, or a saved one's hash."""
-    return {"saved": revision(source)} if isinstance(source, Path) else asdict(source)
+    if isinstance(source, Path):
+        return {"saved": revision(source)}
+    return {**asdict(source), "prompts": source.prompts.texts()}
 
 
 def _places(row: Row, args: argparse.Namespace, fetch: bool) -> dict[Source, Path]:
@@ -187,7 +189,7 @@ def measure(
             part = evaluation.read_by(model.tokenizer)
             head = source == row.reranker and row.pseudo_query is None
             models.append({
-                "base": model.identity, "prompts": vars(part.tokenizer.prompts),
+                "base": model.identity, "prompts": part.tokenizer.prompts.texts(),
                 "parameters": baselines.parameters(model, head, base=row.untrained),
             })  # fmt: skip
         if row.untrained:
@@ -292,7 +294,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--local", nargs="*", default=[], metavar="ID=FOLDER",
                       help="where a published model lies")  # fmt: skip
     made.add_argument("--instruction", default=baselines.TASK,
-                      help="of the Qwen3 prompts; default: %(default)r")  # fmt: skip
+                      help="of the Qwen3 prompts, where the collection has none of its own; "
+                      "default: %(default)r")  # fmt: skip
     made.add_argument("--document-tokens", type=int, default=0, help="cut documents of published "
                       "models at so many; 0: where their authors do")  # fmt: skip
     made.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16" if card else "float32",

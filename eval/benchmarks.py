@@ -115,7 +115,7 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
         shorter = dict(zip(map(str, args.dimensions), rest, strict=True))
         result = {
             "model": args.name, "revision": mark, "base": model.identity,
-            "prompts": vars(evaluation.tokenizer.prompts), "split": split, "asked": asked,
+            "prompts": evaluation.tokenizer.prompts.texts(), "split": split, "asked": asked,
             "data": collection.identity,
             "bm25": evaluation.bm25_scores(), "scores": scores, "dimensions": shorter,
             "ceiling": {"reranking": evaluation.ceiling()},

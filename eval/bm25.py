@@ -4,8 +4,8 @@ The scores are `bm25s`'s (arXiv 2407.03618, method "lucene"); the ranking is don
 `bm25s` breaks ties by chance of memory layout and candidates have to be the same in every run.
 """
 
+import errno
 import hashlib
-import os
 import shutil
 import sys
 from array import array
@@ -17,12 +17,13 @@ import bm25s
 import numpy as np
 import Stemmer
 
-from model.files import locked
+from model.files import locked, put
 
 # A letter or digit, with the accents and vowel signs that `\w` leaves out (those of Latin, Arabic,
 # Indic and Thai script): without them a Hindi word falls into single letters.
 MARKS = r"\u0300-\u036f\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff\u0e31-\u0e3a\u0e47-\u0e4e"
 LETTER = rf"(?:[^\W_]|[{MARKS}])"
+FORMAT = 1  # of an index that is kept; raised when texts are cut into other terms
 WINDOW = 10_000  # documents whose terms are in memory at once while the index is made
 UNSPACED = ("ja", "th", "zh")  # languages that put no spaces between words
 STEMMERS = {
@@ -91,15 +92,25 @@ class BM25:
         if folder is None:
             self._index = self._make(texts, order, k1, b)
             return
-        how = [content, language, k1, b, self._pattern, bm25s.__version__, Stemmer.version()]
+        how = [
+            FORMAT,
+            content,
+            language,
+            k1,
+            b,
+            self._pattern,
+            bm25s.__version__,
+            Stemmer.version(),
+        ]
         name = hashlib.sha256("\0".join([*map(str, how), *self.ids]).encode()).hexdigest()[:20]
         with locked(folder, name=f".{name}.lock"):
             self._index = _read(folder / name)
             if self._index is None:
-                self._index = self._make(texts, order, k1, b)
-                if self._index is not None:
-                    _write(self._index, folder / name)
-                    self._index = _read(folder / name)
+                self._index = made = self._make(texts, order, k1, b)
+                if made is not None:
+                    _write(made, folder / name)
+                    mapped = _read(folder / name)
+                    self._index = made if mapped is None else mapped
 
     def _make(
         self, texts: Sequence[str], order: list[int], k1: float, b: float
@@ -191,9 +202,11 @@ def _write(index: bm25s.BM25, folder: Path) -> None:
         index.save(part, show_progress=False)
     except OSError as problem:
         shutil.rmtree(part, ignore_errors=True)
+        if problem.errno is None:  # numpy's, where not all of an array could be written
+            problem = OSError(errno.ENOSPC, str(problem))
         problem.filename = problem.filename or str(folder)  # a write does not say of what
-        raise
-    os.replace(part, folder)
+        raise problem from None
+    put(part, folder)
 
 
 def _read(folder: Path) -> bm25s.BM25 | None:

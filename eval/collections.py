@@ -41,7 +41,8 @@ class Collection:
         provenance: where it came from, e.g. {"python": "3.11.7"}, hub revisions, or the path.
         excluded: query id -> documents that are taken out of every ranking before it is scored,
             because the authors say that they are neither right nor wrong.
-        language: of documents and queries (ISO 639-1); BM25 cuts and stems words by it.
+        language: of documents and queries (ISO 639-1, or 639-3 where it is another of mteb's);
+            BM25 cuts and stems words by it.
         instruction: the task in words, as the authors give it to the models; "" for none.
         relevant_from: split -> the lowest grade that counts as relevant in scores, where not 1.
         negatives: (depth, count) -> query id -> BM25's hard negatives, kept by `train.batches`.
@@ -71,9 +72,10 @@ class Collection:
         pool = self.pools[split]
         if id(pool) not in self._indices:
             folder = bases.cache_folder() / "bm25" if len(pool) > KEPT_FROM else None
+            content = _content(self.corpus, pool) if folder else ""
             self._indices[id(pool)] = BM25(
                 pool, Texts(self.corpus, pool), language=self.language,
-                folder=folder, content=self.fingerprint,
+                folder=folder, content=content,
             )  # fmt: skip
         return self._indices[id(pool)]
 
@@ -93,6 +95,16 @@ class Collection:
         """What a result says of it: name, content, and where it came from, but for a folder."""
         origin = {k: v for k, v in self.provenance.items() if k != "path"}
         return {"name": self.name, "fingerprint": self.fingerprint, **origin}
+
+
+def _content(corpus: Mapping[str, str], pool: Sequence[str]) -> str:
+    """A hash (hex) of the texts alone: other judgments of a corpus leave its index as it is."""
+    if isinstance(corpus, StoredTexts):
+        return corpus.digest
+    digest = hashlib.sha256()
+    for key in pool:
+        digest.update(json.dumps([key, corpus[key]]).encode())
+    return digest.hexdigest()
 
 
 class Texts(Sequence[str]):
@@ -119,7 +131,8 @@ def load(data: str, cache: Path | None = None) -> Collection:
 
     Args:
         data: "stdlib", a name of eval/hub.py ("scifact", "cqadupstack/android", "bright/biology",
-            "miracl/sw", "mmarco/es", "triviaqa", "nq-train"), or the path of a BEIR folder. A name
+            "miracl/sw", "mmarco/es", "triviaqa", "nq-train"), "mteb/" and the name of a
+            retrieval task of mteb, or the path of a BEIR folder. A name
             wins over a folder of that name: write ./scifact for the folder.
         cache: where hub files are kept, by default huggingface_hub's own cache; and stored texts,
             by default ours. What the hub may not have ("bioasq") is a BEIR folder of that name in
@@ -192,8 +205,8 @@ def require_split(collection: Collection, split: str) -> dict[str, dict[str, int
     """
     if not collection.qrels.get(split):
         raise ValueError(
-            f"{collection.name} has no {split} split (it has {', '.join(collection.qrels)}): add "
-            f"qrels/{split}.tsv to a copy of it, or choose another DATA"
+            f"{collection.name} has no {split} split (it has {', '.join(collection.qrels)}): name "
+            f"one of these with --split, add qrels/{split}.tsv to a copy, or choose another DATA"
         )
     return collection.qrels[split]
 
@@ -332,7 +345,9 @@ def words(text: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Fetch collections, read all of them, and say what they hold."""
     parser = argparse.ArgumentParser(prog="python -m eval.collections", description=main.__doc__)
-    parser.add_argument("data", nargs="+", help="stdlib, names of eval/hub.py, BEIR folders")
+    parser.add_argument(
+        "data", nargs="+", help="stdlib, names of eval/hub.py, mteb/TASK, BEIR folders"
+    )
     given = parser.parse_args(arguments)
 
     def show() -> None:

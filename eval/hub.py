@@ -12,6 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from eval import mteb_data
 from eval.command import FULL
 from eval.sources import Sources
 
@@ -134,7 +135,13 @@ def known(data: str) -> bool:
 
 
 def own_split(data: str) -> str:
-    """The split that the benchmark's authors measure; test for whatever is not one."""
+    """The split that the benchmark's authors measure; test for whatever is not one.
+
+    Raises:
+        ValueError: mteb has no such task, or is not installed.
+    """
+    if data.startswith(mteb_data.PREFIX) and not Path(data).is_dir():
+        return mteb_data.own_split(data)
     # Whose judgments of test are few, not public, or none.
     dev = ("msmarco", "miracl", "mmarco", "triviaqa", *PAIRS)
     return "dev" if data.partition("/")[0] in dev and known(data) else "test"

@@ -5,7 +5,7 @@ eval/hub.py knows), or the first --dimensions of them, in shards on disk; goes o
 stopped. Under torchrun every rank encodes its share of the shards.
 search: the judged queries of a split against all of them, exactly, within --memory; through FAISS
 as well where --index asks for it. What the collection excludes for a query is taken out, and its
-own prompt for queries replaces the model's. A JSON with per-query scores, and a table.
+own instruction goes before the query. A JSON with per-query scores, and a table.
 """
 
 import argparse
@@ -196,7 +196,7 @@ def _measure(
         model = UniMoER.from_pretrained(args.model, args.device)
         if judged.instruction:
             model.tokenizer = model.tokenizer.with_instruction(judged.instruction)
-        prompts = vars(model.tokenizer.prompts)
+        prompts = model.tokenizer.prompts.texts()
         asked = truncate(model.encode_query(list(judged.queries.values())), stored.dimension)
         del model  # its memory is the search's
     found: dict = {"prompts": prompts, "seconds": seconds, **made_by(args.device)}
@@ -293,8 +293,8 @@ def parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--model", required=True, help="a folder written by save_pretrained")
     common.add_argument("--name", default="", help="of the model in results; default: its folder")
-    common.add_argument("--data", required=True, help="a BEIR folder, or a name such as "
-                        "msmarco, scifact, bright/biology, miracl/sw, mmarco/es")  # fmt: skip
+    common.add_argument("--data", required=True, help="a BEIR folder, or a name such as msmarco, "
+                        "scifact, bright/biology, miracl/sw, mmarco/es, mteb/CosQA")  # fmt: skip
     common.add_argument("--out", default="runs/eval", help="folder of the results")
     common.add_argument("--vectors", default="", help="their folder; default: under --out")
     common.add_argument("--dimensions", type=int, default=0, help="how many of the vectors' first "

@@ -41,7 +41,7 @@ def meta(model: UniMoER, name: str, version: str, *, cross: bool) -> ModelMeta:
         loader=None,
         loader_kwargs={
             "base": model.identity,
-            "prompts": {name: c.prompts.filled(name) for name in ("query", "document", "pair")},
+            "prompts": c.prompts.texts(),
             "document_tokens": c.document_tokens,
             "pooling": {"embedding": c.embedding_pooling, "reranking": c.reranking_pooling},
         },
@@ -229,6 +229,11 @@ def _task(
     corpus: Dataset,
     ranked: dict[str, list[str]] | None,
 ) -> AbsTaskRetrieval:
+    if collection.language not in LANGUAGES:
+        raise ValueError(
+            f"{collection.name} is in {collection.language!r}, which has no name here for mteb: "
+            "use BENCH=beir, or mteb's own task of it (TASKS=)"
+        )
     queries = list(judged)
     # mteb reads a stored result of the same revision, so other candidates have another one.
     version = hashlib.sha256(

@@ -5,7 +5,6 @@ folder of the cache, by task and revision, and read as any other.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,10 +13,35 @@ from typing import Any
 
 from eval.command import FULL
 from eval.sources import Sources, folder
-from model.files import locked
+from model.files import locked, put
 
 PREFIX = "mteb/"
-TREC_DL = ("TRECDL2019", "TRECDL2020")  # whose grade 1 is "related, but not relevant"
+TREC_DL = ("MSMARCO", "TRECDL2019", "TRECDL2020")  # test's grade 1: "related, but not relevant"
+# Of languages that mteb has under several codes, the one of eval.mteb_adapter.LANGUAGES.
+USUAL = {"cmn": "zho", "arb": "ara", "pes": "fas", "swh": "swa"}
+
+
+def _task(data: str) -> tuple[Any, str]:
+    """mteb's task, and the subset that is asked for or ""; raises as `find`."""
+    try:
+        import mteb
+    except ImportError as error:
+        raise ValueError(
+            f"DATA={data} is read by mteb ({error}): `make setup` installs what tests and "
+            "benchmarks need, mteb among it"
+        ) from error
+    name, _, subset = data.removeprefix(PREFIX).partition(":")
+    try:
+        return mteb.get_task(name), subset
+    except KeyError as error:
+        raise ValueError(f"DATA={data}: {error.args[0]}") from error
+
+
+def own_split(data: str) -> str:
+    """The split that mteb measures, test where it measures several; raises as `find`."""
+    splits = _task(data)[0].metadata.eval_splits
+    first = "test" if "test" in splits else splits[0]
+    return "dev" if first == "validation" else first
 
 
 def find(data: str, place: Path) -> Sources:
@@ -30,25 +54,16 @@ def find(data: str, place: Path) -> Sources:
         ValueError: mteb is not installed; it has no such task or subset; the task is no retrieval,
             or loads its data in a way of its own; no network and nothing cached.
     """
-    try:
-        import mteb
-        from mteb.abstasks.retrieval import AbsTaskRetrieval
+    task, subset = _task(data)
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
 
-        from eval.mteb_adapter import LANGUAGES
-    except ImportError as error:
-        raise ValueError(
-            f"DATA={data} is read by mteb ({error}): `make setup` installs what tests and "
-            "benchmarks need, mteb among it"
-        ) from error
-    name, _, subset = data.removeprefix(PREFIX).partition(":")
-    try:
-        task = mteb.get_task(name)
-    except KeyError as error:
-        raise ValueError(f"DATA={data}: {error.args[0]}") from error
+    from eval.mteb_adapter import LANGUAGES
+
     about = task.metadata
+    name = about.name
     generic = isinstance(task, AbsTaskRetrieval) and about.type == "Retrieval" and all(
         getattr(type(task), way) is getattr(AbsTaskRetrieval, way)
-        for way in ("load_data", "dataset_transform")
+        for way in ("load_data", "dataset_transform", "skip_first_result")
     )  # fmt: skip
     if not generic:
         raise ValueError(
@@ -66,6 +81,7 @@ def find(data: str, place: Path) -> Sources:
         code = languages[0]
     known = {of.partition("-")[0]: short for short, of in LANGUAGES.items()}
     code = code.partition("-")[0]
+    code = USUAL.get(code, code)
     repo, revision = about.dataset["path"], str(about.dataset["revision"])
     called = f"{name}-{subset}" if subset else name
     at = place / f"{called}-{revision[:12]}"
@@ -76,6 +92,7 @@ def find(data: str, place: Path) -> Sources:
         folder(at), name=f"mteb-{called.lower()}", provenance={repo: revision},
         published=True, language=known.get(code, code),
         relevant={"test": 2} if name in TREC_DL else {},
+        own_document=task.ignore_identical_ids,
     )  # fmt: skip
 
 
@@ -109,7 +126,7 @@ def _write(at: Path, repo: str, revision: str, subset: str) -> None:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    os.replace(part, at)
+    put(part, at)
 
 
 def _splits(repo: str, revision: str, subset: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -128,7 +145,7 @@ def _splits(repo: str, revision: str, subset: str) -> Iterator[tuple[str, dict[s
         if isinstance(error, OSError) and error.errno in FULL:
             raise
         raise ValueError(
-            f"{repo} at {revision}: neither in the cache nor to be had from the hub "
-            f"({type(error).__name__}: {error}). Without a network, load it once on a machine that "
-            "has one and bring HF_HOME over, or pass a BEIR folder: DATA=path"
+            f"{repo} at {revision}: neither in the cache nor to be had from the hub, or not laid "
+            f"out as mteb's are ({type(error).__name__}: {error}). Without a network, load it once "
+            "on a machine that has one and bring HF_HOME over, or pass a BEIR folder: DATA=path"
         ) from error

@@ -57,7 +57,8 @@ class EvaluationSet:
     `reranking_queries` of them (chosen by each query id's own generator, so they do not depend on
     arm or seed) with BM25's own top `candidates`; nothing is forced in, so `ceiling` is what a
     perfect reranker would reach. What the collection excludes for a query is taken out of its
-    rankings before they are cut, and its own prompt for queries replaces the tokenizer's.
+    rankings before they are cut, and its own instruction stands in the tokenizer's templates
+    (`Prompts.instructed`).
 
     tokenizer: None for what needs no model; `read_by` then makes the sets for models.
     """

@@ -123,7 +123,7 @@ def encode(
         count, mark = survey(sources)
         manifest = {
             "format": FORMAT, "revision": revision, "base": model.identity,
-            "prompt": model.config.prompts.document,
+            "prompt": model.config.prompts.filled("document"),
             "document_tokens": model.config.document_tokens, "data": sources.name,
             "documents": count, "fingerprint": mark, "window": window, "dtype": dtype,
             "dimension": dimension or width,

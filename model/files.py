@@ -36,6 +36,15 @@ def whole(path: Path, mark: str = "") -> Iterator[BinaryIO]:
     os.replace(part, path)
 
 
+def put(part: Path, place: Path) -> None:
+    """Give a folder its name once all of its files are on the disk."""
+    for path in part.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    os.replace(part, place)
+
+
 @contextmanager
 def locked(folder: Path, busy: str = "", name: str = ".lock") -> Iterator[None]:
     """Hold a folder's lock, which the system frees however the process ends.

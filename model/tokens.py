@@ -44,6 +44,10 @@ class Prompts:
         """A template with the instruction in it. name: query, document or pair."""
         return getattr(self, name).replace(INSTRUCTION, self.instruction)
 
+    def texts(self) -> dict[str, str]:
+        """The templates as they are asked, by name; what results and identities say of them."""
+        return {name: self.filled(name) for name in ("query", "document", "pair")}
+
     def instructed(self, instruction: str) -> "Prompts":
         """With a benchmark's own instruction; if queries have no place for one, as INSTRUCTED."""
         query = self.query if INSTRUCTION in self.query else INSTRUCTED

@@ -21,6 +21,24 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same bits on every run
 
+# Files that take a minute or more, each on one worker: begun first, they leave none idle at last.
+LONG = (
+    "train/test_parallel.py", "test_run_study.py", "test_run.py", "bench/test_bench.py",
+    "eval/test_rag.py", "model/test_fused.py", "bench/test_compiled.py", "eval/test_stats.py",
+    "model/test_trie.py", "analysis/test_representation.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    root = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(root).as_posix()
+        return LONG.index(path) if path in LONG else len(LONG)
+
+    items.sort(key=place)  # stable
+
+
 END = "<|endoftext|>"
 # "yes", "no" and ".</" come often enough to become single tokens; the others give some merges.
 LINES = ["yes", "no", ".</"] * 50 + [

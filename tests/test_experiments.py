@@ -257,4 +257,4 @@ def test_trained_baselines_are_those_of_the_routers_and_a_lora_on_a_frozen_embed
         assert (config.learning_rate, config.clip) == (twin.learning_rate, twin.clip)
     assert on_embedder.starts() == {"shared": ("emb-only",)}
     assert on_base.starts() == {} and on_base.router == on_embedder.router == "task"
-    assert on_base.query_prompt == baselines.embedder("b").prompts.query
+    assert on_base.query_prompt == baselines.embedder("b").prompts.filled("query")

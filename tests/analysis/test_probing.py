@@ -9,7 +9,9 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from analysis import probing
+from analysis import probes, probing
+from analysis.page import over_seeds
+from eval import stats
 
 N, D = 600, 20
 QUERIES = [i // 6 for i in range(N)]
@@ -178,3 +180,45 @@ def test_parts_of_speech() -> None:
     assert probing.parts_of_speech("Return the sorted list of open files.") == (
         pytest.approx(3 / 7), pytest.approx(1 / 7))  # fmt: skip
     assert probing.parts_of_speech("...") == (0.0, 0.0)
+
+
+def probed(seeds: list[int], views: dict[str, tuple[list[list[float]], list[float]]]) -> dict:
+    """As `probes.summarise` gives it: view -> (by layer, the scores of BM25's ingredients by seed;
+    relevance's by seed, in one layer)."""
+
+    def rows(by_layer: list[list[float]]) -> dict:
+        return {"layers": [{"score": over_seeds(values)} for values in by_layer]}
+
+    return {"at": seeds, "views": {
+        view: {**{name: rows(own) for name in probes.INGREDIENTS}, "relevant": rows([relevant])}
+        for view, (own, relevant) in views.items()
+    }}  # fmt: skip
+
+
+def test_what_probes_claim_is_tested_over_seeds() -> None:
+    """By seed, the base at the arm's depth alone, and an arm without a seed in common left out."""
+    base = ([[0.9, 0.9], [0.3, 0.3], [0.4, 0.4]], [0.6, 0.6])  # its best layer is none of the arm's
+    found = probes.claims({
+        "rank-only": probed([0, 1], {
+            "model": ([[0.5, 0.6], [0.1, 0.1]], [0.7, 0.8]), "base": base}),
+        "joint-moe": probed([1, 0], {
+            "model": ([[0.4, 0.5], [0.2, 0.2]], [0.6, 0.7]), "base": base,
+            "embedding": ([[0.2, 0.4], [0.1, 0.1]], [0.6, 0.6]),
+            "reranking": ([[0.5, 0.5], [0.1, 0.1]], [0.6, 0.6]),
+            "shared": ([[0.5, 0.5], [0.1, 0.1]], [0.6, 0.6])}),
+        "late": probed([7], {"model": ([[0.4], [0.2]], [0.6]), "base": ([[0.3], [0.3]], [0.6])}),
+    })  # fmt: skip
+    seeds = {(row["arm"], row["what"]): row["difference"]["seeds"] for row in found}
+    held = "BM25 and its ingredients"
+    assert seeds["rank-only", f"{held}, against the base"] == pytest.approx([0.1, 0.2])
+    assert seeds["rank-only", "relevance, against the base"] == pytest.approx([0.1, 0.2])
+    # Its first seed is 1, where Rank-Only has 0.6 and 0.8.
+    assert seeds["joint-moe", f"{held}, against Rank-Only"] == pytest.approx([-0.2, 0.0])
+    assert seeds["joint-moe", "relevance, against Rank-Only"] == pytest.approx([-0.2, 0.0])
+    expert = f"{held}, expert reranking against"
+    assert seeds["joint-moe", f"{expert} embedding"] == pytest.approx([0.3, 0.1])
+    assert seeds["joint-moe", f"{expert} shared"] == pytest.approx([0.0, 0.0])
+    assert ("late", f"{held}, against Rank-Only") not in seeds and len(seeds) == 10
+    tested = [row["difference"] for row in found if row["difference"]["p"] is not None]
+    assert [row["p_holm"] for row in tested] == stats.holm([row["p"] for row in tested])
+    assert len(tested) == 8  # one seed has no p

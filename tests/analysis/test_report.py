@@ -298,6 +298,7 @@ def test_verdict_is_strict_json(make: Make) -> None:
     assert json.loads(text, parse_constant=refuse) == json.loads(json.dumps(verdict))
 
 
+@pytest.mark.draws
 def test_twice_gives_the_same_bytes(make: Make) -> None:
     folder = make()
     report.write(folder)
@@ -385,6 +386,7 @@ def test_what_cannot_be_compared_is_an_error(make: Make) -> None:
         report.write(folder)
 
 
+@pytest.mark.draws
 def test_importing_and_writing_leave_matplotlib_alone(make: Make) -> None:
     import matplotlib
 

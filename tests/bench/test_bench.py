@@ -1,5 +1,6 @@
 """The benchmarks run, compare like with like and say what they measured; no speed is asserted."""
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -135,8 +136,8 @@ def test_pairs_that_are_all_too_long_are_refused(base, bench):
         reranking.mixed_pairs(bench.collection, model, 12, 8)
 
 
-def test_training(base, bench):
-    rows = training.run(bench, str(base), settings=SETTINGS, **SMALL)
+def test_training(trained):
+    rows = trained
     assert [row["what"] for row in rows] == [f"train Joint-Single, {name}" for name in SETTINGS]
     assert len({row["tokens"] for row in rows}) == 1 and rows[0]["tokens"] > 0
     assert all(row["ratio"]["median"] > 0 for row in rows)
@@ -199,8 +200,14 @@ def test_indexes_of_growing_size():
         index.run(counts=(0,))
 
 
+@pytest.fixture(scope="module")
+def trained(base, bench) -> list[dict]:
+    """Rows of a real section, measured once."""
+    return training.run(bench, str(base), settings=SETTINGS, **SMALL)
+
+
 @pytest.fixture
-def call(base, bench, monkeypatch, tmp_path):
+def call(base, bench, trained, monkeypatch, tmp_path):
     """`make bench` of three parts, the last too large: call(seconds of each part, *arguments) ->
     what was run. Results go to tmp_path / "results"."""
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
@@ -216,8 +223,7 @@ def call(base, bench, monkeypatch, tmp_path):
                 clock[0] += seconds
                 if name == "third":
                     raise torch.OutOfMemoryError
-                options = {"settings": SETTINGS, "dtypes": ("float32",), "rounds": rounds}
-                return training.run(bench, base, **options)
+                return copy.deepcopy(trained)
 
             return [
                 ("training", "first", partial(part, "first")),

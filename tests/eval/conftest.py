@@ -1,10 +1,13 @@
-"""A hub that is not there."""
+"""A hub that is not there, and processes that are not started."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from eval import __main__ as program
 
 Files = dict[str, dict[str, bytes]]
 
@@ -30,3 +33,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Files, list[tu
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return files, asked
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts that `rag` starts as processes of their own, whose imports take most of a test."""
+    monkeypatch.setattr(
+        program.subprocess, "run",
+        lambda words, check: SimpleNamespace(returncode=program.main(words[3:])),
+    )  # fmt: skip

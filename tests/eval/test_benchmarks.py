@@ -114,7 +114,7 @@ def test_all_domains_of_bright(hub, run, folder: Path, tmp_path: Path) -> None:
     assert code == 0 and cells(out, "**mean of 12 of 12**")
     for domain, instruction in H.BRIGHT.items():
         found = result(tmp_path, f"bright-{domain}-test")
-        assert found["prompts"] == vars(Prompts().instructed(instruction))
+        assert found["prompts"] == Prompts().instructed(instruction).texts()
         assert cells(out, f"bright-{domain}") == [f"{value:.4f}" for value in means(found)]
 
     data = load("bright/pony")

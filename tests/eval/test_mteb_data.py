@@ -11,6 +11,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from pyarrow import parquet
 
 from eval import collections as C
+from eval import hub as H
 from eval import mteb_data
 
 TEXTS = {"d1": "red fish", "d2": "blue bird", "d3": ""}
@@ -49,10 +50,11 @@ def task(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
-    def known(langs: Any = ("deu-Latn",), kind: Any = "Retrieval", base=AbsTaskRetrieval) -> None:
-        made = type("Mine", (base,), {"metadata": TaskMetadata(
-            name="Mine", description="made for a test", type=kind, category="t2t",
-            eval_splits=["test"], eval_langs=langs if isinstance(langs, dict) else list(langs),
+    def known(langs: Any = ("deu-Latn",), kind: Any = "Retrieval", base=AbsTaskRetrieval,
+              name="Mine", splits=("test",), **fields) -> None:  # fmt: skip
+        made = type("Mine", (base,), {**fields, "metadata": TaskMetadata(
+            name=name, description="made for a test", type=kind, category="t2t",
+            eval_splits=list(splits), eval_langs=langs if isinstance(langs, dict) else list(langs),
             main_score="ndcg_at_10", dataset={"path": str(tmp_path / "repo"), "revision": "main"},
         )})  # fmt: skip
         monkeypatch.setattr(mteb, "get_task", lambda name: made())
@@ -85,6 +87,28 @@ def test_a_subset_of_a_task(tmp_path, task):
         C.load("mteb/Mine", tmp_path / "cache")
     lay_out(tmp_path / "repo", prefix="xx-")
     assert C.load("mteb/Mine:xx", tmp_path / "cache").language == "kin"
+
+
+@pytest.mark.parametrize(
+    ("splits", "own"),
+    [(["train", "test"], "test"), (["validation"], "dev"), (["dev2", "dev"], "dev2")],
+)
+def test_measured_is_the_split_that_mteb_measures(task, splits, own):
+    task(splits=splits)
+    assert H.own_split("mteb/Mine") == own
+
+
+def test_what_mteb_knows_of_a_task(tmp_path, task):
+    """TREC DL's grades, Chinese under another code, queries that are documents themselves."""
+    lay_out(tmp_path / "repo")
+    task(["cmn-Hans"], name="TRECDL2020", ignore_identical_ids=True)
+    data = C.load("mteb/TRECDL2020", tmp_path / "cache")
+    assert data.relevant_from == {"test": 2} and data.language == "zh"
+    found = mteb_data.find("mteb/TRECDL2020", tmp_path / "cache" / "mteb")
+    assert found.own_document
+    task(skip_first_result=True)
+    with pytest.raises(ValueError, match="not laid out as mteb's retrieval"):
+        C.load("mteb/Mine", tmp_path / "cache")
 
 
 def test_what_cannot_be_had_leaves_nothing(tmp_path, task):

@@ -180,8 +180,11 @@ def test_more_models_hold_more_and_answer_alike(
             "--device", "cpu", "--depth", "5", "--passages", "2", "--queries", "3"]  # fmt: skip
     commands, run = [], subprocess.run
 
-    def counted(words: list[str], check: bool) -> subprocess.CompletedProcess:
+    def counted(words: list[str], check: bool):
+        """The first of a kind as it is, the others in this process."""
         commands.append(words[3])
+        if words[3] in commands[:-1]:
+            return SimpleNamespace(returncode=program.main(words[3:]))
         return run(words, check=check)
 
     monkeypatch.setattr(subprocess, "run", counted)
@@ -211,7 +214,7 @@ def test_more_models_hold_more_and_answer_alike(
 
 
 def test_specialists_take_the_place_of_one_model_thrice(
-    folder: Path, data: Path, tmp_path: Path, capsys
+    folder: Path, data: Path, tmp_path: Path, capsys, in_process
 ) -> None:
     """A reranker of its own, whose head is turned round, reads other passages first."""
     other = UniMoER.from_pretrained(folder)
@@ -339,14 +342,12 @@ def test_published_answers_that_cannot_be_had(hub_files, answers, split, message
         rag.published_answers("hotpotqa", split, asked("hotpotqa"), None)
 
 
-def test_a_set_by_name(hub_files, folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_set_by_name(
+    hub_files, folder: Path, tmp_path: Path, monkeypatch, capsys, in_process
+) -> None:
     """Only questions that have an answer are asked, by the set's own rule and split."""
     monkeypatch.setenv("UNIMOER_CACHE", str(tmp_path / "cache"))
-    # In this process, where the hub is the tests' own; windows of two of the three passages.
-    monkeypatch.setattr(
-        program.subprocess, "run",
-        lambda words, check: SimpleNamespace(returncode=program.main(words[3:])),
-    )  # fmt: skip
+    # In this process the hub is the tests' own; windows of two of the three passages.
     monkeypatch.setattr(large, "encode", partial(encode, window=2))
     published.triviaqa(hub_files[0])
     published.beir(hub_files[0], "nq", 0)
@@ -369,12 +370,12 @@ def test_a_set_by_name(hub_files, folder: Path, tmp_path: Path, monkeypatch, cap
     hotpot = json.loads((place / "hotpotqa-test-one.json").read_text())
     assert (hotpot["asked"]["rule"], list(hotpot["questions"])) == ("hotpotqa", ["q0", "q2"])
     prompts = UniMoER.from_pretrained(folder).config.prompts
-    assert hotpot["prompts"] == {**vars(prompts), "generate": rag.PROMPT}
+    assert hotpot["prompts"] == {**prompts.texts(), "generate": rag.PROMPT}
     assert program.main([*line, "--split", "test"]) == 2
     assert "triviaqa has no test split (it has dev)" in capsys.readouterr().err
 
 
-def test_real_questions_and_answers(folder: Path, tmp_path: Path, capsys) -> None:
+def test_real_questions_and_answers(folder: Path, tmp_path: Path, capsys, in_process) -> None:
     """NQ's own questions and answers over 2,000 passages, to the end."""
     sides = ("one", "three", "bm25")
     line = ["rag", "--model", str(folder), "--data", str(real("nq-open-silver")), "--queries", "4",

@@ -95,7 +95,7 @@ def test_baselines(line: list[str], folder: Path, tmp_path: Path, capsys) -> Non
     assert "| bm25 |" in out.lower() and "arm-seed0" in out
 
 
-def test_retrieve_rerank_generate(line: list[str], tmp_path: Path, capsys) -> None:
+def test_retrieve_rerank_generate(line: list[str], tmp_path: Path, capsys, in_process) -> None:
     sides = ("one", "two")
     assert program.main(["rag", *line, "--queries", "3", "--depth", "4", "--sides", *sides]) == 0
     assert "the sides give the same answers: yes" in capsys.readouterr().out

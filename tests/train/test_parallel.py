@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import run
@@ -122,12 +123,16 @@ def test_a_killed_process_ends_the_job_and_one_process_finishes_it(
     survivor, killed = start_each(2, arguments)
     log = tmp_path / "runs/kill_gate"
     deadline = time.monotonic() + 200
-    while not any(log.glob("*/joint-moe/seed0.checkpoint/*")) and time.monotonic() < deadline:
-        assert survivor.poll() is None, survivor.communicate()[0]
-        time.sleep(0.02)
-    killed.kill()
-    output = survivor.communicate(timeout=100)[0]
-    killed.communicate()
+    try:
+        while not any(log.glob("*/joint-moe/seed0.checkpoint/*")) and time.monotonic() < deadline:
+            assert survivor.poll() is None, survivor.communicate()[0]
+            time.sleep(0.02)
+        killed.kill()
+        output = survivor.communicate(timeout=100)[0]
+    finally:
+        for process in (survivor, killed):
+            process.kill()
+            process.communicate()
     assert survivor.returncode == 2 and "Traceback" not in output, output
     assert "rank 0 of 2 lost another process of the job" in output
     assert not any(log.glob("*/joint-moe/seed0.json")), "it was to be killed amid its steps"
@@ -166,6 +171,27 @@ def test_one_process_needs_no_job(monkeypatch):
     parallel.wait()
     with parallel.first(), parallel.alone():
         pass
+
+
+def test_only_a_lost_connection_is_told_as_a_lost_process(monkeypatch):
+    """Outside a job nothing is; within one, neither is another error of ours."""
+    gone = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    def told(error: Exception) -> Exception:
+        with pytest.raises(RuntimeError) as raised, parallel.connected():
+            raise error
+        return raised.value
+
+    assert told(gone) is gone
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    own = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert told(own) is own
+    for error in (gone, dist.DistBackendError("NCCL error: remote process exited")):
+        found = told(error)
+        assert isinstance(found, parallel.LostProcess) and found.__cause__ is error
+        assert "rank 1 of 4 lost another process" in str(found)
 
 
 def test_more_processes_than_cards(monkeypatch):
