@@ -98,18 +98,23 @@ def corpus_table(rows: list[dict]) -> str:
 
 
 def index_table(rows: list[dict]) -> str:
-    head = ["documents", "seconds", "before (GB)", "peak (GB)", "once made (GB)"]
+    names = {
+        "before_bytes": "before (GB)", "peak_bytes": "peak (GB)", "made_bytes": "once made (GB)",
+        "kept_bytes": "on disk (GB)", "own_bytes": "own, mapped (GB)",
+    }  # fmt: skip
+    names = {key: name for key, name in names.items() if key in rows[0]}  # earlier records: made
     cells = [
         [f"{row['documents']:,}", f"{row['seconds']:,.0f}"]
-        + [f"{row[key] / 1e9:.3f}" for key in ("before_bytes", "peak_bytes", "made_bytes")]
+        + [f"{row[key] / 1e9:.3f}" for key in names]
         for row in rows
     ]
-    peak, made = (index.growth(rows, key) for key in ("peak_bytes", "made_bytes"))
+    more = [f"{index.growth(rows, key):,.0f} ({name.removesuffix(' (GB)')})"
+            for key, name in names.items() if key != "before_bytes"]  # fmt: skip
     what = (
-        f"Made-up documents of {index.WORDS} words after Zipf, never kept. One more takes "
-        f"{peak:,.0f} bytes while the index is made, {made:,.0f} from then on."
+        f"Made-up documents of {index.WORDS} words after Zipf, never kept. One more takes so many "
+        f"bytes: {', '.join(more)}."
     )
-    return f"{what}\n\n{table(head, cells)}"
+    return f"{what}\n\n{table(['documents', 'seconds', *names.values()], cells)}"
 
 
 TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
