@@ -373,7 +373,7 @@ def parser() -> argparse.ArgumentParser:
                              help="measure what was trained on these as well")  # fmt: skip
             sub.add_argument("--mteb", nargs="+", default=[], metavar="NAME", help="tasks and "
                              "benchmarks of mteb that decide for the embedding side")  # fmt: skip
-            sub.add_argument("--split", default="", help="what is measured: test (default) or dev")
+            sub.add_argument("--split", default="", help="default: test, or its authors' own")
             sub.add_argument("--device", default="", help="cpu or cuda; default: what there is")
             sub.add_argument(
                 "--kernels", choices=KERNELS, default="auto", help="auto: triton on cuda"

@@ -19,7 +19,7 @@ SCALES = {
     },
     # One GPU: every layer, longer texts, more steps.
     "full": {
-        "prefix": False, "dtype": "bfloat16", "embedding_pooling": "mean",
+        "prefix": False, "embedding_pooling": "mean",
         "reranking_pooling": "mean", "document_tokens": 256, "steps": 300, "embedding_batch": 64,
         "reranking_batch": 16, "group_size": 8, "learning_rate": 5e-4, "checkpoint_every": 100,
         "candidates": 50,

@@ -51,7 +51,7 @@ class Config:
     layers: int | None = None  # only the first n of the base; None: all
     adapter_layers: int = 0  # the first layer that has experts
     prefix: bool = True  # keep the states below it (needs adapter_layers > 0); not of lists
-    dtype: str = "auto"  # bfloat16 where the processor multiplies it, else float32
+    dtype: str = "auto"  # model/processor.py says which
     causal: bool = True
     checkpointing: bool = False
     embedding_pooling: str = "last"

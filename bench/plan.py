@@ -250,7 +250,7 @@ def render(
         f"{then if counts.documents > KEPT_FROM else ', in each process'}.\n"
         "- Batches above the mean, attention over texts of unequal length, a card that is slower "
         "when hot, other work on the machine.\n"
-        "- A T4 multiplies fp16 alone (`--set dtype=float16`) and pads in attention.\n"
+        "- A T4 multiplies fp16 alone (`dtype=auto` takes it there) and pads in attention.\n"
     )
     sections = "".join(section(plan, prices, probed) for plan in plans)
     return top + sections + operations(plans) + memories(plans) + left
