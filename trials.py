@@ -251,9 +251,9 @@ class Experiment:
     own_base: tuple[str, ...] = ("layers", "adapter_layers")
 
 
-def _short(data: str) -> str:
-    """Of a folder its name, of a benchmark's part the benchmark as well."""
-    name = Path(data).name if Path(data).is_dir() else data
+def _short(data: str, whole: bool) -> str:
+    """The end of a path or name; whole: of a benchmark's part the benchmark as well."""
+    name = data if whole and not Path(data).is_dir() else Path(data).name
     return name.lower().replace("/", "-").replace(":", "-")
 
 
@@ -264,9 +264,9 @@ def setting_name(scale: str, base: str, data: str, measured_on: str = "") -> str
     if base != Config().base:
         named.append(Path(base).name.lower())
     if data != Config().data:
-        named.append("+".join(_short(part) for part in parts(data)))
+        named.append("+".join(_short(part, part.startswith("mteb/")) for part in parts(data)))
     if measured_on:
-        named += ["on", _short(measured_on)]
+        named += ["on", _short(measured_on, True)]
     return "-".join(named)
 
 

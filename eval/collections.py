@@ -204,9 +204,10 @@ def require_split(collection: Collection, split: str) -> dict[str, dict[str, int
         ValueError: the collection has no such split, or it is empty.
     """
     if not collection.qrels.get(split):
+        other = "" if split == "train" else "measure one of these (--split), "
         raise ValueError(
-            f"{collection.name} has no {split} split (it has {', '.join(collection.qrels)}): name "
-            f"one of these with --split, add qrels/{split}.tsv to a copy, or choose another DATA"
+            f"{collection.name} has no {split} split (it has {', '.join(collection.qrels)}): "
+            f"{other}add qrels/{split}.tsv to a copy of it, or choose another DATA"
         )
     return collection.qrels[split]
 

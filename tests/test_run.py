@@ -696,6 +696,8 @@ def test_a_config_that_cannot_work(fields, said):
         (("smoke", "/models/Mine/", "../data/FiQA/"), "smoke-mine-fiqa"),
         (("full", "Qwen/Qwen3-0.6B-Base", "stdlib"), "full-qwen3-0.6b-base"),
         (("small", "smollm2-135m", "../data/FiQA+msmarco"), "small-fiqa+msmarco"),
+        (("small", "smollm2-135m", "mteb/SciFact"), "small-mteb-scifact"),
+        (("small", "smollm2-135m", "scifact+mteb/M:sw"), "small-scifact+mteb-m-sw"),
     ],
 )
 def test_the_name_of_a_setting(given, name):

@@ -102,7 +102,7 @@ def test_it_ranks_as_the_search_in_memory(
     assert result["mean"]["exact"]["ndcg_cut_10"] == mean and f"{mean:.4f}" in out
     model = UniMoER.from_pretrained(folder)
     assert result["revision"] == revision(folder) and result["base"] == model.identity
-    assert result["prompts"] == vars(model.config.prompts)
+    assert result["prompts"] == model.config.prompts.texts()
     assert result["data"]["documents"] == 42 and result["asked"]["relevant"] == 1
     assert result["vectors"] == {"dtype": "float32", "dimension": 32, "document_tokens": 24}
     assert str(data) not in place.read_text() and set(result["seconds"]) == {"queries", "exact"}
