@@ -66,7 +66,8 @@ def label(arm: str) -> str:
     """An arm's name as the tables and figures print it: `joint-moe` -> `Joint-MoE`."""
     if arm.endswith("-aa"):
         return f"{label(arm[:-3])} (A/A)"
-    words = {"moe": "MoE", "pcgrad": "PCGrad", "entmax15": "entmax-1.5", "e2rank": "E2Rank"}
+    words = {"moe": "MoE", "pcgrad": "PCGrad", "entmax15": "entmax-1.5", "e2rank": "E2Rank",
+             "lora": "LoRA"}  # fmt: skip
     return "-".join(
         words.get(word, word if re.fullmatch(r"r\d+", word) else word.capitalize())
         for word in arm.split("-")
