@@ -61,6 +61,14 @@ def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
     return {"mean": middle, "interval": list(interval(known)), "p": p, "seeds": known}
 
 
+def by_seed_less(
+    one: Mapping[int, float | None], other: Mapping[int, float | None]
+) -> list[float | None]:
+    """The differences at the seeds that both have; None where either has no value."""
+    pairs = [(one[seed], other[seed]) for seed in one if seed in other]
+    return [None if a is None or b is None else a - b for a, b in pairs]
+
+
 def with_holm(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows that have a `p`; each gets `p_holm`, adjusted over all of them, and `detectable`.
 

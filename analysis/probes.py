@@ -13,6 +13,7 @@ from analysis import ablation, compare, figures, judge
 from analysis.bands import shade
 from analysis.figures import label, p_value, table
 from analysis.page import (
+    by_seed_less,
     claims_table,
     limits,
     over_seeds,
@@ -158,10 +159,8 @@ def claims(probed: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
 
     def add(arm: str, what: str, one: dict[int, float], other: dict[int, float]) -> None:
-        seeds = [seed for seed in one if seed in other]
-        if seeds:
-            gap = over_seeds([one[seed] - other[seed] for seed in seeds])
-            rows.append({"arm": arm, "what": what, "difference": gap})
+        if values := by_seed_less(one, other):
+            rows.append({"arm": arm, "what": what, "difference": over_seeds(values)})
 
     for arm, found in probed.items():
         for names, text in ((INGREDIENTS, HELD), (("relevant",), RELEVANCE)):

@@ -5,7 +5,7 @@ from typing import Any
 
 from analysis import judge
 from analysis.figures import label
-from analysis.page import over_seeds, with_holm
+from analysis.page import by_seed_less, over_seeds, with_holm
 from analysis.representation_figures import KINDS
 
 SPECIALISTS = ("emb-only", "rank-only")
@@ -21,44 +21,37 @@ def claims(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
 
-    def add(arm: str, what: str, values: Sequence[float | None]) -> None:
-        if values:
+    def add(
+        arm: str,
+        what: str,
+        one: tuple[str, Sequence[float | None]],
+        other: tuple[str, Sequence[float | None]],
+    ) -> None:
+        """one, other: an arm, and a value of each of its seeds."""
+        of = (dict(zip(measured[a]["at"], values, strict=True)) for a, values in (one, other))
+        if values := by_seed_less(*of):
             rows.append({"arm": arm, "what": what, "difference": over_seeds(values)})
 
     for arm, found in measured.items():
         for kind, text in KINDS.items():
             near = [found["arms"][kind].get(other, {}).get("by_seed") for other in SPECIALISTS]
             if all(near):
-                add(arm, f"CKA with Emb-Only less with Rank-Only, {text}", _less(*near))
+                what = f"CKA with Emb-Only less with Rank-Only, {text}"
+                add(arm, what, (arm, near[0]), (arm, near[1]))
         for name, row in found["pairs"].items():
-            of = [row[f"outputs_{key}"]["seeds"] for key in ("overlap", "by_chance")]
-            what = f"overlap of {name.replace(' | ', ' with ')} (write)"
-            add(arm, f"{what} less by chance", _less(*of))
+            mine, by_chance = (
+                (arm, row[f"outputs_{k}"]["seeds"]) for k in ("overlap", "by_chance")
+            )
+            what = f"overlap of {name.replace(' | ', ' with ')} (write) less"
+            add(arm, f"{what} by chance", mine, by_chance)
             other = measured.get(UNROUTED, {"pairs": {}})["pairs"].get(name)
             if other and arm != UNROUTED:
-                pair = [_at(measured[a], r["outputs_overlap"]["seeds"])
-                        for a, r in ((arm, row), (UNROUTED, other))]  # fmt: skip
-                add(arm, f"{what} less {label(UNROUTED)}'s", _of_same_seed(*pair))
+                theirs = (UNROUTED, other["outputs_overlap"]["seeds"])
+                add(arm, f"{what} {label(UNROUTED)}'s", mine, theirs)
         for other in SPECIALISTS if arm == judge.JOINT else ():
             if other in measured:
-                pair = [_at(measured[a], measured[a]["stir"][-1]["stir"]["by_seed"])
-                        for a in (arm, other)]  # fmt: skip
-                add(arm, f"STIR of documents with pairs less {label(other)}'s",
-                    _of_same_seed(*pair))  # fmt: skip
+                mine, theirs = ((a, measured[a]["stir"][-1]["stir"]["by_seed"])
+                                for a in (arm, other))  # fmt: skip
+                add(arm, f"STIR of documents with pairs less {label(other)}'s", mine, theirs)
     with_holm(row["difference"] for row in rows)
     return rows
-
-
-def _at(found: dict[str, Any], values: Sequence[float | None]) -> dict[int, float | None]:
-    return dict(zip(found["at"], values, strict=True))
-
-
-def _of_same_seed(
-    one: dict[int, float | None], other: dict[int, float | None]
-) -> list[float | None]:
-    seeds = [seed for seed in one if seed in other]
-    return _less([one[s] for s in seeds], [other[s] for s in seeds])
-
-
-def _less(one: Sequence[float | None], other: Sequence[float | None]) -> list[float | None]:
-    return [None if a is None or b is None else a - b for a, b in zip(one, other, strict=True)]

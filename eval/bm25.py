@@ -92,24 +92,16 @@ class BM25:
         if folder is None:
             self._index = self._make(texts, order, k1, b)
             return
-        how = [
-            FORMAT,
-            content,
-            language,
-            k1,
-            b,
-            self._pattern,
-            bm25s.__version__,
-            Stemmer.version(),
-        ]
-        name = hashlib.sha256("\0".join([*map(str, how), *self.ids]).encode()).hexdigest()[:20]
-        with locked(folder, name=f".{name}.lock"):
-            self._index = _read(folder / name)
+        made_by = f"{FORMAT} {bm25s.__version__} {Stemmer.version()}"
+        how = [content, language, f"{k1} {b}", self._pattern, made_by, *self.ids]
+        place = folder / hashlib.sha256("\0".join(how).encode()).hexdigest()[:20]
+        with locked(folder, name=f".{place.name}.lock"):
+            self._index = _read(place)
             if self._index is None:
                 self._index = made = self._make(texts, order, k1, b)
                 if made is not None:
-                    _write(made, folder / name)
-                    mapped = _read(folder / name)
+                    _write(made, place)
+                    mapped = _read(place)
                     self._index = made if mapped is None else mapped
 
     def _make(

@@ -107,9 +107,8 @@ def connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not dist.is_initialized() or not (
-            isinstance(error, dist.DistError) or GLOO in f"{error}"
-        ):
+        of_connection = isinstance(error, dist.DistError) or GLOO in str(error)
+        if not (dist.is_initialized() and of_connection):
             raise
         raise LostProcess(
             f"rank {dist.get_rank()} of {dist.get_world_size()} lost another process of the job "

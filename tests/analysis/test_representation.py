@@ -290,7 +290,11 @@ def test_what_is_claimed_is_tested_over_seeds() -> None:
             "outputs_by_chance": over_seeds([0.26, 0.26, 0.26])}  # fmt: skip
     measured: Any = {
         "emb-only": {"arms": {kind: {} for kind in representations.KINDS}, "pairs": {}},
-        "joint-moe": {"arms": {"document": cka, "pair": far}, "pairs": {"a | b": pair}},
+        "joint-moe": {
+            "at": [0, 1, 2],
+            "arms": {"document": cka, "pair": far},
+            "pairs": {"a | b": pair},
+        },
     }
     rows = claims(measured)
     assert [row["arm"] for row in rows] == ["joint-moe"] * 3
