@@ -222,12 +222,11 @@ def mentioned_targets(markdown: str) -> set[str]:
     return {match[1] for text in code for match in re.findall(pattern, text)}
 
 
-def test_readme_names_only_targets_that_exist() -> None:
+def test_docs_name_only_targets_that_exist() -> None:
     sample = "make sure `PYTHON=p make a-b` and\n```\n$ make TORCH=cpu c SCALE=small  # make d\n```"
     assert mentioned_targets(sample) == {"a-b", "c", "d"}
-    readme = ROOT / "README.md"
-    if readme.exists():
-        assert mentioned_targets(readme.read_text(encoding="utf-8")) <= make_targets().keys()
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        assert mentioned_targets(page.read_text(encoding="utf-8")) <= make_targets().keys(), page
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on PATH")
