@@ -32,7 +32,7 @@ from eval.stages import Stages
 from eval.vectors import Vectors
 from model import bases, saved
 from model.files import write_json, write_text
-from model.generate import require_whole
+from model.generate import require_causal
 from model.unimoer import UniMoER
 from model.weights import revision
 
@@ -74,7 +74,7 @@ def through_mteb(args: argparse.Namespace) -> None:
 def answer(args: argparse.Namespace) -> None:
     """Questions of each set or folder, once for each of the sides; a JSON each, and a table."""
     version, cache = revision(args.model), bases.cache_folder() / "data"
-    require_whole(saved.read_config(Path(args.model))[0])  # before anything is encoded
+    require_causal(saved.read_config(Path(args.model))[0])  # before anything is encoded
     for data in args.data:
         split, public = split_of(args, data), data in hub.ANSWERS
         rule = args.rule or (data if public else "nq")

@@ -1,7 +1,8 @@
 """Retrieve, rerank, generate: one question after the other, and what each stage costs.
 
-The three jobs are roles of models: one UniMoER does all three (its generator is the bare base); or
-a bare base of its own generates beside it; or there are three, embedder, reranker and bare base.
+The three jobs are roles of models: one UniMoER does all three (its generator is the bare base, and
+where it stops at an early layer, the rest of the base is held beside it); or a bare base of its own
+generates beside it; or there are three, embedder, reranker and bare base.
 Where these have the same weights, answers agree and memory does not.
 
 What a stage is good for is seen where it is left out: the one model without reranking, or without
@@ -28,7 +29,7 @@ from eval.stages import Stages
 from eval.vectors import Vectors
 from model import saved
 from model.files import read_json
-from model.generate import generate, output_matrix
+from model.generate import Generator
 from model.unimoer import UniMoER
 from model.weights import revision
 
@@ -137,15 +138,15 @@ class Pipeline:
         stored: Vectors | None, s: Settings, side: str = "one",
     ):  # fmt: skip
         self.stages = PARTS.get(side, STAGES)
-        self.embedder, self.reranker, self.generator = models
+        self.embedder, self.reranker = models[:2]
+        self.generator, self.tokenizer = Generator(models[2]), models[2].tokenizer
         self.collection, self.settings = collection, s
         self.bm25 = collection.bm25(split) if side == "bm25" else None
         if stored is not None:
             self._load(stored)
-        self.head = output_matrix(self.generator)
-        fast = self.generator.tokenizer.fast
+        fast = self.tokenizer.fast
         lines = {i for i in range(fast.get_vocab_size()) if "\n" in fast.decode([i])}
-        self.stop: set[int] = lines | {self.generator.tokenizer.end_id}
+        self.stop: set[int] = lines | {self.tokenizer.end_id}
 
     def _load(self, stored: Vectors) -> None:
         stored.require_all()
@@ -173,10 +174,9 @@ class Pipeline:
             read = [read[i] for i, _ in self.reranker.rank(text, documents, s.passages)]
             clock.append(time.perf_counter())
         read = read[: s.passages]
-        prompt, options = self.prompt(text, read), {"stop": self.stop, "head": self.head}
-        ids = generate(self.generator, [prompt], s.new_tokens, **options)[0]
+        ids = self.generator.generate([self.prompt(text, read)], s.new_tokens, stop=self.stop)[0]
         clock.append(time.perf_counter())
-        answer = self.generator.tokenizer.fast.decode([i for i in ids if i not in self.stop])
+        answer = self.tokenizer.fast.decode([i for i in ids if i not in self.stop])
         took = np.diff(clock).tolist()
         return answer.strip(), read, dict(zip(self.stages, took, strict=True))
 
@@ -191,7 +191,7 @@ class Pipeline:
 
     def prompt(self, question: str, documents: Sequence[str]) -> list[int]:
         """Token ids of the passages, each cut, and the question."""
-        fast, passages = self.generator.tokenizer.fast, []
+        fast, passages = self.tokenizer.fast, []
         for document in documents:
             ids = fast.encode(self.collection.corpus[document], add_special_tokens=False).ids
             passages.append(fast.decode(ids[: self.settings.passage_tokens]))
@@ -200,9 +200,9 @@ class Pipeline:
         return fast.encode(text, add_special_tokens=False).ids
 
 
-def resident_bytes(models: Sequence[UniMoER], head: torch.Tensor) -> int:
-    """Of parameters and buffers of all different models, and of the generator's output matrix."""
-    tensors = [head, *(t for m in models for t in (*m.parameters(), *m.buffers()))]
+def resident_bytes(models: Sequence[UniMoER], generator: Generator) -> int:
+    """Of parameters and buffers of all different models, and of what the generator adds."""
+    tensors = [*generator.added, *(t for m in models for t in (*m.parameters(), *m.buffers()))]
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
@@ -218,7 +218,7 @@ def players(folder: str, side: str, specialists: Sequence[str], device: str) -> 
     if side == "one" or side in PARTS:
         return [embedder] * 3
     config = saved.read_config(Path(folder))[0]
-    bare = replace(config, lora=None, router=None, rerank_head="linear")
+    bare = replace(config, layers=None, lora=None, router=None, rerank_head="linear")
     generator = UniMoER(bare, device).compact()
     if side == "two":
         return [embedder, embedder, generator]
@@ -271,7 +271,7 @@ def measure(
         "latency": {stage: {"median": float(np.median(values)),
                             "p95": float(np.quantile(values, 0.95))}
                     for stage, values in took.items()},
-        "resident_bytes": resident_bytes(models, pipeline.head),
+        "resident_bytes": resident_bytes(models, pipeline.generator),
         "peak_bytes": max(peak, peak_bytes(device)),
         "documents": len(collection.corpus),
         "vectors": stored and {k: stored.manifest[k] for k in ("dtype", "document_tokens")},

@@ -1,7 +1,8 @@
 """Greedy and sampled decoding by the bare base of a model, with a key-value cache.
 
 The generator is the resident base with its experts left out, so one set of weights embeds, reranks
-and generates. Shapes: B texts, T tokens of the longest, H query and G key/value heads, K head size.
+and generates; what a model that stops at an early layer lacks of its base is added. Shapes: B
+texts, T tokens of the longest, H query and G key/value heads, K head size.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,16 +18,16 @@ from model import bases, weights
 from model.config import DecoderConfig, ModelConfig
 from model.layers import Attention, DecoderLayer
 from model.packed import Packed, pack
-from model.transformer import Decoder
+from model.transformer import layer_weights
 from model.unimoer import UniMoER
 
 
 class KeyValueCache:
     """Rotated keys and values of each layer, (B, room, G, K), and how many each text has."""
 
-    def __init__(self, decoder: Decoder, texts: int, room: int):
-        c, like = decoder.config, decoder.embed_tokens.weight
-        shape = (len(decoder.layers), texts, room, c.num_key_value_heads, c.head_dim)
+    def __init__(self, config: DecoderConfig, texts: int, room: int, like: Tensor):
+        c = config
+        shape = (c.num_hidden_layers, texts, room, c.num_key_value_heads, c.head_dim)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.lengths = torch.zeros(texts, dtype=torch.int64, device=like.device)
 
@@ -69,73 +70,6 @@ def _rest(layer: DecoderLayer, x: Tensor, y: Tensor) -> Tensor:
     return x + layer.mlp(layer.post_attention_layernorm(x), None)
 
 
-def prefill(decoder: Decoder, batch: Packed, cache: KeyValueCache) -> Tensor:
-    """Final hidden states (B, D) of the last token of each prompt; fills the cache."""
-    c = decoder.config
-    x = decoder.embed_tokens(batch.input_ids)
-    cos, sin = decoder.rope_table(batch, x.dtype)
-    for i, layer in enumerate(decoder.layers):
-        assert isinstance(layer, DecoderLayer)
-        q, k, v = _heads(layer.self_attn, layer.input_layernorm(x), cos, sin)
-        cache.fill(i, k, v, batch)
-        y = attention(q, k, v, batch.groups, causal=True, window=c.sliding_window)
-        if i + 1 == len(decoder.layers):  # no other token is read
-            x, y = x[batch.last], y[batch.last]
-        x = _rest(layer, x, y)
-    cache.lengths += torch.tensor(batch.lengths, device=x.device)
-    return decoder.norm(x)
-
-
-def decode(decoder: Decoder, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-    """Final hidden states (B, D) of one new token of each text, (B,); the cache grows by it."""
-    x = decoder.embed_tokens(tokens)
-    # As a batch of B texts of one token, each at its own place.
-    rows = torch.arange(len(tokens), device=x.device)
-    batch = Packed(tokens, cache.lengths, rows, rows, (1,) * len(tokens), [(len(tokens), 1)])
-    cos, sin = decoder.rope_table(batch, x.dtype)
-    for i, layer in enumerate(decoder.layers):
-        assert isinstance(layer, DecoderLayer)
-        q, k, v = _heads(layer.self_attn, layer.input_layernorm(x), cos, sin)
-        cache.append(i, k, v)
-        x = _rest(layer, x, cache.attend(i, q, decoder.config.sliding_window))
-    cache.lengths += 1
-    return decoder.norm(x)
-
-
-def require_whole(config: ModelConfig) -> Path:
-    """The folder of a model's base, if the model can generate.
-
-    Raises:
-        ValueError: layers of the base were cut off, or it is not causal.
-    """
-    folder = bases.resolve(config.base, config.revision)
-    whole = DecoderConfig.read(folder).num_hidden_layers
-    layers = config.layers or whole
-    if layers < whole or not config.causal:
-        raise ValueError(
-            f"generation needs the whole causal base, but this model has {layers} of {whole} "
-            f"layers and causal={config.causal}"
-        )
-    return folder
-
-
-def output_matrix(model: UniMoER) -> Tensor:
-    """(V, D): the embeddings where the base ties them, else its `lm_head.weight`, read from disk.
-
-    Raises:
-        ValueError: as of `require_whole`.
-    """
-    folder = require_whole(model.config)
-    table = model.decoder.embed_tokens.weight
-    if model.decoder.config.tie_word_embeddings:
-        return table
-    head = torch.empty_like(table)
-    weights.load_into(
-        folder, {"lm_head.weight": head}, ignore=lambda name: name != "lm_head.weight"
-    )
-    return head
-
-
 def choose(
     logits: Tensor,
     temperature: float,
@@ -160,54 +94,127 @@ def choose(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-@torch.no_grad()
-def generate(
-    model: UniMoER,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    stop: Collection[int] = (),
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    head: Tensor | None = None,
-) -> list[list[int]]:
-    """Continue each prompt by the bare base, the experts left out.
+def require_causal(config: ModelConfig) -> Path:
+    """The folder of a model's base, if the model can generate.
 
-    Args:
-        prompts: token ids, none empty.
-        stop: tokens that end a text; the first one is its last token.
-        temperature: 0 for greedy decoding. top_k, top_p: as `choose`.
-        seed: of the draws; None: PyTorch's own random state.
-        head: `output_matrix(model)`, kept by who generates more than once: it may come from disk.
-    Returns:
-        the new tokens of each text, at most `max_new_tokens`.
     Raises:
-        ValueError: as `output_matrix`; an option out of its range, an empty prompt.
+        ValueError: it is not causal.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
-        raise ValueError(
-            "generate: expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1; "
-            f"got {temperature}, {top_p}, {top_k}, {max_new_tokens}"
-        )
-    decoder, head = model.decoder, output_matrix(model) if head is None else head
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(model.device).manual_seed(seed)
-    batch = pack(prompts, model.device)
-    cache = KeyValueCache(decoder, len(prompts), max(batch.lengths) + max_new_tokens)
-    hidden = prefill(decoder, batch, cache)
-    made: list[list[int]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))
-    for step in range(max_new_tokens):
-        tokens = choose((hidden @ head.t()).float(), temperature, top_k, top_p, generator)
-        for text, token in enumerate(tokens.tolist()):
-            if text in going:
-                made[text].append(token)
-                if token in stop:
-                    going.discard(text)
-        if not going or step + 1 == max_new_tokens:
-            break
-        hidden = decode(decoder, tokens, cache)
-    return made
+    if not config.causal:
+        raise ValueError("generation needs a causal base, but this model has causal=False")
+    return bases.resolve(config.base, config.revision)
+
+
+class Generator:
+    """The whole base of a model, which continues texts.
+
+    What the model has of it is used where it is, the experts left out. What it lacks is read from
+    disk and held here: the layers behind its last (`ModelConfig.layers`), an output matrix that is
+    not the embeddings.
+
+    Attributes:
+        head: (V, D). added: the tensors that are held here.
+    Raises:
+        ValueError: as `require_causal`, `bases.resolve` and `weights.load_into`.
+    """
+
+    def __init__(self, model: UniMoER):
+        folder = require_causal(model.config)
+        self.config, self.decoder = DecoderConfig.read(folder), model.decoder
+        self.device, had = model.device, len(model.decoder.layers)
+        self.head = model.decoder.embed_tokens.weight
+        with torch.device(self.device):
+            behind = [
+                DecoderLayer(self.config, None, None, model.dtype)
+                for _ in range(had, self.config.num_hidden_layers)
+            ]
+        targets: dict[str, Tensor] = {}
+        for i, layer in enumerate(behind, had):
+            targets |= layer_weights(layer, i)
+        if not self.config.tie_word_embeddings:
+            self.head = targets["lm_head.weight"] = torch.empty_like(self.head)
+        if targets:
+            weights.load_into(folder, targets, ignore=lambda name: name not in targets)
+        self.added = list(targets.values())
+        self.layers = [*model.decoder.layers, *behind]
+
+    def prefill(self, batch: Packed, cache: KeyValueCache) -> Tensor:
+        """Final hidden states (B, D) of the last token of each prompt; fills the cache."""
+        x = self.decoder.embed_tokens(batch.input_ids)
+        cos, sin = self.decoder.rope_table(batch, x.dtype)
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            q, k, v = _heads(layer.self_attn, layer.input_layernorm(x), cos, sin)
+            cache.fill(i, k, v, batch)
+            y = attention(q, k, v, batch.groups, causal=True, window=self.config.sliding_window)
+            if i + 1 == len(self.layers):  # no other token is read
+                x, y = x[batch.last], y[batch.last]
+            x = _rest(layer, x, y)
+        cache.lengths += torch.tensor(batch.lengths, device=x.device)
+        return self.decoder.norm(x)
+
+    def decode(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """Final hidden states (B, D) of one new token of each text, (B,); the cache grows by it."""
+        x = self.decoder.embed_tokens(tokens)
+        # As a batch of B texts of one token, each at its own place.
+        rows = torch.arange(len(tokens), device=x.device)
+        batch = Packed(tokens, cache.lengths, rows, rows, (1,) * len(tokens), [(len(tokens), 1)])
+        cos, sin = self.decoder.rope_table(batch, x.dtype)
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            q, k, v = _heads(layer.self_attn, layer.input_layernorm(x), cos, sin)
+            cache.append(i, k, v)
+            x = _rest(layer, x, cache.attend(i, q, self.config.sliding_window))
+        cache.lengths += 1
+        return self.decoder.norm(x)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        stop: Collection[int] = (),
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> list[list[int]]:
+        """Continue each prompt.
+
+        Args:
+            prompts: token ids, none empty.
+            stop: tokens that end a text; the first one is its last token.
+            temperature: 0 for greedy decoding. top_k, top_p: as `choose`.
+            seed: of the draws; None: PyTorch's own random state.
+        Returns:
+            the new tokens of each text, at most `max_new_tokens`.
+        Raises:
+            ValueError: an option out of its range, an empty prompt.
+        """
+        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
+            raise ValueError(
+                "generate: expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, "
+                f"max_new_tokens >= 1; got {temperature}, {top_p}, {top_k}, {max_new_tokens}"
+            )
+        random = None
+        if seed is not None:
+            random = torch.Generator(self.device).manual_seed(seed)
+        batch = pack(prompts, self.device)
+        room = max(batch.lengths) + max_new_tokens
+        cache = KeyValueCache(self.config, len(prompts), room, self.head)
+        hidden = self.prefill(batch, cache)
+        made: list[list[int]] = [[] for _ in prompts]
+        going = set(range(len(prompts)))
+        for step in range(max_new_tokens):
+            logits = (hidden @ self.head.t()).float()
+            tokens = choose(logits, temperature, top_k, top_p, random)
+            for text, token in enumerate(tokens.tolist()):
+                if text in going:
+                    made[text].append(token)
+                    if token in stop:
+                        going.discard(text)
+            if not going or step + 1 == max_new_tokens:
+                break
+            hidden = self.decode(tokens, cache)
+        return made

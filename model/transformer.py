@@ -78,17 +78,7 @@ class Decoder(nn.Module):
         }
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
-            prefix, attn = f"model.layers.{i}.", layer.self_attn
-            for part, groups in (
-                ("self_attn", (attn.qkv, attn.o)),
-                ("mlp", (layer.mlp.gate_up, layer.mlp.down)),
-            ):
-                for group in groups:
-                    for name in group.outs:
-                        tensors[f"{prefix}{part}.{name}.weight"] = group.weight(name)
-            for name, parameter in layer.named_parameters():
-                if name.endswith("norm.weight"):
-                    tensors[prefix + name] = parameter
+            tensors |= layer_weights(layer, i)
         return tensors
 
     def rope_table(self, batch: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -188,6 +178,22 @@ class Decoder(nn.Module):
         if self.router_config is not None and self.router_config.per_token:
             return weights[batch.trie.rows]
         return weights[:1].expand(len(batch.whole.lengths), -1)  # one task, and so one row
+
+
+def layer_weights(layer: DecoderLayer, index: int) -> dict[str, Tensor]:
+    """As `Decoder.named_weights`, of the layer that a checkpoint has at `index`."""
+    prefix, attn, tensors = f"model.layers.{index}.", layer.self_attn, {}
+    for part, groups in (
+        ("self_attn", (attn.qkv, attn.o)),
+        ("mlp", (layer.mlp.gate_up, layer.mlp.down)),
+    ):
+        for group in groups:
+            for name in group.outs:
+                tensors[f"{prefix}{part}.{name}.weight"] = group.weight(name)
+    for name, parameter in layer.named_parameters():
+        if name.endswith("norm.weight"):
+            tensors[prefix + name] = parameter
+    return tensors
 
 
 def _whole(x: Tensor, delta: Tensor | None, batch: Packed):

@@ -17,7 +17,7 @@ from eval.provenance import sources
 from eval.stages import Stages
 from eval.vectors import Vectors, encode
 from experiments import SPARSEGEN
-from model.generate import generate
+from model.generate import Generator
 from model.unimoer import UniMoER
 from model.weights import revision
 from tests.eval import published
@@ -45,7 +45,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tiny_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = UniMoER(model_config(tiny_config(tiny_base, data, **SPARSEGEN)))
+    """Of three of the base's four layers; the generator takes the fourth too."""
+    model = UniMoER(model_config(tiny_config(tiny_base, data, **SPARSEGEN, layers=3)))
     with torch.no_grad():
         for name, parameter in model.trained().items():
             if ".lora_B" in name:
@@ -82,7 +83,7 @@ def test_each_stage_hands_on_what_it_found(folder: Path, data: Path, tmp_path: P
     cut = [fast.decode(fast.encode(collection.corpus[d]).ids[:5]) for d in read]
     prompt = rag.PROMPT.format(passages=f"{cut[0]}\n\n{cut[1]}", question=text)
     assert prompt.endswith(f"{cut[0]}\n\n{cut[1]}\n\nQuestion: {text}\nAnswer:")
-    ids = generate(model, [fast.encode(prompt).ids], 4, stop=made.stop)[0]
+    ids = Generator(model).generate([fast.encode(prompt).ids], 4, stop=made.stop)[0]
     assert answer == fast.decode([i for i in ids if i not in made.stop]).strip()
     assert set(seconds) == set(rag.STAGES) and min(seconds.values()) > 0
     assert all("\n" in fast.decode([i]) for i in made.stop - {model.tokenizer.end_id})
@@ -98,8 +99,8 @@ def test_stages_that_are_left_out(folder: Path, data: Path, tmp_path: Path) -> N
         pipeline = rag.Pipeline([model] * 3, collection, "test", stored, settings, side)
         made[side] = answer, read, seconds = pipeline.ask(query)
         assert tuple(seconds) == rag.PARTS.get(side, rag.STAGES)
-        ids = generate(model, [pipeline.prompt(collection.queries[query], read)], 4,
-                       stop=pipeline.stop)[0]  # fmt: skip
+        prompt = pipeline.prompt(collection.queries[query], read)
+        ids = Generator(model).generate([prompt], 4, stop=pipeline.stop)[0]
         assert (
             answer
             == model.tokenizer.fast.decode([i for i in ids if i not in pipeline.stop]).strip()
@@ -198,9 +199,11 @@ def test_more_models_hold_more_and_answer_alike(
                for side in rag.SIDES]  # fmt: skip
     sizes = [result["resident_bytes"] for result in results]
     model = UniMoER.from_pretrained(folder).compact()
-    bare = UniMoER(replace(model.config, lora=None, router=None)).compact()
-    whole, base = (rag.resident_bytes([of], torch.empty(0)) for of in (model, bare))
-    assert base < whole and sizes[1] - sizes[0] == base and sizes[2] - sizes[1] == whole
+    bare = UniMoER(replace(model.config, layers=None, lora=None, router=None)).compact()
+    embedder, base = (sum(t.numel() * t.element_size() for t in (*of.parameters(), *of.buffers()))
+                      for of in (model, bare))  # fmt: skip
+    added = sum(t.numel() * t.element_size() for t in Generator(model).added)
+    assert sizes == [embedder + added, embedder + base, 2 * embedder + base] and 0 < added < base
     for result in results:
         assert result["sources"] == sources() and result["versions"]["torch"] == torch.__version__
         assert len(result["questions"]) == 3 and result["exact_match"] <= result["f1"] <= 1

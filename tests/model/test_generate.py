@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 
-from model import bases, generate
-from model.generate import choose
+from model import bases
+from model.generate import Generator, KeyValueCache, choose
 from model.lora import LoRAConfig
+from model.packed import pack
 from model.router import RouterConfig
 from model.unimoer import ModelConfig, UniMoER
 
@@ -54,7 +55,7 @@ def base(request: pytest.FixtureRequest, make_base: Callable[..., Path]) -> Path
 
 def test_greedy(base: Path) -> None:
     """Texts of all lengths at once are continued as each is alone."""
-    found = generate.generate(ours(base), PROMPTS, NEW)
+    found = Generator(ours(base)).generate(PROMPTS, NEW)
     assert found == [theirs(base, prompt, do_sample=False) for prompt in PROMPTS]
 
 
@@ -65,33 +66,33 @@ def test_sampled(base: Path, cut: dict[str, Any]) -> None:
     model = ours(base)
     for seed in (1, 2):
         torch.manual_seed(seed)
-        found = generate.generate(model, PROMPTS[:1], NEW, temperature=0.8, **full)
+        found = Generator(model).generate(PROMPTS[:1], NEW, temperature=0.8, **full)
         assert found[0] == theirs(base, PROMPTS[0], seed, do_sample=True, temperature=0.8, **full)
-    again = [generate.generate(model, PROMPTS, NEW, temperature=1.0, seed=3) for _ in "ab"]
+    again = [Generator(model).generate(PROMPTS, NEW, temperature=1.0, seed=3) for _ in "ab"]
     assert again[0] == again[1]
 
 
 def test_the_cache_changes_nothing(base: Path) -> None:
     """Each step's hidden state is that of the whole text without a cache, in float64."""
     model = ours(base, "float64")
-    new = generate.generate(model, PROMPTS, NEW)
-    decoder = model.decoder
-    batch = generate.pack(PROMPTS, "cpu")
-    cache = generate.KeyValueCache(decoder, len(PROMPTS), max(batch.lengths) + NEW)
+    generator = Generator(model)
+    new = generator.generate(PROMPTS, NEW)
+    batch = pack(PROMPTS, "cpu")
+    cache = KeyValueCache(generator.config, len(PROMPTS), max(batch.lengths) + NEW, generator.head)
     with torch.no_grad():
-        found = generate.prefill(decoder, batch, cache)
+        found = generator.prefill(batch, cache)
         for step in range(NEW):
             texts = [p + row[:step] for p, row in zip(PROMPTS, new, strict=True)]
-            whole, _ = decoder(packed := generate.pack(texts, "cpu"), base=True)
+            whole, _ = model.decoder(packed := pack(texts, "cpu"), base=True)
             torch.testing.assert_close(found, whole[packed.last], rtol=1e-9, atol=1e-9)
-            found = generate.decode(decoder, torch.tensor([row[step] for row in new]), cache)
+            found = generator.decode(torch.tensor([row[step] for row in new]), cache)
 
 
 def test_a_stop_token_ends_a_text_and_not_the_others(base: Path) -> None:
     model = ours(base)
-    free = generate.generate(model, PROMPTS, NEW)
+    free = Generator(model).generate(PROMPTS, NEW)
     stop = free[0][3]
-    found = generate.generate(model, PROMPTS, NEW, stop={stop})
+    found = Generator(model).generate(PROMPTS, NEW, stop={stop})
     for short, long in zip(found, free, strict=True):
         end = long.index(stop) + 1 if stop in long else NEW
         assert short == long[:end]
@@ -110,16 +111,31 @@ def test_choose_cuts_what_it_says() -> None:
     assert int(choose(logits, 0.0, 0, 1.0)) == 0
 
 
+def test_a_model_of_the_first_layers_generates_with_the_whole_base(base: Path) -> None:
+    """It holds what it was cut off, and nothing else twice; compacted too."""
+    whole, cut = ours(base), ours(base, layers=2)
+    expected, alone = Generator(whole), Generator(cut.compact())
+    assert alone.generate(PROMPTS, NEW) == expected.generate(PROMPTS, NEW)
+    count = {
+        kind: sum(t.numel() for t in of.added) for kind, of in (("cut", alone), ("", expected))
+    }
+    frozen = sum(t.numel() for name, t in whole.decoder.named_weights().items()
+                 if name.startswith(("model.layers.2.", "model.layers.3.")))  # fmt: skip
+    assert count["cut"] - count[""] == frozen
+    tied = expected.config.tie_word_embeddings
+    assert count[""] == (0 if tied else whole.decoder.embed_tokens.weight.numel())
+
+
 def test_what_cannot_generate(tiny_base: Path) -> None:
-    with pytest.raises(ValueError, match="whole causal base, but this model has 2 of 4 layers"):
-        generate.generate(ours(tiny_base, layers=2), PROMPTS, 1)
-    model = ours(tiny_base, layers=4)  # all there are
+    with pytest.raises(ValueError, match="generation needs a causal base"):
+        Generator(ours(tiny_base, causal=False))
+    model = ours(tiny_base)
     wrong: list[dict[str, Any]] = [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}]
     for options in wrong:
         with pytest.raises(ValueError, match="generate: expected"):
-            generate.generate(model, PROMPTS, 1, **options)
+            Generator(model).generate(PROMPTS, 1, **options)
     with pytest.raises(ValueError, match="one token in each"):
-        generate.generate(model, [[]], 1)
+        Generator(model).generate([[]], 1)
 
 
 @pytest.mark.skipif(not bases.cache_folder().joinpath("bases").exists(), reason="no base at hand")
@@ -127,6 +143,6 @@ def test_the_real_base_says_what_transformers_has_it_say() -> None:
     folder = bases.resolve("smollm2-135m")
     model = UniMoER(ModelConfig(base="smollm2-135m", dtype="float32"))
     ids = model.tokenizer.fast.encode("The capital of France is").ids
-    found = generate.generate(model, [ids], NEW)[0]
+    found = Generator(model).generate([ids], NEW)[0]
     assert found == theirs(folder, ids, do_sample=False)
     assert model.tokenizer.fast.decode(found).startswith(" Paris")
