@@ -136,7 +136,7 @@ EXPERIMENTS = {
             **_like("joint-single", {"pcgrad": {"pcgrad": True}}),
         },
         common={"probes": 4}, report="conflict", reference="joint-single",
-        same_start=(("pcgrad", "joint-single"),),
+        paired=(("pcgrad", "joint-single"),),
     ),
     "soft_vs_hard": Experiment(
         question="Does it matter how the experts are weighed: by task, by similarity, softly?",
@@ -239,7 +239,7 @@ EXPERIMENTS = {
             ("head-on-reranking", "rank-only", "reranking",
              "what a new head loses on the reranking expert"),
         ),
-        same_start=(("head-on-reranking", "rank-only"),),
+        paired=(("head-on-reranking", "rank-only"),),
     ),
     "rank_sweep": Experiment(
         question="How much rank does each expert need?",
@@ -273,7 +273,7 @@ EXPERIMENTS = {
                 },
             }),
         },
-        report="pareto", same_start=(("pcgrad", "joint-single"),),
+        report="pareto", paired=(("pcgrad", "joint-single"),),
         contrasts=tuple(
             (arm, against, task, f"against {what}")
             for against, what in (("joint-single", "sharing"), ("joint-moe", "routing"))

@@ -15,24 +15,13 @@ import torch
 import experiments
 from analysis import (
     across,
-    compare,
-    conflict,
     gradients,
     judge,
     leaderboard,
     measures,
-    order,
     overview,
-    pareto,
-    pilot,
-    probes,
-    ranks,
-    report,
-    representations,
+    reports,
     reuse,
-    routes,
-    scale,
-    sweep,
     tracking,
 )
 from eval import hub, stages
@@ -44,7 +33,7 @@ from eval.provenance import sources
 from kernels.choice import KERNELS, use_triton
 from model import bases, parallel
 from model.config import DTYPES
-from model.files import read_json, write_json, write_text
+from model.files import read_json, write_json
 from scales import SCALES
 from train.loop import NonFiniteLoss, forget, owned
 from train.mixture import training_steps
@@ -61,20 +50,6 @@ from train.trial import (
 from trials import Config, override, parts
 
 ROOT = Path(__file__).parent
-REPORTS = {  # each has write(folder) and summary(what it wrote)
-    "verdict": report,
-    "sweep": sweep,
-    "pilot": pilot,
-    "compare": compare,
-    "ranks": ranks,
-    "pareto": pareto,
-    "conflict": conflict,
-    "routes": routes,
-    "representations": representations,
-    "probes": probes,
-    "scale": scale,
-    "order": order,
-}
 
 
 def finish(path: Path, result: dict) -> None:
@@ -99,30 +74,36 @@ def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> N
     show_row("untrained base" + of, None, result["untrained"])
 
 
-def command_run(args: argparse.Namespace) -> None:
-    sources("analysis")  # of measures: as it is now, not when the first is taken
-    own = hub.own_split(parts(args.data or Config().data)[0])  # as its authors measure it
-    split = args.split or (own if own != Config().split else None)
-    given = ("base", args.base), ("data", args.data), ("split", split)
-    overrides = {key: value for key, value in given if value}
-    overrides |= dict(override(text) for text in args.set)
+def chosen_arms(args: argparse.Namespace) -> dict[str, dict]:
+    """The arms that a run is asked for."""
+    if not args.arms:
+        return experiments.arms(args.experiment, args.controls, args.aa, args.scale)
+    if args.controls or args.aa:
+        raise ValueError("--arms names all arms that are run: leave out --controls and --aa")
+    known = experiments.arms(args.experiment, True, True, args.scale)
+    if unknown := [arm for arm in args.arms if arm not in known]:
+        raise ValueError(f"unknown arms {unknown}: {args.experiment} has {list(known)}")
+    return {arm: known[arm] for arm in args.arms}
+
+
+def check_elsewhere(args: argparse.Namespace, chosen: dict[str, dict], folder: Path) -> None:
+    """Refuse what could give no verdict elsewhere, before anything is trained."""
     for option in ("evaluate", "mteb"):
-        if getattr(args, option) and experiments.EXPERIMENTS[args.experiment].report != "verdict":
+        if not getattr(args, option):
+            continue
+        if experiments.EXPERIMENTS[args.experiment].report != "verdict":
             raise ValueError(f"--{option}: {args.experiment} has no verdict to be given elsewhere")
-    tasks = leaderboard.named(args.mteb) if args.mteb else []
-    if args.wandb:
-        tracking.wandb_init(args.wandb)  # what cannot work is said at once
-    chosen = experiments.arms(args.experiment, args.controls, args.aa, args.scale)
-    if args.arms:
-        if args.controls or args.aa:
-            raise ValueError("--arms names all arms that are run: leave out --controls and --aa")
-        known = experiments.arms(args.experiment, True, True, args.scale)
-        unknown = [arm for arm in args.arms if arm not in known]
-        if unknown:
-            raise ValueError(f"unknown arms {unknown}: {args.experiment} has {list(known)}")
-        chosen = {arm: known[arm] for arm in args.arms}
-    device = parallel.join(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = setting_folder(args)
+        absent = [arm for arm in judge.NEEDED
+                  if arm not in chosen and not [*folder.glob(f"{arm}/seed*.json")]]  # fmt: skip
+        if absent:
+            raise ValueError(f"--{option} decides by {', '.join(judge.NEEDED)}: run "
+                             f"{', '.join(absent)} too")  # fmt: skip
+
+
+def planned(
+    args: argparse.Namespace, chosen: dict[str, dict], overrides: dict, device: str
+) -> list[tuple[str, Config]]:
+    """The trials of a run, (arm, config), one seed of all arms after the other."""
     seeds = args.seeds or experiments.seeds(args.experiment, args.scale)
     if seeds < 1:
         raise ValueError(f"--seeds {seeds}: expected at least 1")
@@ -142,6 +123,23 @@ def command_run(args: argparse.Namespace) -> None:
                 f"--set makes {other} and {arm} the same trial: leave out what sets them apart, or "
                 "choose other --arms"
             )
+    return trials
+
+
+def command_run(args: argparse.Namespace) -> None:
+    sources("analysis")  # of measures: as it is now, not when the first is taken
+    own = hub.own_split(parts(args.data or Config().data)[0])  # as its authors measure it
+    split = args.split or (own if own != Config().split else None)
+    given = ("base", args.base), ("data", args.data), ("split", split)
+    overrides = {key: value for key, value in given if value}
+    overrides |= dict(override(text) for text in args.set)
+    chosen, folder = chosen_arms(args), setting_folder(args)
+    check_elsewhere(args, chosen, folder)
+    tasks = leaderboard.named(args.mteb) if args.mteb else []
+    if args.wandb:
+        tracking.wandb_init(args.wandb)  # what cannot work is said at once
+    device = parallel.join(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    trials = planned(args, chosen, overrides, device)
     check_starts(trials, folder)
     first = trials[0][1]
     use_triton(args.kernels, device, DTYPES[first.dtype])  # what cannot work is said at once
@@ -156,7 +154,7 @@ def command_run(args: argparse.Namespace) -> None:
     for config in {tuple(getattr(c, n) for n in lengths): c for _, c in trials}.values():
         training_steps(bench.collections, config)
     for data in args.evaluate:
-        replace(first, measured_on=data)
+        replace(first, measured_on=data)  # which refuses what is none
     elsewhere = {data: Workbench(data, *options) for data in args.evaluate}
     for data, there in elsewhere.items():
         require_split(there.collection, args.split or hub.own_split(data))
@@ -191,7 +189,7 @@ def command_run(args: argparse.Namespace) -> None:
                 for name in experiments.EXPERIMENTS[args.experiment].measures:
                     measures.look_into(place, name, config, bench)
     if parallel.rank() == 0:
-        print(write_report(args.experiment, folder))
+        print(reports.write(args.experiment, folder))
         print(f"report: {folder / 'report.md'}")
     plain = resolved(experiments.plain(args.experiment, args.scale, **overrides), device)
     folders = [evaluate(d, there, args, plain, trials) for d, there in elsewhere.items()]
@@ -227,7 +225,7 @@ def evaluate(
             finish(path, result)
         show_row(arm, config.seed, result["scores"])
     if parallel.rank() == 0:
-        print(write_report(args.experiment, folder))
+        print(reports.write(args.experiment, folder))
         print(f"report: {folder / 'report.md'}")
     return folder
 
@@ -257,15 +255,6 @@ def command_status(args: argparse.Namespace) -> None:
             print(f"{path}: {'done' if path.exists() else 'begun' if begun else 'missing'}")
 
 
-def write_report(experiment: str, folder: Path, tables: bool = False) -> str:
-    """Tables, figures and verdict from a setting's trials; what they conclude."""
-    kind = REPORTS[experiments.EXPERIMENTS[experiment].report]
-    found = kind.summary(kind.write(folder))
-    if tables:
-        write_text(folder / "tables.tex", overview.latex((folder / "report.md").read_text()))
-    return found
-
-
 def command_report(args: argparse.Namespace) -> None:
     """Write reports from trials: of one experiment, or of all with an overview."""
     if args.experiment:
@@ -273,11 +262,11 @@ def command_report(args: argparse.Namespace) -> None:
             known = ", ".join(experiments.EXPERIMENTS)
             raise ValueError(f"unknown experiment {args.experiment!r}: there are {known}")
         folder = setting_folder(args, args.measured_on)
-        print(write_report(args.experiment, folder, args.latex))
+        print(reports.write(args.experiment, folder, args.latex))
         print(f"report: {folder / 'report.md'}")
         return
     setting, runs = setting_folder(args, args.measured_on).name, Path(args.runs)
-    readings = overview.write(runs, setting, partial(write_report, tables=args.latex))
+    readings = overview.write(runs, setting, partial(reports.write, tables=args.latex))
     print(*readings.values(), sep="\n")
     print(f"overview: {runs / setting}.md" if readings else
           f"no trial of {setting} lies under {runs}: `make study` makes them")  # fmt: skip
@@ -285,7 +274,7 @@ def command_report(args: argparse.Namespace) -> None:
 
 def command_check(args: argparse.Namespace) -> None:
     """Fail if a published report no longer follows from its trials."""
-    if found := overview.stale(ROOT / "results", write_report):
+    if found := overview.stale(ROOT / "results", reports.write):
         raise ValueError(
             f"published reports do not follow from their trials: {', '.join(found)}. Write them "
             "again with `python -m run report --runs results`, with the setting's --scale, --base "
@@ -311,7 +300,7 @@ def command_publish(args: argparse.Namespace) -> None:
             "publish what there is with --partial: the report names what is missing"
         )
     # What cannot be reported is not published.
-    write_report(args.experiment, folder, tables=(folder / "tables.tex").exists())
+    reports.write(args.experiment, folder, tables=(folder / "tables.tex").exists())
     target = ROOT / "results" / args.experiment / folder.name
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -319,7 +308,7 @@ def command_publish(args: argparse.Namespace) -> None:
         "*.checkpoint", "*.part", "*.log.jsonl", "*.model", "*.features", ".*"
     )
     shutil.copytree(folder, part, ignore=ignore)
-    for path in [*part.glob("baselines*.json"), *part.glob("*/seed[0-9]*.json")]:
+    for path in [*part.glob("baselines*.json"), *part.glob("*/*seed[0-9]*.json")]:
         write_json(path, overview.portable(read_json(path, "run it again")))
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
@@ -327,7 +316,7 @@ def command_publish(args: argparse.Namespace) -> None:
     kind, places = experiments.EXPERIMENTS[args.experiment].report, sorted(target.parent.iterdir())
     shown = [p for p in places if p != target and target.name.startswith(p.name)]
     for place in {"scale": places, "verdict": [target, *shown]}.get(kind, [target]):
-        overview.write(ROOT / "results", place.name, write_report)
+        overview.write(ROOT / "results", place.name, reports.write)
     print(f"published to {target}")
 
 

@@ -225,8 +225,9 @@ class Experiment:
 
     by_scale: scale -> the arms that take the place of `arms` there. measures: what is measured of
     every trained model, keys of analysis.measures.MEASURES. contrasts: (arm, against, task, what it
-    would show), the differences that are tested; none: every arm against `reference`. same_start:
-    (arm, against) that begin as the same model and see the same batches, so that seeds pair.
+    would show), the differences that are tested; none: every arm against `reference`. paired:
+    (arm, against) whose runs of one seed see the same batches and begin alike, or the one where the
+    other ended, so that their scores are compared seed by seed.
     own_base: what makes the untrained base of an arm another one, where the arm changes it.
 
     Three keys of an arm are not fields of Config: `steps_factor` multiplies the scale's number of
@@ -247,7 +248,7 @@ class Experiment:
     by_scale: dict[str, dict[str, dict]] = field(default_factory=dict)
     measures: tuple[str, ...] = ()
     contrasts: tuple[tuple[str, str, str, str], ...] = ()
-    same_start: tuple[tuple[str, str], ...] = ()
+    paired: tuple[tuple[str, str], ...] = ()
     own_base: tuple[str, ...] = ("layers", "adapter_layers")
 
 
@@ -304,8 +305,12 @@ def override(text: str) -> tuple[str, object]:
     kind = kinds[name] if get_origin(kinds[name]) is not tuple else list
     wanted = (kind, int) if kind is float else kind
     inside = get_args(kinds[name])[:1]  # of a tuple: tuple[int, ...]
-    if not isinstance(parsed, wanted) or (  # type: ignore[arg-type]
-        isinstance(parsed, list) and not all(isinstance(item, inside) for item in parsed)
+    if isinstance("", wanted) and not isinstance(parsed, wanted):  # type: ignore[arg-type]
+        parsed = value  # a commit may be all digits
+    if (
+        not isinstance(parsed, wanted)  # type: ignore[arg-type]
+        or (isinstance(parsed, bool) and kind is not bool)  # which Python takes for an int
+        or (isinstance(parsed, list) and not all(isinstance(item, inside) for item in parsed))
     ):
         raise ValueError(f"--set {text!r}: expected {kinds[name]}, as {getattr(Config(), name)!r}")
     return name, tuple(parsed) if isinstance(parsed, list) else parsed

@@ -15,11 +15,11 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis import figures
-from analysis.figures import METRIC, TASKS, label, table
+from analysis.figures import METRIC, TASKS, label, span, table
 from analysis.page import over_seeds, spread
 from eval import metrics
 from eval.protocol import EvaluationSet
-from model.lora import LinearGroup
+from model.lora import adapted
 from model.unimoer import UniMoER
 from trials import Config
 
@@ -55,15 +55,12 @@ def only(model: UniMoER, keeps: Callable[[Part], bool]) -> Iterator[None]:
     assert model.config.lora is not None
     slices, before = model.config.lora.slices(), []
     with torch.no_grad():
-        for prefix, group in model.named_modules():
-            if not isinstance(group, LinearGroup):
-                continue
-            for name in group.adapted_names:
-                b = group.lora_B[name]
-                before.append((b, b.clone()))
-                for expert, at in slices.items():
-                    if not keeps((int(prefix.split(".")[2]), name, expert)):
-                        b[:, at] = 0
+        for layer, _, name, group in adapted(model):
+            b = group.lora_B[name]
+            before.append((b, b.clone()))
+            for expert, at in slices.items():
+                if not keeps((layer, name, expert)):
+                    b[:, at] = 0
     try:
         yield
     finally:
@@ -154,18 +151,21 @@ def markdown(ablated: dict[str, dict[str, Any]]) -> str:
 
 
 def reading(ablated: dict[str, dict[str, Any]]) -> str:
-    """Of each arm and task, the block and the projection that matter most."""
+    """Of each arm and task, what its blocks are worth, and the projection with the largest mean."""
     said = []
     for arm, found in ablated.items():
         for task in found["gains"]:
-            lost = {name: of[task]["lost"]["mean"] for name, of in found["components"].items()}
-            single = {n: v for n, v in lost.items() if n.endswith("_proj") and v is not None}
+            lost = {name: of[task]["lost"] for name, of in found["components"].items()}
+            single = {n: row["mean"] for n, row in lost.items()
+                      if n.endswith("_proj") and row["mean"] is not None}  # fmt: skip
             if single and {"attention", "MLP"} <= lost.keys():
                 worst = max(single, key=lambda name: single[name])
+                told = {name: f"{lost[name]['mean']:.1f} {span(lost[name]['interval'], 1, '', 1)}"
+                        .strip() for name in ("MLP", "attention", worst)}  # fmt: skip
                 said.append(
-                    f"On {TASKS[task]} {label(arm)} loses {lost['MLP']:.1f} points without its MLP "
-                    f"changes, {lost['attention']:.1f} without those of attention; of single "
-                    f"projections most without {worst} ({single[worst]:.1f})."
+                    f"On {TASKS[task]} {label(arm)} loses {told['MLP']} points without its MLP "
+                    f"changes, {told['attention']} without those of attention; the largest mean "
+                    f"of a single projection is that without {worst} ({told[worst]})."
                 )
     return " ".join(said)
 

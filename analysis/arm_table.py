@@ -11,8 +11,7 @@ from trials import Config
 COLUMNS = ("experts (rank)", "router", "trained on", "else")
 ROUTER = ("router", "router_noise", "expert_dropout", "always_on", "per_token", "router_frozen")
 # Shown in columns of their own, or not what an arm is.
-APART = ("tasks", "experts", "ranks", *ROUTER, "scored", "seed", "learning_rate", "clip",
-         "measured_on", "negatives_sha256")  # fmt: skip
+APART = ("tasks", "experts", "ranks", *ROUTER, "scored", "seed", "measured_on", "negatives_sha256")
 TEXT = """What each arm is made of; else: in what it differs from most of them.
 
 """

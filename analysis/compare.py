@@ -58,8 +58,8 @@ Mean expert weights over the last training batch, all layers and seeds.
 {provenance}
 """
 PAIRED = (
-    "Paired: by seed, where both begin as the same model and see the same batches; the other arms "
-    "count as independent of each other.\n\n"
+    "Paired: by seed, where both see the same batches and begin alike, or the one where the other "
+    "ended; the other arms count as independent of each other.\n\n"
 )
 CAPTION = (
     "Difference of each arm to {reference} in points of nDCG@10: mean over seeds (large dot) with "
@@ -140,7 +140,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
         both = [s for s in arms[arm] if s in arms[other]]
         at = {a: [list(arms[a]).index(s) for s in both] for a in (arm, other)}
         paired = y[task][arm][at[arm]] - y[task][other][at[other]]
-        if pairs := (arm, other) in study.same_start and len(both) > 1:
+        if pairs := (arm, other) in study.paired and len(both) > 1:
             e = stats.arm_mean({arm: 100 * paired}, labels[task], arm)
         else:
             e = stats.arm_difference(y[task], labels[task], arm, other)
@@ -212,9 +212,11 @@ def _routing(trials: list[dict]) -> dict[str, list[float]]:
 def reading(v: dict[str, Any]) -> str:
     """What follows from the differences, in one paragraph."""
     shown = [row for row in v["differences"] if row.get("p_holm") is not None]
-    if not shown:
-        return "There is nothing to compare yet."
     said = []
+    if not shown:
+        none = "There is nothing to compare yet."
+        untested = "No difference can be tested: that takes two seeds."
+        said.append(untested if v["differences"] else none)
     sure = [row for row in shown if row["p_holm"] <= stats.ALPHA]
     for row in sure:
         word = "above" if row["difference"] > 0 else "below"
@@ -346,7 +348,7 @@ def draw(v: dict[str, Any]) -> Figure:
 
 def _panel(axes: Axes, rows: list[dict[str, Any]], task: str) -> None:
     for at, row in enumerate(rows):
-        sure = (row.get("p_holm") or 1) <= stats.ALPHA
+        sure = row.get("p_holm") is not None and row["p_holm"] <= stats.ALPHA
         colour = figures.COLOURS["joint-single"] if sure else figures.COLOURS["emb-only"]
         if row["interval"]:
             axes.plot(row["interval"], [at, at], color=colour, linewidth=1.2)

@@ -15,6 +15,7 @@ from analysis.figures import label, p_value, span, table
 from analysis.gradients import SPACES, pooled, statistics
 from analysis.page import (
     by_seed,
+    by_seed_less,
     limits,
     mean,
     over_seeds,
@@ -233,9 +234,7 @@ def between(measured: dict[str, dict[str, Any]], reference: str) -> list[dict[st
         for where, mine, other in sides:
             of, to = (dict(zip(side["seeds"], cosines["by_seed"], strict=True))
                       for side, cosines in ((found, mine), (base, other)))  # fmt: skip
-            both = [(of[s], to[s]) for s in of if s in to]
-            difference = over_seeds([None if None in pair else pair[0] - pair[1] for pair in both])
-            rows.append({"arm": arm, "in": where, "difference": difference})
+            rows.append({"arm": arm, "in": where, "difference": over_seeds(by_seed_less(of, to))})
     return rows
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.lora import LinearGroup
+from model.lora import adapted
 from model.unimoer import UniMoER
 from train.batches import TrainingData
 from train.loop import Callback
@@ -88,28 +88,24 @@ def measure(model: UniMoER, data: TrainingData, batches: int) -> list[dict[str, 
     model.train(training)
     assert model.config.lora is not None
     lora, rows = model.config.lora, []
-    scales = [a / r for a, r in zip(lora.alphas, lora.ranks, strict=True)]
-    for prefix, group in model.named_modules():
-        if not isinstance(group, LinearGroup):
-            continue
-        for name in group.adapted_names:
-            a, b = group.lora_A[name].detach(), group.lora_B[name].detach()
-            d_a = [g[f"{prefix}.lora_A.{name}"] for g in found]
-            d_b = [g[f"{prefix}.lora_B.{name}"] for g in found]
-            at = {"layer": int(prefix.split(".")[2]), "projection": name}
-            grams = {"all": dict.fromkeys(SPACES, torch.zeros(4, 4, dtype=torch.float64))}
-            for (expert, part), scale in zip(lora.slices().items(), scales, strict=True):
-                one = conflict(a[part], b[:, part], [d[part] for d in d_a],
-                               [d[:, part] for d in d_b], scale, group.weight(name))  # fmt: skip
-                one = {space: gram.cpu() for space, gram in one.items()}
-                grams["all"] = {space: grams["all"][space] + one[space] for space in SPACES}
-                if len(lora.experts) > 1:
-                    grams[expert] = {"w": one["w"]}
-            rows += [
-                {**at, "expert": expert, "space": space, "gram": _upper(gram)}
-                for expert, spaces in grams.items()
-                for space, gram in spaces.items()
-            ]
+    for layer, prefix, name, group in adapted(model):
+        a, b = group.lora_A[name].detach(), group.lora_B[name].detach()
+        d_a = [g[f"{prefix}.lora_A.{name}"] for g in found]
+        d_b = [g[f"{prefix}.lora_B.{name}"] for g in found]
+        grams = {"all": dict.fromkeys(SPACES, torch.zeros(4, 4, dtype=torch.float64))}
+        for (expert, part), scale in zip(lora.slices().items(), lora.scales, strict=True):
+            one = conflict(a[part], b[:, part], [d[part] for d in d_a],
+                           [d[:, part] for d in d_b], scale, group.weight(name))  # fmt: skip
+            one = {space: gram.cpu() for space, gram in one.items()}
+            grams["all"] = {space: grams["all"][space] + one[space] for space in SPACES}
+            if len(lora.experts) > 1:
+                grams[expert] = {"w": one["w"]}
+        at = {"layer": layer, "projection": name}
+        rows += [
+            {**at, "expert": expert, "space": space, "gram": _upper(gram)}
+            for expert, spaces in grams.items()
+            for space, gram in spaces.items()
+        ]
     return rows
 
 

@@ -47,13 +47,16 @@ def load(folder: Path) -> tuple[dict, Trials]:
             what = f"has other {' and '.join(other)} than baselines.json"
             raise ValueError(f"{path} {what}: they cannot be compared, so run one of them again")
         found.setdefault(path.parent.name, {})[int(path.stem.removeprefix("seed"))] = trial
-    for arm, trials in found.items():
-        first = folder / arm / f"seed{min(trials)}.json"
-        for seed in trials:
-            _comparable(folder / arm / f"seed{seed}.json", first, ("seed",))
-    rule = [folder / a / f"seed{min(found[a])}.json" for a in (*NEEDED, MOE) if a in found]
+    whole = {
+        folder / arm / f"seed{seed}.json": Config.completed(trial["config"])
+        for arm, trials in found.items() for seed, trial in trials.items()
+    }  # fmt: skip
+    first = {arm: folder / arm / f"seed{min(trials)}.json" for arm, trials in found.items()}
+    for path in whole:
+        _comparable(whole, path, first[path.parent.name], ("seed",))
+    rule = [first[arm] for arm in (*NEEDED, MOE) if arm in found]
     for path in rule[1:]:
-        _comparable(path, rule[0], BY_ARM)
+        _comparable(whole, path, rule[0], BY_ARM)
     order = dict.fromkeys([*planned(folder), *found])
     return baselines, {arm: dict(sorted(found[arm].items())) for arm in order if arm in found}
 
@@ -110,9 +113,9 @@ def add_measures(report: dict[str, Any], measured: Trials, name: str) -> None:
         )
 
 
-def _comparable(path: Path, other: Path, free: tuple[str, ...]) -> None:
+def _comparable(whole: dict[Path, dict], path: Path, other: Path, free: tuple[str, ...]) -> None:
     """Raise ValueError if two trials differ in a field of their config that is not `free`."""
-    mine, theirs = (Config.completed(read(file)["config"]) for file in (path, other))
+    mine, theirs = whole[path], whole[other]
     for name in mine.keys() | theirs.keys():
         if name not in free and mine.get(name) != theirs.get(name):
             raise ValueError(
@@ -168,7 +171,9 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
                 against[task] = _against(y[task], labels[task], arm, task, found["tasks"][task])
         first = next(iter(trials.values()), {})
         return {
-            "tasks": first["config"]["tasks"] if trials else rows[arm].get("tasks", list(TASKS)),
+            "tasks": first["config"]["tasks"]
+            if trials
+            else rows.get(arm, {}).get("tasks", list(TASKS)),
             "seeds": list(trials),
             "missing_seeds": [s for s in every if s not in arms.get(arm, {})],
             "scores": scores,

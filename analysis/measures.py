@@ -5,7 +5,6 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 
 from analysis import ablation, order, probing, representation, routing
@@ -46,7 +45,8 @@ def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
         "data": bench.collection.fingerprint,
         "beside": _beside(place) if name == "representation" else {},
     }
-    if path.exists() and {k: (old := read(path)).get(k) for k in of} == of:
+    old = read(path) if path.exists() else {}
+    if {k: old.get(k) for k in of} == of:
         if old["sources"] != made["sources"]:
             print(f"warning: the source has changed since {path} was made", file=sys.stderr)
         return
@@ -61,8 +61,7 @@ def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
 
 
 def _beside(place: Path) -> dict[str, str]:
-    """arm -> what its model is, of the arms that a representation is held against: those run before
-    this one."""
-    before = takewhile(lambda arm: arm != place.parent.name, representation.OTHERS)
+    """arm -> what its model is, of the arms that a representation is held against."""
+    before = representation.before(place.parent.name)
     folders = {arm: place.parent.parent / arm / f"{place.name}.model" for arm in before}
     return {arm: revision(folder) for arm, folder in folders.items() if folder.exists()}

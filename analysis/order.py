@@ -10,6 +10,7 @@ import numpy as np
 from analysis import compare, judge
 from analysis.compare import Section, Trials, summary
 from analysis.figures import label, p_value, span, table
+from analysis.page import with_holm
 from eval import stats
 from eval.order import sensitivity, speed
 from eval.protocol import EvaluationSet
@@ -113,15 +114,14 @@ def routing_gain(
     if POINTWISE not in gains or not others or len(set(labels["reranking"])) < 2:
         return None
     found = {m: stats.arm_difference(gains, labels["reranking"], m, POINTWISE) for m in others}
-    adjusted = stats.holm([1.0 if not e.interval else e.p for e in found.values()])
-    return {
-        "by_mode": {mode: 100 * float(gain.mean()) for mode, gain in gains.items()},
-        "against": {
-            mode: {"difference": e.value, "interval": e.interval, "p": e.p if e.interval else None,
-                   "p_holm": p if e.interval else None}
-            for (mode, e), p in zip(found.items(), adjusted, strict=True)
-        },
+    against: dict[str, dict[str, Any]] = {
+        mode: {"difference": e.value, "interval": e.interval, "p": None, "p_holm": None,
+               "detectable": None, **({"p": e.p, "se": e.se, "df": e.df} if e.interval else {})}
+        for mode, e in found.items()
     }  # fmt: skip
+    with_holm(against.values())
+    by_mode = {mode: 100 * float(gain.mean()) for mode, gain in gains.items()}
+    return {"by_mode": by_mode, "against": against}
 
 
 def section(found: dict[str, dict[str, Any]], gain: dict[str, Any] | None) -> Section:
@@ -155,7 +155,10 @@ def gained(gain: dict[str, Any] | None) -> str:
     told = []
     for mode, row in gain["against"].items():
         sure = (
-            f" {span(row['interval'])}, Holm p {p_value(row['p_holm'])}" if row["interval"] else ""
+            f" {span(row['interval'])}, Holm p {p_value(row['p_holm'])}, detectable "
+            f"{row['detectable']:.2f}"
+            if row["interval"]
+            else ""
         )
         told.append(f"{NAMES[mode]} {row['difference']:+.2f}{sure}")
     return (

@@ -1,5 +1,6 @@
 """All experiments on one page; what is published, and whether it follows; tables for LaTeX."""
 
+import math
 import re
 import shutil
 import tempfile
@@ -135,8 +136,9 @@ def write(runs: Path, setting: str, report: Callable[[str, Path], str]) -> dict[
 def stale(results: Path, report: Callable[[str, Path], str]) -> list[str]:
     """The published reports that no longer follow from the trials beside them.
 
-    Each setting is copied, its reports and its overview written again; text and JSON have to be the
-    same. The bytes of figures depend on the version of the plotting library and are not compared.
+    Each setting is copied, its reports and its overview written again; text has to be the same, and
+    JSON to the rounding of another processor's arithmetic. The bytes of figures depend on the
+    version of the plotting library and are not compared.
 
     Args:
         results: results/<experiment>/<setting>. report: as for `write`.
@@ -159,9 +161,26 @@ def stale(results: Path, report: Callable[[str, Path], str]) -> list[str]:
             }
             for name in sorted(names):
                 old, new = folder / name, copy / name
-                if not (old.exists() and new.exists() and old.read_bytes() == new.read_bytes()):
+                if not (old.exists() and new.exists() and _same(old, new)):
                     found.append(str(old))
     return found
+
+
+def _same(old: Path, new: Path) -> bool:
+    """Whether two files hold the same, numbers to a part in 10^9."""
+    if old.suffix != ".json" or old.read_bytes() == new.read_bytes():
+        return old.read_bytes() == new.read_bytes()
+    return _alike(judge.read(old), judge.read(new))
+
+
+def _alike(a: object, b: object) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return type(a) is type(b) and a == b
 
 
 def portable(result: dict) -> dict:
@@ -174,15 +193,16 @@ def portable(result: dict) -> dict:
     def each(value: str) -> str:
         return "+".join(str(last(part)) for part in parts(value))
 
-    named = {k: each(v) for k, v in result["config"].items() if k in ("base", "data", "negatives")}
-    return {
-        **result,
-        "config": result["config"] | named,
-        "data": {k: last(v) for k, v in result["data"].items()},
-    }
+    places = ("base", "data", "negatives", "measured_on")
+    named = {k: each(v) for k, v in result["config"].items() if k in places}
+    data = result["data"]  # of a measure, the fingerprint alone
+    if isinstance(data, dict):
+        data = {k: last(v) for k, v in data.items()}
+    return {**result, "config": result["config"] | named, "data": data}
 
 
-SPECIAL = {**{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\textasciitilde{}", "±": r"$\pm$",
+SPECIAL = {**{c: f"\\{c}" for c in "&%$#_{}"}, "\\": r"\textbackslash{}",
+           "~": r"\textasciitilde{}", "±": r"$\pm$",
            "×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$", "Δ": r"$\Delta$", "²": r"$^2$",
            "<": "$<$", ">": "$>$", "\u2212": "$-$", "…": r"\dots{}"}  # fmt: skip
 

@@ -4,6 +4,7 @@ provenance, warnings."""
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,9 +25,12 @@ def write_folder(
 ) -> None:
     """Write JSON files, report.md and figures (PNG and SVG) into `folder`.
 
-    All is written aside first and then renamed, so a stop on the way leaves the old report. The
-    same figures give the same bytes.
+    All is written aside first and then renamed, so a stop on the way leaves the old report.
+    Figures that the old report shows and this one does not are removed. The same figures give the
+    same bytes.
     """
+    old = folder / "report.md"
+    shown = re.findall(r"\]\(([\w-]+)\.png\)", old.read_text("utf-8")) if old.exists() else []
     part = folder / ".report.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -40,6 +44,9 @@ def write_folder(
     for path in sorted(part.iterdir()):
         os.replace(path, folder / path.name)
     part.rmdir()
+    for name in set(shown).difference(drawn):
+        for kind in ("png", "svg"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
 
 
 def mean(values: Iterable[float | None]) -> float | None:

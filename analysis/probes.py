@@ -210,8 +210,9 @@ def reading(v: dict[str, Any]) -> str:
     if held:
         said.append(f"Of the base's layers the best read {', '.join(held)}.")
     for arm, found in v["probed"].items():
-        gains = {}
-        for name, of in found["views"]["model"].items():
+        gains = {}  # of R^2 alone: those of accuracies have another unit
+        for name in (n for n in found["views"]["model"] if n not in found["binary"]):
+            of = found["views"]["model"][name]
             depth = len(of["layers"])
             base_rows = found["views"]["base"][name]["layers"][-depth:]
             best, other = _at_best(of["layers"]), _at_best(base_rows)
@@ -220,7 +221,7 @@ def reading(v: dict[str, Any]) -> str:
         if gains:
             up, down = max(gains, key=lambda n: gains[n]), min(gains, key=lambda n: gains[n])
             said.append(
-                f"Against the same layers of the base, {label(arm)}'s pairs gain most on "
+                f"Against the same layers of the base, {label(arm)}'s pairs gain most R² on "
                 f"{NAMES[up]} ({gains[up]:+.2f}) and least on {NAMES[down]} ({gains[down]:+.2f})."
             )
         for what in (HELD, RELEVANCE):

@@ -109,8 +109,6 @@ def write(folder: Path) -> dict[str, Any]:
     verdict = judge(folder, baselines, arms)
     drawn = figures.draw(verdict, arms)
     write_folder(folder, {"verdict.json": verdict}, markdown(verdict, list(drawn)), drawn)
-    for stale in (f"{n}.{k}" for n in figures.NAMES if n not in drawn for k in ("png", "svg")):
-        (folder / stale).unlink(missing_ok=True)
     return verdict
 
 
@@ -121,11 +119,13 @@ def headline(verdict: dict[str, Any]) -> str:
     large = " and ".join(told[t] for t in size if size[t] >= stats.PROCEED_FROM)
     lost = " and ".join(TASKS[t] for t in verdict["tasks"] if t not in size)
     both = " and ".join(told.values())
+    unseen = f"{lost} cannot be measured here" if lost else ""
     return {
         "proceed": f"Proceed: sharing one adapter costs 2 % or more ({large}).",
         "pivot": f"Pivot: sharing one adapter costs under 1 % ({both}).",
-        "more_seeds": f"More seeds: no task loses 2 %, but not all lose under 1 % ({both}).",
-        "inconclusive": f"Inconclusive: {f'{lost} cannot be measured here' if lost else both}.",
+        "more_seeds": f"More seeds: {'no measurable' if lost else 'no'} task loses 2 %, but not "
+        f"all lose under 1 % ({'; '.join(filter(None, (both, unseen)))}).",
+        "inconclusive": f"Inconclusive: {'; '.join(filter(None, (both, unseen)))}.",
     }.get(verdict["decision"], "No verdict.")
 
 

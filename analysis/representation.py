@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from analysis.cka import cka
 from analysis.routing import inputs
 from analysis.subspace import stir
 from eval.protocol import EvaluationSet
-from model.lora import LinearGroup
+from model.lora import LinearGroup, adapted
 from model.packed import segment_mean
 from model.prefix import TextSet
 from model.router import TASKS
@@ -180,12 +181,17 @@ def within(views: Views) -> dict[str, dict[str, list[float | None]]]:
     }
 
 
+def before(arm: str) -> list[str]:
+    """Of OTHERS, those that a fresh run measures before an arm, which is held against them."""
+    return list(takewhile(lambda other: other != arm, OTHERS))
+
+
 def against(views: Views, place: Path) -> dict[str, dict[str, list[float | None]]]:
     """kind -> other arm -> CKA by layer with the same seed of that arm, where it was measured."""
     found: dict[str, dict[str, list[float | None]]] = {kind: {} for kind in views}
-    for arm in OTHERS:
+    for arm in before(place.parent.name):
         folder = place.parent.parent / arm / f"{place.name}.features"
-        if arm == place.parent.name or not folder.exists():
+        if not folder.exists():
             continue
         for kind, of in views.items():
             # Mapped for copies on writing, which nobody does: torch warns of read-only memory.
@@ -215,19 +221,13 @@ def linears(model: UniMoER) -> list[dict[str, Any]]:
     """`spectra.experts` of every adapted linear."""
     assert model.config.lora is not None
     lora, rows = model.config.lora, []
-    for prefix, group in model.named_modules():
-        if not isinstance(group, LinearGroup):
-            continue
-        for name in group.adapted_names:
-            a, b = group.lora_A[name].detach().cpu(), group.lora_B[name].detach().cpu()
-            parts = {
-                expert: (a[part], b[:, part], alpha / rank)
-                for (expert, part), alpha, rank in zip(
-                    lora.slices().items(), lora.alphas, lora.ranks, strict=True
-                )
-            }
-            at = {"layer": int(prefix.split(".")[2]), "projection": name}
-            rows.append({**at, **spectra.experts(parts)})
+    for layer, _, name, group in adapted(model):
+        a, b = group.lora_A[name].detach().cpu(), group.lora_B[name].detach().cpu()
+        parts = {
+            expert: (a[part], b[:, part], scale)
+            for (expert, part), scale in zip(lora.slices().items(), lora.scales, strict=True)
+        }
+        rows.append({"layer": layer, "projection": name, **spectra.experts(parts)})
     return rows
 
 
@@ -239,25 +239,22 @@ def crosstalk(model: UniMoER) -> Iterator[dict]:
     """
     assert model.config.lora is not None and not model.decoder.fused
     lora, found, hooks = model.config.lora, {}, []
-    scales = [alpha / rank for alpha, rank in zip(lora.alphas, lora.ranks, strict=True)]
 
-    def watch(layer: int):
+    def watch(layer: int, name: str):
         def hook(group: LinearGroup, given) -> None:
             x = given[0].float()
-            for name in group.adapted_names:
-                row = found.setdefault((layer, name), dict.fromkeys((*lora.experts, "tokens"), 0.0))
-                row["tokens"] += len(x)
-                a, b = group.lora_A[name].float(), group.lora_B[name].float()
-                for (expert, part), scale in zip(lora.slices().items(), scales, strict=True):
-                    s = x @ a[part].t()  # ||B s||^2 = s' (B'B) s
-                    gram = b[:, part].t() @ b[:, part]
-                    row[expert] += scale**2 * ((s @ gram) * s).sum().item()
+            row = found.setdefault((layer, name), dict.fromkeys((*lora.experts, "tokens"), 0.0))
+            row["tokens"] += len(x)
+            a, b = group.lora_A[name].float(), group.lora_B[name].float()
+            for (expert, part), scale in zip(lora.slices().items(), lora.scales, strict=True):
+                s = x @ a[part].t()  # ||B s||^2 = s' (B'B) s
+                gram = b[:, part].t() @ b[:, part]
+                row[expert] += scale**2 * ((s @ gram) * s).sum().item()
 
         return hook
 
-    for prefix, group in model.named_modules():
-        if isinstance(group, LinearGroup) and group.adapted_names:
-            hooks.append(group.register_forward_pre_hook(watch(int(prefix.split(".")[2]))))
+    for layer, _, name, group in adapted(model):
+        hooks.append(group.register_forward_pre_hook(watch(layer, name)))
     try:
         yield found
     finally:

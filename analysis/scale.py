@@ -23,6 +23,7 @@ from analysis.figures import METRIC, TASKS, p_value, percent, span, table
 from analysis.page import provenance, warnings, with_holm, write_folder
 from analysis.slopes import AXES
 from eval import stats
+from trials import Config
 
 PAGE = """# {title}
 
@@ -128,25 +129,25 @@ def climb(folder: Path, arms: dict[str, dict[int, dict]], ladder: Ladder, place:
         }
 
 
-def others(folder: Path) -> list[Path]:
-    """Settings of the same scale and data with other bases: the same queries and the same configs
-    but for what belongs to a base or is tuned."""
-    mine, found = judge.read(folder / "baselines.json"), []
+def others(folder: Path) -> dict[Path, list[str]]:
+    """Settings of the same scale and data with other bases -> in what they differ beyond what
+    belongs to a base or is tuned; a report takes in those that differ in nothing."""
+    mine, found = judge.read(folder / "baselines.json"), {}
     for path in sorted(folder.parent.glob(f"{_scale(folder)}*/baselines.json")):
         theirs = judge.read(path)
-        same = theirs["data"] == mine["data"] and theirs["base"] != mine["base"]
-        queries = all(theirs["untrained"][t].keys() == mine["untrained"][t].keys() for t in TASKS)
+        same = {k: theirs[k]["fingerprint"] == mine[k]["fingerprint"] for k in ("data", "base")}
+        if not same["data"] or same["base"]:
+            continue
         pairs = [(mine, theirs)]
         for trial in judge.trial_files(path.parent):
             if (own := folder / trial.parent.name / trial.name).exists():
                 pairs.append((judge.read(own), judge.read(trial)))
-        if same and queries and all(_alike(a["config"], b["config"]) for a, b in pairs):
-            found.append(path.parent)
+        configs = [[Config.completed(of["config"]) for of in pair] for pair in pairs]
+        odd = {k for a, b in configs for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
+        queries = [f"{TASKS[t]} queries" for t in TASKS
+                   if theirs["untrained"][t].keys() != mine["untrained"][t].keys()]  # fmt: skip
+        found[path.parent] = [*queries, *sorted(odd.difference(FREE))]
     return found
-
-
-def _alike(mine: dict, theirs: dict) -> bool:
-    return all(mine.get(k) == theirs.get(k) for k in mine.keys() | theirs.keys() if k not in FREE)
 
 
 def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
@@ -154,7 +155,8 @@ def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
     experiment = experiments.EXPERIMENTS[folder.parent.name]
     ladder = Ladder()
     climb(folder, arms, ladder)
-    for other in others(folder):
+    beside = others(folder)
+    for other in (other for other, odd in beside.items() if not odd):
         climb(other, judge.load(other)[1], ladder, other.name)
     rows, files = ladder.rows, ladder.files
     with_holm(rows)
@@ -169,6 +171,7 @@ def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
         "references": judge.references(baselines),
         "rows": rows,
         "slopes": slopes.fits(rows, ladder.scores, ladder.labels),
+        "left_out": {other.name: odd for other, odd in beside.items() if odd},
         **judge.facts(files),
     }
 
@@ -263,7 +266,7 @@ def _size(row: dict[str, Any]) -> str:
 
 def limits(v: dict[str, Any]) -> list[str]:
     said = []
-    absent = {_size(row) for row in v["rows"] if row.get("interference") is None}
+    absent = dict.fromkeys(_size(r) for r in v["rows"] if r.get("interference") is None)
     if absent:
         said.append(f"Anything about the sizes that are missing or not whole: {', '.join(absent)}.")
     few = [r for r in v["rows"] if r.get("seeds") and r["seeds"] < v["seeds_planned"]]
@@ -272,12 +275,21 @@ def limits(v: dict[str, Any]) -> list[str]:
     if any(row.get("detectable", 0) > stats.PROCEED_FROM for row in v["rows"]):
         said.append("An effect of 2 % at each size: what is detectable stands in the table.")
     axes = {row["axis"] for row in v["slopes"]}
+    run = [row for row in v["rows"] if not row.get("missing")]
+    short = "fewer than two sizes are measurable and have an interval"
     if "rank" not in axes:
-        said.append("The rank as a second axis of capacity: its arms were not run (`CONTROLS=1`).")
-    if len({row["width"] for row in v["rows"] if row.get("width")}) < 2:
+        why = "its arms were not run (`CONTROLS=1`)" if len({r["rank"] for r in run}) < 2 else short
+        said.append(f"The rank as a second axis of capacity: {why}.")
+    if len({row["width"] for row in run if row["width"]}) < 2:
         said.append("All sizes have one width: fixed rank and fixed rank/width are the same here.")
     elif "share" not in axes:
-        said.append("Rank in proportion to width: fewer than two bases have its arms (`-w64`).")
+        with_arms = {row["name"] for row in run if re.match(r"w\d", row["size"])}
+        why = "fewer than two bases have its arms (`-w64`)" if len(with_arms) < 2 else short
+        said.append(f"Rank in proportion to width: {why}.")
+    for name, odd in v["left_out"].items():
+        said.append(
+            f"Anything about `{name}`, which differs in more than the base: {', '.join(odd)}."
+        )
     said.append("Whether it is the size: where a model is cut, the adapted layers stand elsewhere "
                 "too, and all sizes have the learning rates of one.")  # fmt: skip
     return [*said, f"Other collections than {v['data']['name']}."]
@@ -286,16 +298,18 @@ def limits(v: dict[str, Any]) -> list[str]:
 def markdown(v: dict[str, Any]) -> str:
     rows = []
     for row in v["rows"]:
-        if row.get("interference") is None:
+        if row.get("missing"):
             rows.append([_size(row), TASKS[row["task"]], *["missing"] * 3, *["-"] * 6])
             continue
+        cost, measurable = row["interference"], row["measurable"]
         rows.append([
-            _size(row), TASKS[row["task"]],
-            f"{100 * row['base']:.2f}", *map(figures.score, row["scores"].values()),
-            "yes" if row["measurable"] else "**no**",
-            f"**{percent(row['interference'])}** {span(row['interval'])}",
+            _size(row), TASKS[row["task"]], f"{100 * row['base']:.2f}",
+            *(figures.score(row["scores"][side]) if side in row["scores"] else "missing"
+              for side in ("specialist", "joint")),
+            "-" if measurable is None else "yes" if measurable else "**no**",
+            "-" if cost is None else f"**{percent(cost)}** {span(row['interval'])}",
             p_value(row["p"]), p_value(row.get("p_holm")), percent(row.get("detectable")),
-            str(row["seeds"]),
+            str(row["seeds"]) if row["seeds"] else "-",
         ])  # fmt: skip
     head = ["size", "task", "untrained", "specialist", "joint", "measurable", "I", "p", "Holm p",
             "detectable", "seeds"]  # fmt: skip

@@ -15,7 +15,7 @@ from analysis.figures import table
 from analysis.gradients import task_gradient
 from analysis.page import over_seeds, spread
 from analysis.subspace import between, ratio
-from model.lora import LinearGroup
+from model.lora import adapted, layer_of
 from model.saved import read_config
 from model.unimoer import UniMoER
 from train.batches import TrainingData
@@ -36,15 +36,12 @@ def of_gradients(model: UniMoER, data: TrainingData) -> Rows:
         for task in ("embedding", "reranking")
     )  # fmt: skip
     rows: Rows = []
-    for prefix, group in model.named_modules():
-        if not isinstance(group, LinearGroup):
-            continue
-        for name in group.adapted_names:
-            at = {"layer": int(prefix.split(".")[2]), "projection": name}
-            for side, key in zip(SIDES, ("lora_A", "lora_B"), strict=True):
-                of = [[g[f"{prefix}.{key}.{name}"].cpu() for g in halves] for halves in (e, r)]
-                (a, b), (c, d) = of if side == "inputs" else [[m.t() for m in h] for h in of]
-                rows.append({**at, "side": side, **_between((a, b), (c, d))})
+    for layer, prefix, name, _ in adapted(model):
+        at = {"layer": layer, "projection": name}
+        for side, key in zip(SIDES, ("lora_A", "lora_B"), strict=True):
+            of = [[g[f"{prefix}.{key}.{name}"].cpu() for g in halves] for halves in (e, r)]
+            (a, b), (c, d) = of if side == "inputs" else [[m.t() for m in h] for h in of]
+            rows.append({**at, "side": side, **between((a, b), (c, d), most=len(a))})
     return rows
 
 
@@ -82,10 +79,11 @@ def of_changes(place: Path) -> Rows:
     }  # fmt: skip
     rows: Rows = []
     for prefix, name in found["r"][0]:
-        at = {"layer": int(prefix.split(".")[2]), "projection": name}
+        at = {"layer": layer_of(prefix), "projection": name}
         for side in SIDES:
             e, r = ([half[prefix, name][side] for half in found[task]] for task in ("e", "r"))
-            rows.append({**at, "side": side, **_between((e[0], e[1]), (r[0], r[1]))})
+            found_at = between((e[0], e[1]), (r[0], r[1]), most=len(e[0]))
+            rows.append({**at, "side": side, **found_at})
     return rows
 
 
@@ -93,10 +91,6 @@ def _switched(folder: Path) -> bool:
     """Whether a saved model routes by task alone, so that its experts' names are their roles."""
     router = read_config(folder)[0].router
     return router is not None and router.kind == "task"
-
-
-def _between(e: tuple[Tensor, Tensor], r: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    return between(e, r, most=len(e[0]))
 
 
 def summarise(trials: list[dict[str, Any]], what: str) -> dict[str, dict[str, Any]]:

@@ -126,11 +126,7 @@ class DecoderLayer(nn.Module):
         self.router: Router | None = router
         self.lora = lora
         if lora is not None:
-            scale = [
-                alpha / rank
-                for alpha, rank in zip(lora.alphas, lora.ranks, strict=True)
-                for _ in range(rank)
-            ]
+            scale = [s for s, r in zip(lora.scales, lora.ranks, strict=True) for _ in range(r)]
             master = torch.float64 if dtype == torch.float64 else torch.float32
             self.scale: Tensor  # (R,) alpha_i / r_i repeated over the ranks
             self.register_buffer("scale", torch.tensor(scale, dtype=master), persistent=False)

@@ -1,7 +1,9 @@
 """Frozen linears that share an input, with N LoRA experts each (arXiv 2106.09685)."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +61,11 @@ class LoRAConfig:
     def total_rank(self) -> int:
         return sum(self.ranks)
 
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """alpha_i / r_i of each expert."""
+        return tuple(a / r for a, r in zip(self.alphas, self.ranks, strict=True))
+
     def slices(self) -> dict[str, slice]:
         """Where each expert lies along the concatenated rank."""
         ends = [sum(self.ranks[: i + 1]) for i in range(len(self.ranks))]
@@ -94,8 +101,8 @@ class LinearGroup(nn.Module):
         owner = torch.full((len(self.adapted_names), self.layout.padded), -1, dtype=torch.int32)
         factor = torch.zeros(owner.shape, dtype=torch.float32)
         if lora is not None and rank:
-            for i, at in enumerate(lora.slices().values()):
-                owner[:, at], factor[:, at] = i, lora.alphas[i] / lora.ranks[i]
+            for i, (at, scale) in enumerate(zip(lora.slices().values(), lora.scales, strict=True)):
+                owner[:, at], factor[:, at] = i, scale
         self.column_expert: Tensor
         self.column_scale: Tensor
         self.register_buffer("column_expert", owner.flatten(), persistent=False)
@@ -255,3 +262,25 @@ class LinearGroup(nn.Module):
         if y.requires_grad:
             y.register_hook(self._mark_stepped)
         return y, weights
+
+
+class Adapted(NamedTuple):
+    """A linear that has experts: `group.lora_A[name]`, a parameter `<prefix>.lora_A.<name>`."""
+
+    layer: int
+    prefix: str
+    name: str
+    group: LinearGroup
+
+
+def adapted(model: nn.Module) -> Iterator[Adapted]:
+    """Every linear of a model that has experts, from the first layer to the last."""
+    for prefix, group in model.named_modules():
+        if isinstance(group, LinearGroup):
+            for name in group.adapted_names:
+                yield Adapted(layer_of(prefix), prefix, name, group)
+
+
+def layer_of(prefix: str) -> int:
+    """The index in `decoder.layers.12.mlp.down`."""
+    return int(prefix.split("layers.")[1].split(".")[0])

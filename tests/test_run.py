@@ -532,7 +532,7 @@ elif when == "an evaluation":
 elif when == "the saving of a model":
     os.replace = die_at_the_model
 elif when == "the report":
-    run.write_report = die
+    run.reports.write = die
 sys.exit(run.main(words))
 """
 
@@ -654,13 +654,15 @@ def test_data_without_a_train_split(words, data, tmp_path, cache, monkeypatch, c
         ("router=sparsegen", ("router", "sparsegen")),
         ('tasks=["embedding"]', ("tasks", ("embedding",))),
         ("query_prompt=a=b {query}", ("query_prompt", "a=b {query}")),
+        ("revision=1234567", ("revision", "1234567")),
     ],
 )
 def test_what_set_takes(text, expected):
     assert run.override(text) == expected
 
 
-@pytest.mark.parametrize("text", ['ranks=["a"]', "ranks=[1.5]", "tasks=[1]", 'steps="x"', "no=1"])
+@pytest.mark.parametrize("text", ['ranks=["a"]', "ranks=[1.5]", "tasks=[1]", 'steps="x"', "no=1",
+                                  "steps=true", "clip=true"])  # fmt: skip
 def test_what_set_does_not_take(text):
     with pytest.raises(ValueError, match=f"--set '{re.escape(text)}': expected"):
         run.override(text)

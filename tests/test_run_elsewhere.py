@@ -10,6 +10,7 @@ import pytest
 
 import experiments
 import run
+from analysis import reports
 from eval.collections import load
 from eval.metrics import mean
 from model.unimoer import UniMoER
@@ -39,7 +40,7 @@ def go(tiny_base: Path, data: list[Path], tmp_path: Path, monkeypatch: pytest.Mo
     """go(*more) -> exit code, of a run of one seed into tmp_path / "runs"."""
     monkeypatch.setenv("UNIMOER_CACHE", str(tmp_path / "cache"))
     stub = SimpleNamespace(write=lambda folder: {}, summary=lambda found: "summary")
-    monkeypatch.setattr(run, "REPORTS", dict.fromkeys(run.REPORTS, stub))
+    monkeypatch.setattr(reports, "REPORTS", dict.fromkeys(reports.REPORTS, stub))
     line = ["run", "kill_gate", "--scale", "smoke", "--base", str(tiny_base), "--data",
             str(data[0]), "--runs", str(tmp_path / "runs"), "--seeds", "1", "--device", "cpu",
             "--set", "steps=2", "--set", "dtype=float32", "--arms", *ARMS]  # fmt: skip
@@ -170,6 +171,16 @@ def test_only_a_verdict_is_given_elsewhere(capsys) -> None:
         assert run.main(["run", "probing", option, "scifact"]) == 2
         message = f"{option}: probing has no verdict to be given elsewhere"
         assert message in capsys.readouterr().err
+
+
+def test_arms_without_which_nothing_is_decided_elsewhere(
+    go: Callable[..., int], data: list[Path], tmp_path: Path, capsys
+) -> None:
+    """Refused before anything is trained, unless they were run before."""
+    line = ("--arms", "rank-only", "--evaluate", str(data[1]))
+    assert go(*line) == 2
+    assert "run emb-only, joint-single too" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_model_of_another_config_is_not_measured(

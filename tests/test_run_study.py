@@ -11,7 +11,7 @@ import pytest
 
 import experiments
 import run
-from analysis import measures, probing
+from analysis import measures, probing, reports
 from eval.machine import device_name
 from eval.provenance import sources
 from model.unimoer import UniMoER
@@ -26,17 +26,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def reports() -> dict:
-    """Those of the product, before `go` puts stubs in their place."""
-    return dict(run.REPORTS)
+def real() -> dict:
+    """The reports of the product, before `go` puts stubs in their place."""
+    return dict(reports.REPORTS)
 
 
 @pytest.fixture
-def go(reports: dict, tiny_base: Path, data: Path, tmp_path: Path, monkeypatch):
+def go(real: dict, tiny_base: Path, data: Path, tmp_path: Path, monkeypatch):
     """go(experiment, *arms) -> the setting's folder, after a run of one seed."""
     monkeypatch.setenv("UNIMOER_CACHE", str(tmp_path / "cache"))
     stub = SimpleNamespace(write=lambda folder: {}, summary=lambda found: "summary")
-    monkeypatch.setattr(run, "REPORTS", dict.fromkeys(run.REPORTS, stub))
+    monkeypatch.setattr(reports, "REPORTS", dict.fromkeys(reports.REPORTS, stub))
 
     def go(experiment: str, *arms: str) -> Path:
         line = ["run", experiment, "--scale", "smoke", "--base", str(tiny_base), "--data",
@@ -203,12 +203,12 @@ def test_the_base_is_probed_once(go: Callable[..., Path], monkeypatch: pytest.Mo
     ],
 )
 def test_every_experiment_goes_from_data_to_its_report(
-    experiment: str, arms: tuple[str, ...], go: Callable[..., Path], reports: dict
+    experiment: str, arms: tuple[str, ...], go: Callable[..., Path], real: dict
 ) -> None:
     """With a seed each: intervals are missing and said to be."""
     folder = go(experiment, *arms)
-    run.REPORTS.update(reports)
-    assert run.write_report(experiment, folder, tables=True)
+    reports.REPORTS.update(real)
+    assert reports.write(experiment, folder, tables=True)
     text = (folder / "report.md").read_text()
     assert not re.search(r"\bnan\b", text) and "What could not be concluded" in text
     for figure in re.findall(r"!\[\w+\]\((\w+\.png)\)", text):

@@ -75,7 +75,7 @@ def begin(model: UniMoER, config: Config, place: Path) -> dict[str, float]:
             continue
         at = lora.slices()[part]
         index = lora.experts.index(part)
-        rank, scale = lora.ranks[index], lora.alphas[index] / lora.ranks[index]
+        rank, scale = lora.ranks[index], lora.scales[index]
         found = [pieces(folder, part, str(model.device)) for folder in folders]
         whole = held = 0.0
         unused = {key for of in found for key in of}
@@ -135,7 +135,7 @@ def pieces(folder: Path, part: str, device: str = "cpu") -> dict[tuple[str, str]
         prefix, middle, name = key.rpartition(".lora_A.")
         if middle:
             b = tensors[f"{prefix}.lora_B.{name}"]
-            found[prefix, name] = (a[at], b[:, at], lora.alphas[index] / lora.ranks[index])
+            found[prefix, name] = (a[at], b[:, at], lora.scales[index])
     return found
 
 

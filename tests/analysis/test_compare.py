@@ -75,7 +75,7 @@ def test_arms_of_one_start_are_paired_by_seed(tmp_path: Path) -> None:
     assert paired["interval"][0] > 0 > apart["interval"][0]
     assert paired["detectable"] < apart["detectable"] / 3
     text = compare.differences_table(found[0])
-    assert ", paired | " in text and "Paired: by seed, where both begin" in text
+    assert ", paired | " in text and "Paired: by seed, where both see the same batches" in text
     assert "aired" not in compare.differences_table(found[1])
 
 
@@ -111,7 +111,9 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
         maker.arm(arm, SAME, seeds=1)
     found = compare.write(maker.folder)
     assert all(row["p"] is None and "p_holm" not in row for row in found["differences"])
-    assert "There is nothing to compare yet." in (maker.folder / "report.md").read_text()
+    text = (maker.folder / "report.md").read_text()
+    assert "No difference can be tested: that takes two seeds." in text
+    assert "The highest mean on retrieval is that of" in text
 
 
 def test_collapse_is_counted(made: Maker) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 import experiments
-import run
-from analysis import order
+from analysis import order, reports
 from analysis.measures import MEASURES
 from eval import order as evaluated
 from eval.collections import load
@@ -128,7 +127,7 @@ def test_the_arms_differ_in_the_head_and_in_routing_alone() -> None:
         # the same trials as the kill gate's, which are trained once
         assert pointwise == experiments.config("kill_gate", f"joint-{kind}", "small", 1)
     study = experiments.EXPERIMENTS["pointwise_vs_listwise"]
-    assert run.REPORTS[study.report] is order and MEASURES["order"] is order.measure
+    assert reports.REPORTS[study.report] is order and MEASURES["order"] is order.measure
 
 
 def test_measured_of_a_saved_model(tiny_base: Path, tmp_path: Path) -> None:

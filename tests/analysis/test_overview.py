@@ -8,7 +8,7 @@ import pytest
 
 import experiments
 import run
-from analysis import compare, overview, report
+from analysis import compare, overview, report, reports
 from tests.analysis.made import Maker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ def rewrite(experiment: str, folder: Path) -> str:
 
 
 def test_what_this_repository_publishes_follows_from_its_trials() -> None:
-    assert overview.stale(ROOT / "results", run.write_report) == []
+    assert overview.stale(ROOT / "results", reports.write) == []
 
 
 def test_a_report_that_follows_is_not_stale(published: Path) -> None:
@@ -41,6 +41,18 @@ def test_a_report_that_follows_is_not_stale(published: Path) -> None:
 def test_a_number_changed_by_hand_is_stale(name: str, published: Path) -> None:
     path = published / "soft_vs_hard" / "smoke" / name
     path.write_text(path.read_text().replace("50.", "51.").replace("0.5", "0.6"))
+    assert overview.stale(published, rewrite) == [str(path)]
+
+
+def test_the_last_bits_of_another_processor_are_not_stale(published: Path) -> None:
+    path = published / "soft_vs_hard" / "smoke" / "comparison.json"
+    found = json.loads(path.read_text())
+    row = found["differences"][0]
+    row["difference"] *= 1 + 1e-13
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    assert overview.stale(published, rewrite) == []
+    row["difference"] *= 1 + 1e-6
+    path.write_text(json.dumps(found, indent=1) + "\n")
     assert overview.stale(published, rewrite) == [str(path)]
 
 
@@ -121,7 +133,7 @@ def test_publishing_a_collection_renews_the_page_that_shows_it(
         assert run.main([*words, "--runs", str(tmp_path / "runs")]) == 0
     results = tmp_path / "results"
     assert "[smoke-scifact](kill_gate/smoke-scifact/" in (results / "smoke.md").read_text()
-    assert overview.stale(results, run.write_report) == []
+    assert overview.stale(results, reports.write) == []
 
 
 def test_latex_tables() -> None:
@@ -132,7 +144,7 @@ def test_latex_tables() -> None:
 | arm | *nDCG* |
 | --- | ---: |
 | **A_1** | +1.00 % ± 0.20 [a, b] |
-| p of \\|I\\| ≥ 2 | [text](link.md) |
+| p of \\|I\\| ≥ 2 | [text](link.md) \\n |
 
 no table
 """
@@ -144,7 +156,7 @@ no table
 arm & nDCG \\
 \midrule
 \textbf{A\_1} & +1.00 \% $\pm$ 0.20 [a, b] \\
-p of |I| $\geq$ 2 & text \\
+p of |I| $\geq$ 2 & text \textbackslash{}n \\
 \bottomrule
 \end{tabular}
 """
@@ -173,3 +185,6 @@ def test_what_is_published_names_no_folder_of_this_machine() -> None:
     mixed = {"base": "b", "data": "/home/me/scifact+msmarco", "negatives": "/x/mined+bm25"}
     found = overview.portable({"config": mixed, "data": {}})["config"]
     assert found == {"base": "b", "data": "scifact+msmarco", "negatives": "mined+bm25"}
+    of_a_measure = {"config": {"data": "stdlib", "measured_on": "/home/me/fiqa"}, "data": "3f2a"}
+    assert overview.portable(of_a_measure) == {
+        "config": {"data": "stdlib", "measured_on": "fiqa"}, "data": "3f2a"}  # fmt: skip

@@ -310,6 +310,18 @@ def test_twice_gives_the_same_bytes(make: Make) -> None:
     assert {name: (folder / name).read_bytes() for name in names} == first
 
 
+def test_nothing_is_said_of_a_task_that_cannot_be_measured() -> None:
+    tasks = {"embedding": {"interference": 0.2, "measurable": False},
+             "reranking": {"interference": 1.5, "measurable": True}}  # fmt: skip
+    assert report.headline({"decision": "more_seeds", "tasks": tasks}) == (
+        "More seeds: no measurable task loses 2 %, but not all lose under 1 % (+1.50 % on "
+        "reranking; retrieval cannot be measured here)."
+    )
+    assert report.headline({"decision": "inconclusive", "tasks": tasks}) == (
+        "Inconclusive: +1.50 % on reranking; retrieval cannot be measured here."
+    )
+
+
 @words_alone
 @pytest.mark.parametrize(
     ("new", "words"),
@@ -354,10 +366,11 @@ def test_a_figure_that_no_longer_holds_is_removed(make: Make) -> None:
     folder = make()
     report.write(folder)
     assert (folder / "routing.svg").exists() and "(routing.png)" in text_of(folder)
+    (mine := folder / "of-my-own.png").touch()  # which no report shows
     shutil.rmtree(folder / "joint-moe")
     report.write(folder)
     assert not (folder / "routing.svg").exists() and "(routing.png)" not in text_of(folder)
-    assert "joint-moe was not run" in text_of(folder)
+    assert "joint-moe was not run" in text_of(folder) and mine.exists()
 
 
 @words_alone

@@ -159,16 +159,21 @@ def test_bases_of_other_settings_are_taken_in(whole: None, tmp_path: Path) -> No
 def test_a_setting_with_other_queries_or_data_stays_out(whole: None, tmp_path: Path) -> None:
     folder = make_bases(tmp_path, {"Qwen3-0.6B-Base": 9.0, "Qwen3-1.7B-Base": 6.0})
     other = folder.parent / "full-qwen3-0.6b-base" / "baselines.json"
-    assert scale.others(folder) == [other.parent]
+    assert scale.others(folder) == {other.parent: []}
     content = json.loads(other.read_text())
-    other.write_text(json.dumps({**content, "data": {"name": "another"}}))
-    assert scale.others(folder) == []
+    assert content["config"].pop("matryoshka") == []  # of older code, which knew no such field
+    other.write_text(json.dumps(content))
+    assert scale.others(folder) == {other.parent: []}
+    other.write_text(json.dumps({**content, "data": {**content["data"], "fingerprint": "another"}}))
+    assert scale.others(folder) == {}
     other.write_text(json.dumps(content))
     trial = other.parent / "emb-only" / "seed0.json"  # trained for longer: not the size alone
     changed = json.loads(trial.read_text())
     changed["config"]["steps"] += 1
     trial.write_text(json.dumps(changed))
-    assert scale.others(folder) == []
+    assert scale.others(folder) == {other.parent: ["steps"]}
+    said = "Anything about `full-qwen3-0.6b-base`, which differs in more than the base: steps."
+    assert said in scale.limits(scale.write(folder))
 
 
 def test_published_bases_that_take_each_other_in_are_not_stale(whole: None, tmp_path: Path) -> None:
