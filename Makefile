@@ -105,23 +105,23 @@ sweep: base  ## Try learning rates and clippings of each arm on dev; the choice 
 
 # Saved models fetch their base themselves; BM25 and published models need none of ours.
 mine: $(MAIN) $(NEEDED)  ## Hard negatives for training: MODEL=bm25 or folder, DATA= OUT=folder
-	$(PY) -m train mine --model '$(MODEL)' $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)') $(ARGS)
+	$(PY) -m train mine $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 eval: $(DEV)  ## A saved model on public benchmarks: BENCH=beir or mteb, MODEL=folder, DATA=all TASKS= BENCHMARK=
-	$(PY) -m eval $(BENCH) --model '$(MODEL)' $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) \
+	$(PY) -m eval $(BENCH) $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) \
 	  $(if $(BENCHMARK),--benchmark '$(BENCHMARK)') $(ARGS)
 
 baselines: $(MAIN) $(NEEDED)  ## BM25, published models and MODELS=folders on the same candidates: DATA= ROWS=
-	$(PY) -m eval baselines --data $(DATA) $(if $(ROWS),--rows $(ROWS)) $(if $(MODELS),--models $(MODELS)) $(ARGS)
+	$(PY) -m eval baselines $(if $(DATA),--data $(DATA)) $(if $(ROWS),--rows $(ROWS)) $(if $(MODELS),--models $(MODELS)) $(ARGS)
 
 encode: $(MAIN) $(NEEDED)  ## A saved model's vectors of a corpus of any size, on disk, resumable: MODEL=folder DATA=
-	$(PY) -m eval encode --model '$(MODEL)' --data '$(DATA)' $(ARGS)
+	$(PY) -m eval encode $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 search: $(MAIN) $(NEEDED)  ## Search these vectors, exactly or through FAISS too, and score: MODEL=folder DATA=
-	$(PY) -m eval search --model '$(MODEL)' --data '$(DATA)' $(ARGS)
+	$(PY) -m eval search $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 rag: $(MAIN)  ## Answer questions with one model in three roles, against two and three: MODEL= DATA=nq or folder
-	$(PY) -m eval rag --model '$(MODEL)' --data $(DATA) $(ARGS)
+	$(PY) -m eval rag $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data $(DATA)) $(ARGS)
 
 bench: $(DEV) base  ## Measure speed and memory on this machine against the known alternatives
 	$(PY) -m bench $(if $(BASE),--base '$(BASE)') $(if $(DATA),--data '$(DATA)') $(ARGS)

@@ -20,13 +20,14 @@ from bench.costs import COLLECTIONS, Counts, Option
 from bench.model import RESULTS
 from bench.roofline import BANDWIDTH, CARDS, GEMM, LAUNCH, Card
 from bench.shapes import parameters, shape_of
+from eval import hub
 from eval.collections import KEPT_FROM, load, require_split
 from eval.protocol import SCORES, WINDOW
 from model import bases
 from model.config import DecoderConfig
 from model.files import write_text
 from scales import SCALES
-from trials import WIDTHS, Config
+from trials import WIDTHS, Config, parts
 
 SCALE, DATA = "full", "msmarco"  # what bench/results/plan.md is about
 MARGIN = 0.85  # of a card's memory; the rest is for the allocator and batches above the mean
@@ -112,9 +113,9 @@ def estimate(plan: Plan, offer: Offer, ratios: dict[str, float] | None = None) -
     if not fitting:
         return {"option": None, "bytes": min(needs.values()), "seconds": {}}
     option, found = fitting[0], {}
-    for what, parts in costs.kill_gate(shape, plan.configs, counts, option, plan.seeds).items():
+    for what, work in costs.kill_gate(shape, plan.configs, counts, option, plan.seeds).items():
         ratio = (ratios or {}).get("training" if what == "training" else "encoding", 1.0)
-        found[what] = ratio * costs.duration(parts, offer.card) / offer.count
+        found[what] = ratio * costs.duration(work, offer.card) / offer.count
     if offer.count > 1:  # a ring of fp32 gradients after each step
         share = 2 * (offer.count - 1) / offer.count
         sent = sum(4 * c.steps * costs.trained(shape, c) for c in plan.configs.values())
@@ -179,8 +180,8 @@ def operations(plans: list[Plan]) -> str:
         shape, counts, plain = plan.shape, plan.counts, Option("", False)
         row = [plan.name, f"{parameters(shape) / 1e6:,.0f}",
                f"{costs.trained(shape, plan.joint) / 1e6:.1f}"]  # fmt: skip
-        for parts in costs.kill_gate(shape, plan.configs, counts, plain, plan.seeds).values():
-            row += [f"{costs.flops(parts) / 1e15:,.1f}", f"{costs.moved(parts) / 1e12:,.1f}"]
+        for work in costs.kill_gate(shape, plan.configs, counts, plain, plan.seeds).values():
+            row += [f"{costs.flops(work) / 1e15:,.1f}", f"{costs.moved(work) / 1e12:,.1f}"]
         search = 2.0 * counts.queries * counts.documents * shape.hidden_size
         cells.append([*row, f"{search / 1e12:,.1f}"])
     head = ["base", "parameters (M)", "trained in Joint-MoE (M)"]
@@ -257,13 +258,15 @@ def render(
 
 
 def counted(data: str) -> Counts:
-    """Of a collection that is not in COLLECTIONS: it is read, and words are counted for tokens.
+    """Of a collection that is not in COLLECTIONS: what the kill gate measures of it is read, and
+    words are counted for tokens.
 
     Raises:
-        ValueError: what `eval.collections.load` raises; there is no test split.
+        ValueError: what `eval.collections.load` raises; there is no such split.
     """
-    collection = load(data, bases.cache_folder() / "data")
-    queries, pool = list(require_split(collection, "test")), collection.pools["test"]
+    data = parts(data)[0]
+    collection, split = load(data, bases.cache_folder() / "data"), hub.own_split(data)
+    queries, pool = list(require_split(collection, split)), collection.pools[split]
 
     def mean(ids: Sequence[str], texts: Mapping[str, str]) -> float:
         some = ids[:: max(1, len(ids) // SAMPLE)]

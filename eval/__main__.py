@@ -103,14 +103,15 @@ def answer(args: argparse.Namespace) -> None:
             file = f"{collection.name.lower()}-{split}-{side}.json"
             place = Path(args.out) / "rag" / args.name / file
             mine = origin | {"specialists": (side == "three" and specialists) or None}
-            embedder, name = _embedder(args, side)
+            of_three = side == "three" and args.specialists
+            embedder = args.specialists[0] if of_three else args.model
             if not place.exists() and not args.alone:
                 if embedder not in ready and rag.takes_vectors(side):
-                    _encode(args, data, embedder, name)
+                    _encode(args, data, embedder)
                     ready.add(embedder)
                 _alone(args, data, side)
             elif not place.exists():
-                vectors = large.folder_of(args.out, name, collection.name)
+                vectors = large.folder_of(args.out, embedder, collection.name)
                 held = Vectors(vectors) if rag.takes_vectors(side) else None
                 stages = Stages(place, mine)
                 made = rag.measure(
@@ -128,17 +129,10 @@ def answer(args: argparse.Namespace) -> None:
             write_text(Path(args.out) / "rag" / args.name / name, text + "\n")
 
 
-def _embedder(args: argparse.Namespace, side: str) -> tuple[str, str]:
-    """The folder and the name of the model that embeds on a side."""
-    if side == "three" and args.specialists:
-        return args.specialists[0], saved.name_of(args.specialists[0])
-    return args.model, args.name
-
-
-def _encode(args: argparse.Namespace, data: str, model: str, name: str) -> None:
+def _encode(args: argparse.Namespace, data: str, model: str) -> None:
     """The documents' vectors, in a process of its own, which leaves no memory taken."""
     _run("the encoding of the documents", [
-        "encode", f"--model={model}", f"--name={name}", f"--data={data}", f"--out={args.out}",
+        "encode", f"--model={model}", f"--data={data}", f"--out={args.out}",
         f"--device={args.device}",
     ])  # fmt: skip
 

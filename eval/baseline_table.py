@@ -27,6 +27,7 @@ from model import bases
 from model.config import DTYPES
 from model.files import write_json, write_text
 from model.pseudo import PseudoQuery
+from model.saved import read_config
 from model.weights import revision
 from trials import Config
 
@@ -38,6 +39,11 @@ def command(args: argparse.Namespace) -> None:
     if odd := [text for text in args.local if not all(text.partition("="))]:
         raise ValueError(f"--local {odd[0]}: expected ID=FOLDER")
     rows = asked_rows(args)
+    published = {s.base for row in baselines.published() for s in row.sources()
+                 if not isinstance(s, Path)}  # fmt: skip
+    for name in (text.partition("=")[0] for text in args.local):
+        if name not in published:
+            raise ValueError(f"--local {name}: expected one of {', '.join(sorted(published))}")
     found: dict[str, Found] = {}
     for data in args.data:
         collection = load(data, bases.cache_folder() / "data")
@@ -67,7 +73,7 @@ def asked_rows(args: argparse.Namespace) -> list[Row]:
     rows = [baselines.adapt(known[name], args.dtype, args.document_tokens) for name in names]
     for folder in map(Path, args.models):
         rows.append(baselines.ours(folder))
-        if args.pseudo_query:
+        if args.pseudo_query and read_config(folder)[0].rerank_head != "pseudo_query":
             rows.append(baselines.ours(folder, PseudoQuery()))
     rows += baselines.bare([*map(Path, args.models)]) if args.untrained else []
     all_names = [row.name for row in rows]

@@ -6,7 +6,9 @@ or the template, and special tokens that a text spells are characters.
 
 - Qwen3-Embedding and Qwen3-Reranker (arXiv 2506.05176): two models. The embedder is read at the
   end token; the reranker's score is log p("yes") - log p("no") behind the template's last word.
-- E2Rank (arXiv 2510.22733): one embedder, which reranks with a pseudo-query; see `model.pseudo`.
+- E2Rank (arXiv 2510.22733): one embedder, which reranks with a pseudo-query, in the words of its
+  published evaluation but for its cut (1,024 words of a document there, tokens here); see
+  `model.pseudo`.
 - jina-reranker-v3 (arXiv 2509.25085): one listwise reranker; see `eval.jina`.
 
 What has to be trained (one LoRA for both tasks, jina-embeddings-v3's switch by task,
@@ -99,7 +101,7 @@ def published(task: str = TASK) -> list[Row]:
         rows.append(Row(f"qwen3-{size.lower()}", "Qwen3-Embedding + Qwen3-Reranker", *models))
     for size in SIZES:
         both = embedder(f"Alibaba-NLP/E2Rank-{size}", task, E2RANK_TOKENS)
-        asked = PseudoQuery(chat=True)
+        asked = PseudoQuery(chat=True, asks="Search Query: ")
         rows.append(Row(f"e2rank-{size.lower()}", "E2Rank: pseudo-query", both, both, asked))
     listwise = ModelConfig(
         base=jina.JINA, rerank_head="interaction", document_tokens=jina.DOCUMENT_TOKENS,
@@ -141,7 +143,7 @@ def bare(folders: Sequence[Path]) -> list[Row]:
     Raises:
         ValueError: a folder is none of `save_pretrained`.
     """
-    rows: dict[ModelConfig, Row] = {}
+    rows: dict[tuple[ModelConfig, bool], Row] = {}
     for folder in folders:
         config, _ = saved.read_config(folder)
         plain = replace(
@@ -149,7 +151,8 @@ def bare(folders: Sequence[Path]) -> list[Row]:
         )
         name, place = f"{saved.name_of(folder)}-untrained", Path(folder)
         what = f"untrained {config.base}, 20 random heads"
-        rows.setdefault(plain, Row(name, what, place, place, untrained=True))
+        ends = config.rerank_head != "yes_no"  # whether a pair is read with the end token
+        rows.setdefault((plain, ends), Row(name, what, place, place, untrained=True))
     return list(rows.values())
 
 

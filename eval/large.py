@@ -164,14 +164,19 @@ def _judged(args: argparse.Namespace, sources: Sources) -> Judged:
         split, qrels = Path(args.qrels).stem, read_qrels(Path(args.qrels), queries.texts)
     else:
         split = args.split or hub.own_split(args.data)
+        split = "dev" if split == "validation" else split  # as `read_splits` calls it
         splits, said = read_splits(sources.only(split), queries)
         qrels, origin = splits.get(split, {}), origin | said
     if not qrels:
-        has = ", ".join({**sources.qrels, **splits})
+        named = ("dev" if name == "validation" else name for name in sources.qrels)
+        has = ", ".join(dict.fromkeys([*named, *splits]))
         raise ValueError(
             f"{sources.name}: no judgments of {split} (it has {has}): choose one of these with "
             "--split, or give a file with --qrels"
         )
+    qrels = {query: row for query, row in qrels.items() if row}  # trec_eval skips the others
+    qrels = {query: row for query, row in qrels.items() if row}  # trec_eval skips the others
+    qrels = {query: row for query, row in qrels.items() if row}  # trec_eval skips the others
     usual = 1 if args.qrels else sources.relevant.get(split, 1)
     return Judged(
         split, {query: queries.texts[query] for query in qrels}, qrels,
@@ -277,8 +282,10 @@ def _find(data: str) -> Sources:
     return find(data, bases.cache_folder() / "data")
 
 
-def folder_of(out: str, name: str, collection: str, dimensions: int = 0) -> Path:
-    """Where `encode` puts the vectors of a collection by a model, both by name."""
+def folder_of(out: str, model: str, collection: str, dimensions: int = 0) -> Path:
+    """Where `encode` puts the vectors of a collection by a saved model: whatever its results are
+    called, the vectors are its own."""
+    name = f"{saved.name_of(model)}-{revision(model)[:8]}"
     short = f"-{dimensions}d" if dimensions else ""
     return Path(out) / "vectors" / name / f"{collection.lower()}{short}"
 
@@ -286,7 +293,7 @@ def folder_of(out: str, name: str, collection: str, dimensions: int = 0) -> Path
 def _folder(args: argparse.Namespace, collection: str) -> Path:
     if args.vectors:
         return Path(args.vectors)
-    return folder_of(args.out, args.name, collection, args.dimensions)
+    return folder_of(args.out, args.model, collection, args.dimensions)
 
 
 def parser() -> argparse.ArgumentParser:

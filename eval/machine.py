@@ -29,7 +29,7 @@ def peak_bytes(device: str) -> int:
     """Of the process since `reset_peak`, or its start: on the card where there is one, else
     resident."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():  # Linux, whose ru_maxrss begins with the peak of the process that forked
         lines = status.read_text().splitlines()
@@ -41,7 +41,7 @@ def peak_bytes(device: str) -> int:
 def reset_peak(device: str) -> None:
     """What `peak_bytes` says from now on is of what comes. (Not on a CPU that is not Linux's.)"""
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak begins at what is there

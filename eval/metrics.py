@@ -30,13 +30,14 @@ def evaluate(
     Args:
         qrels: query id -> document id -> grade.
         run: query id -> document id -> score (higher is better). A judged query that is absent
-            here, or has no document, scores 0; a query that is not judged is ignored.
+            here, or has no document, scores 0 (trec_eval -c); one that is not judged is ignored.
         metrics: names of trec_eval's, or recip_rank_cut_10.
         relevant: 2 for the passages of TREC's Deep Learning track, whose grade 1 is "related, but
             not relevant" (trec_eval -l 2). nDCG keeps all grades.
     Returns:
-        query id -> metric -> value in [0, 1], in the order of `qrels`; a query without a relevant
-        document scores 0, as in trec_eval.
+        query id -> metric -> value in [0, 1], in the order of `qrels`; a query whose judged
+        documents are all irrelevant scores 0, as in trec_eval. (It skips one without any judgment,
+        which `EvaluationSet` leaves out.)
     Raises:
         ValueError: a score is not finite in float32 (the query and the document are named), or
             `relevant` is below 1.

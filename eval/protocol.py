@@ -71,7 +71,8 @@ class EvaluationSet:
         states: StatesOf,
     ):
         self.config = config
-        self.qrels = require_split(collection, config.split)
+        judged = require_split(collection, config.split)
+        self.qrels = {q: row for q, row in judged.items() if row}  # trec_eval skips the others
         self.relevant = collection.relevant_from.get(config.split, 1)
         self.documents = collection.pools[config.split]
         self.queries = list(self.qrels)
@@ -228,8 +229,10 @@ class EvaluationSet:
             if keep:
                 keep.advance(name, best[0].added, torch.stack([b.keys for b in best]).numpy())
             trim_heap()
-        runs = [cut(found.run(self.queries), self._excluded, depth) for found in best]
-        return [self.evaluate(self.qrels, run) for run in runs], None
+        return [  # one run at a time: each is a dict of queries x depth
+            self.evaluate(self.qrels, cut(found.run(self.queries), self._excluded, depth))
+            for found in best
+        ], None
 
     def _search(
         self, model: UniMoER, start: int, best: Sequence[Best], widths: Sequence[int | None],

@@ -197,7 +197,8 @@ class Pipeline:
             passages.append(fast.decode(ids[: self.settings.passage_tokens]))
         form = PROMPT if passages else PROMPT.replace("{passages}\n\n", "")
         text = form.format(passages="\n\n".join(passages), question=question)
-        return fast.encode(text, add_special_tokens=False).ids
+        ids = fast.encode(text, add_special_tokens=False).ids
+        return [*self.tokenizer.lead(), *ids]
 
 
 def resident_bytes(models: Sequence[UniMoER], generator: Generator) -> int:

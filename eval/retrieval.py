@@ -69,19 +69,21 @@ class Best:
     """The k best documents of each query among those that have been added, in their order.
 
     Args:
-        queries: (Q, D) unit vectors, fp32.
+        queries: (Q, D) unit vectors, fp32, on the device where they are compared.
         ids: of all documents that will be added.
         chunk: queries scored at once; bounds the score matrix at chunk * M values.
     """
 
     def __init__(self, queries: Tensor, ids: "Ids", k: int, chunk: int = 1024):
         self.queries, self.ids, self.chunk, self.added = queries, ids, chunk, 0
-        self.keys = torch.full((len(queries), min(k, len(ids))), ABSENT)
+        size = len(queries), min(k, len(ids))
+        self.keys = torch.full(size, ABSENT, device=queries.device)
 
     def add(self, documents: Tensor) -> None:
-        """The next documents: (M, D) unit vectors, fp32."""
+        """The next documents: (M, D) unit vectors, fp32, on any device."""
         end, k = self.added + len(documents), self.keys.shape[1]
-        places = self.ids.places(slice(self.added, end))
+        places = self.ids.places(slice(self.added, end)).to(self.keys.device)
+        documents = documents.to(self.keys.device)
         for start in range(0, len(self.queries), self.chunk):
             rows = slice(start, start + self.chunk)
             keys = to_keys(self.queries[rows] @ documents.t(), places)
@@ -91,7 +93,7 @@ class Best:
 
     def run(self, query_ids: Sequence[str]) -> dict[str, dict[str, float]]:
         """query id -> document id -> cosine, best first."""
-        return to_run(self.keys, query_ids, self.ids)
+        return to_run(self.keys.cpu(), query_ids, self.ids)
 
 
 class Ids:

@@ -158,7 +158,8 @@ def _begin(folder: Path, manifest: dict, mark: str) -> None:
     if other := [name for name in manifest if found.get(name) != manifest[name]]:
         told = "; ".join(f"{n}: {found.get(n)!r} there, {manifest[n]!r} now" for n in other)
         raise ValueError(
-            f"{folder} holds other vectors ({told}): remove it, or give another --name or folder"
+            f"{folder} holds other vectors ({told}): remove it, or encode elsewhere (--vectors or "
+            "--out)"
         )
 
 

@@ -6,9 +6,10 @@ the query and its first candidates.
 The documents' vectors are those of retrieval. A list that is longer than what the pseudo-query
 holds is scored whole by that one, as the authors do it: no window slides over it.
 
-The template is the one of the published training, but for the turn of a chat around it where the
-base knows none. The published evaluation differs from it in two things: it writes `Search Query:`
-and cuts documents at 1,024 words, not tokens.
+The published training and evaluation put it in other words: training ends in `Query: ...` and an
+end token within the turn, evaluation, which made the published numbers, in `Search Query: ...` and
+cuts documents at 1,024 words, not tokens. Ours are trained and read with `Query: ...`, the turn of
+a chat around it only where a base knows one.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,14 +35,16 @@ class PseudoQuery:
     read: so many documents are in it at most, each cut to the tokenizer's `document_tokens`.
     tokens: of the whole, at most: where there are too many, the documents get equal shares of what
     the template and the query leave; 0: no bound.
-    chat: as a user's turn, read where the answer would begin, which is how the published models
-    were trained; else the text alone with the end token, where other embedders are read.
+    chat: as a user's turn, read where the answer would begin, as the published models are; else
+    the text alone with the end token, where other embedders are read.
+    asks: what stands before the query.
     """
 
     instruction: str = INSTRUCTION
     read: int = 20
     tokens: int = 0
     chat: bool = False
+    asks: str = "Query: "
 
     def __post_init__(self):
         if self.read < 1:
@@ -80,13 +83,13 @@ class PseudoQuery:
         return found
 
     def _parts(self, query: str, documents: Sequence[str]) -> list[tuple[str, int, int]]:
-        """What `Tokenizer.pieces` takes, parted behind the end of a line and before "[" or "Q",
-        which no byte-level tokenizer joins."""
+        """What `Tokenizer.pieces` takes, parted behind the end of a line and before "[" or a
+        letter, which no byte-level tokenizer joins."""
         parts = [(f"{self.instruction}:\nDocuments:\n", 0, 0)]
         for number, text in enumerate(documents, 1):
             start = len(f"[{number}] ")
             parts.append((f"[{number}] {text}\n", start, start + len(text)))
-        return [*parts, (f"Query: {query}", 0, 0)]
+        return [*parts, (f"{self.asks}{query}", 0, 0)]
 
 
 class ByPseudoQuery(nn.Module):

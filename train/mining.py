@@ -17,7 +17,8 @@ is there where one was asked for. Scores are cosines, BM25's, or, of a reranker,
 logit (after listwise training no calibrated probability: logits are then known up to a constant).
 
 While it runs, vectors of documents and finished parts of the queries lie in the folder; started
-again it goes on from there. Memory: the ids, one shard of vectors, one part's candidates; BM25's
+again it goes on from there. Memory: the ids, one shard of vectors, the vectors
+and candidates of a pass; BM25's
 index, where that is the first stage.
 """
 
@@ -25,7 +26,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -50,8 +51,11 @@ LEXICAL = "bm25"  # the name of the first stage that is no model
 SHARD = 8192  # documents whose vectors are one file
 PICKS = ("sampled", "top")
 
+AT_ONCE = 32_768  # queries that are searched for in one pass over the vectors
+
 Run = dict[str, dict[str, float]]  # query id -> document id -> score, best first
-Search = Callable[[list[str], int], Run]  # query ids, k -> the k best documents of each
+# parts of query ids, k -> the k best documents of each query, part by part
+Search = Callable[[list[list[str]], int], Iterator[Run]]
 Score = Callable[[list[tuple[str, str]]], list[float]]  # of (query id, document id) pairs
 
 
@@ -179,9 +183,16 @@ def mine(
             again = _sigmoid(_logits(models[reranker], collection)) if reranker else None
             judge = _logits(models[teacher], collection) if teacher else None
             relevant = collection.relevant("train")
-            for path, queries in tqdm(todo.items(), desc="mine", unit="part", leave=False):
-                rows = _part(queries, collection, settings, search, score, again, judge, relevant)
-                write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+            left, pass_ = list(todo.items()), max(1, AT_ONCE // size)
+            for some in (left[at : at + pass_] for at in range(0, len(left), pass_)):
+                depth = settings.depth + max(len(relevant[q]) for _, part in some for q in part)
+                runs = search([part for _, part in some], depth)
+                for (path, queries), run in tqdm(
+                    zip(some, runs, strict=True), "mine", len(some), unit="part", leave=False
+                ):
+                    rows = _part(queries, collection, settings, run, score, again, judge, relevant)
+                    lines = (json.dumps(row, allow_nan=False) + "\n" for row in rows)
+                    write_text(path, "".join(lines))
         return _finish(folder, manifest, list(parts), settings.negatives)
 
 
@@ -189,7 +200,7 @@ def _part(
     queries: list[str],
     collection: Collection,
     settings: Settings,
-    search: Search,
+    first: Run,
     score: Score,
     again: Score | None,
     judge: Score | None,
@@ -197,20 +208,23 @@ def _part(
 ) -> list[dict]:
     """The lines of some queries.
 
-    score: of the first stage. again: of a reranker, in its place. judge: of a teacher.
+    first: what the first stage found. score: of that stage. again: of a reranker, in its place.
+    judge: of a teacher.
     """
     corpus, pool = collection.corpus, collection.pools["train"]
     judged = collection.qrels["train"]
-    runs = search(queries, settings.depth + max(len(relevant[q]) for q in queries))
     runs = {
-        q: dict(list(_distinct(runs[q], relevant[q], corpus).items())[: settings.depth])
+        q: dict(list(_distinct(first[q], relevant[q], corpus).items())[: settings.depth])
         for q in queries
     }
-    if again is not None:
-        score = again
-        runs = {q: _ordered(row) for q, row in _scored(runs, score).items()}
     positive = {q: best_positive(judged[q]) for q in queries}
-    own = score(list(positive.items()))
+    known = {q: first[q][positive[q]] for q in queries if positive[q] in first[q]}
+    if again is not None:
+        score, known = again, {}
+        runs = {q: _ordered(row) for q, row in _scored(runs, score).items()}
+    unknown = [(q, positive[q]) for q in queries if q not in known]
+    known |= zip((q for q, _ in unknown), score(unknown) if unknown else [], strict=True)
+    own = [known[q] for q in queries]
     chosen: dict[str, list[str]] = {}
     found: dict[str, int] = {}
     for query, s in zip(queries, own, strict=True):
@@ -270,8 +284,9 @@ def _ordered(row: Mapping[str, float]) -> dict[str, float]:
 def _lexical(collection: Collection) -> tuple[Search, Score]:
     index = collection.bm25("train")
 
-    def search(queries: list[str], k: int) -> Run:
-        return index.search({q: collection.queries[q] for q in queries}, k)
+    def search(parts: list[list[str]], k: int) -> Iterator[Run]:
+        for queries in parts:
+            yield index.search({q: collection.queries[q] for q in queries}, k)
 
     def score(pairs: list[tuple[str, str]]) -> list[float]:
         wanted: dict[str, list[str]] = {}
@@ -301,14 +316,18 @@ def _dense(
     ids = retrieval.Ids.of(pool)
     asked: dict[str, Tensor] = {}  # of the latest search; they are scored next
 
-    def search(queries: list[str], k: int) -> Run:
+    def search(parts: list[list[str]], k: int) -> Iterator[Run]:
+        queries = [q for part in parts for q in part]
         vectors = model.encode_query([collection.queries[q] for q in queries], progress=False)
         asked.clear()
         asked.update(zip(queries, vectors, strict=True))
-        best = retrieval.Best(vectors, ids, k)
-        for path in shards:
+        best = retrieval.Best(vectors.to(model.device), ids, k)
+        for path in tqdm(shards, desc="search", unit="shard", leave=False):
             best.add(torch.from_numpy(np.load(path)))
-        return best.run(queries)
+        keys, at = best.keys.cpu(), 0
+        for part in parts:
+            yield retrieval.to_run(keys[at : at + len(part)], part, ids)
+            at += len(part)
 
     def score(pairs: list[tuple[str, str]]) -> list[float]:
         found = [0.0] * len(pairs)

@@ -96,6 +96,9 @@ def test_collections_of_all_kinds(tmp_path, capsys) -> None:
     words = [len(json.loads(line)["text"].split()) for line in lines]
     assert (found.documents, found.queries) == (42, 10)
     assert found.document == round(1.4 * sum(words) / len(words)) + 1
+    (data / "qrels" / "test.tsv").unlink()  # two collections are measured on the first
+    with pytest.raises(ValueError, match="tiny has no test split"):
+        plan.counted(f"{data}+{write_collection(tmp_path / 'other')}")
     given = ["--documents", "7", "--queries", "3", "--lengths", "5", "6", "9"]
     assert plan.main(["--base", "qwen3-0.6b", "--data", "no-such-data", *given]) == 0
     assert "7 documents and 3 queries, 5 tokens a query, 6 a document, 9 a pair" in (

@@ -219,7 +219,7 @@ def test_nothing_is_measured_twice(run, folders, saved, tmp_path: Path, monkeypa
     monkeypatch.setattr(baseline_table, "measure", None)
     assert run(*words)[:2] == (0, out)
     # A result counts where its model is gone, which is not fetched again.
-    assert run(*words, local=["a/b=c"]) == (0, out, "")
+    assert run(*words, local=[]) == (0, out, "")
     # Not that of another setting, nor of another model in its place.
     code, _, err = run(*words, "--document-tokens", "8")
     assert (
@@ -231,10 +231,10 @@ def test_nothing_is_measured_twice(run, folders, saved, tmp_path: Path, monkeypa
 
 
 def test_a_row_that_is_asked_for_says_why_it_is_missing(run) -> None:
-    code, out, err = run("--rows", "qwen3-8b", local=["a/b=c"])
+    code, out, err = run("--rows", "qwen3-8b", local=[])
     assert code == 0 and "no network" in err
     assert lines(out)["qwen3-8b"][0] == "needs Qwen/Qwen3-Embedding-8B and Qwen/Qwen3-Reranker-8B"
-    code, out, err = run(local=["a/b=c"])
+    code, out, err = run(local=[])
     assert code == 0 and err == ""  # nothing was fetched that nobody named
 
 
@@ -263,6 +263,7 @@ def test_several_collections_end_in_their_mean(run, data: Path, tmp_path: Path) 
     [
         (["--rows", "qwen"], "--rows qwen: expected some of bm25, qwen3-0.6b"),
         (["--local", "a"], "--local a: expected ID=FOLDER"),
+        (["--local", "a/b=c"], "--local a/b: expected one of Alibaba-NLP/E2Rank-0.6B, "),
         (["--models", "nowhere"], "nowhere/config.json is missing"),
         (["--instruction", "{query}"], "prompt 'query' needs"),
     ],
@@ -270,6 +271,25 @@ def test_several_collections_end_in_their_mean(run, data: Path, tmp_path: Path) 
 def test_what_cannot_be_asked(words: list[str], message: str, run) -> None:
     code, _, err = run(*words)
     assert code == 2 and message in err
+
+
+def test_how_a_model_reads_makes_its_rows(run, tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    """One that reranks by pseudo-query is one row, asked for it or not; the untrained base of one
+    that reads pairs without their end token is another base."""
+    folders = {}
+    for head in ("linear", "yes_no", "pseudo_query"):
+        folders[head] = tmp_path / head / "seed0.model"
+        model = UniMoER(model_config(tiny_config(tiny_base, data, rerank_head=head)))
+        model.save_pretrained(folders[head])
+    asked = ("--rows", "bm25", "--pseudo-query", "--models")
+    code, out, err = run(*asked, str(folders["pseudo_query"]))
+    assert code == 0, err
+    assert [name for name in lines(out) if "seed0" in name] == ["pseudo_query-seed0"]
+    both = [folders["yes_no"], folders["linear"]]
+    for some in (both, both[::-1]):
+        assert [row.name for row in baselines.bare(some)] == [
+            f"{folder.parent.name}-seed0-untrained" for folder in some
+        ]
 
 
 def test_two_models_of_one_name(run, saved: list[Path]) -> None:

@@ -183,7 +183,8 @@ def by_pseudo_query(model: UniMoER, lists: list, asked: PseudoQuery | None = Non
 
 @torch.no_grad()
 def derived(folder: Path, query: str, documents: list[str], read: int) -> Tensor:
-    """Cosines of a pseudo-query in Qwen's chat with documents, from the text on."""
+    """Cosines of a pseudo-query, in the words of E2Rank's evaluation and Qwen's chat, with
+    documents, from the text on."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -197,7 +198,7 @@ def derived(folder: Path, query: str, documents: list[str], read: int) -> Tensor
         "<|im_start|>user",
         "Given a web search query and some relevant documents, rerank the documents that answer "
         "the query:",
-        "Documents:", *lines, f"Query: {query}<|im_end|>",
+        "Documents:", *lines, f"Search Query: {query}<|im_end|>",
         "<|im_start|>assistant", "<think>", "", "</think>", "", "",
     ])  # fmt: skip
     asked = vector(prompt)

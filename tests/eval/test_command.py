@@ -30,11 +30,23 @@ def test_what_a_user_can_mend_is_one_line(capsys: pytest.CaptureFixture) -> None
 
 
 @pytest.mark.parametrize(
-    "fault", [TypeError("ours"), OSError(errno.EACCES, "denied"), KeyError("x")]
+    "fault", [TypeError("ours"), OSError(errno.ECHILD, "none", "x"), KeyError("x")]
 )
 def test_our_own_faults_keep_their_traceback(fault: Exception) -> None:
     with pytest.raises(type(fault)):
         exit_status(raising(fault))
+
+
+def test_a_place_where_nothing_can_be_written_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "a").touch()
+    for work in (lambda: (tmp_path / "a" / "b").mkdir(), lambda: (tmp_path / "a").mkdir(),
+                 lambda: write_json(tmp_path / "a" / "b.json", {}),
+                 lambda: list((tmp_path / "a").iterdir())):  # fmt: skip
+        assert exit_status(work) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: {tmp_path / 'a'}") and "Give another place" in err
 
 
 def full_json(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

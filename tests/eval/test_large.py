@@ -71,7 +71,8 @@ def out_of(line: list[str]) -> Path:
 
 def elsewhere(line: list[str], out: Path) -> list[str]:
     """The same vectors, the results in another folder."""
-    vectors = out_of(line) / "vectors" / "arm-seed0" / "tiny"
+    model = line[line.index("--model") + 1]
+    vectors = large.folder_of(str(out_of(line)), model, "tiny")
     return [*line, "--out", str(out), "--vectors", str(vectors)]
 
 
@@ -114,7 +115,7 @@ def test_the_first_dimensions_alone(
     """Shorter vectors on disk, at unit length; the queries are cut alike (Matryoshka)."""
     given = [*line, "--out", str(tmp_path), "--dimensions", "8"]
     assert program.main(["encode", *given, "--dtype", "float32"]) == 0
-    stored = Vectors(tmp_path / "vectors" / "arm-seed0" / "tiny-8d")
+    stored = Vectors(large.folder_of(str(tmp_path), line[1], "tiny", 8))
     model, collection = UniMoER.from_pretrained(folder), load(str(data))
     documents = truncate(model.encode_document(list(collection.corpus.values())), 8)
     assert torch.equal(torch.from_numpy(stored.shard(0).copy()), documents)
@@ -144,7 +145,12 @@ def test_a_result_is_computed_once_and_never_mixed(line: list[str], tmp_path: Pa
     assert program.main(given) == 0 and place.stat().st_mtime_ns == before
     assert capsys.readouterr().out == first
     assert program.main([*given, "--relevant", "2"]) == 2
-    assert "is of another model, data, setting or device" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "is of another model, data, setting or device" in err and "give another --name" in err
+    # Which needs no other vectors.
+    other = [*line, "--depth", "5", "--relevant", "2", "--name", "other"]
+    assert program.main(["search", *other]) == 0
+    capsys.readouterr()
     whole = place.read_text()
     place.write_text(json.dumps(json.loads(whole) | {"sources": "others"}))
     assert program.main(given) == 0
@@ -238,7 +244,7 @@ def test_ranks_come_from_torchrun(line: list[str], tmp_path: Path, monkeypatch, 
     assert "3 of 5 shards are missing" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "0")
     assert program.main(given) == 0
-    whole = Vectors(out_of(line) / "vectors" / "arm-seed0" / "tiny")
+    whole = Vectors(large.folder_of(str(out_of(line)), line[1], "tiny"))
     for shard in range(5):
         assert (Vectors(tmp_path).shard(shard) == whole.shard(shard)).all()
 
@@ -265,6 +271,7 @@ def test_another_checkpoint_cannot_search_these_vectors(
         (["encode", "--model", "nowhere"], "nowhere/config.json is missing"),
         (["search", "--vectors", "nowhere"], "nowhere/manifest.json is missing: encode the corpus"),
         (["search", "--split", "dl19"], "no judgments of dl19 (it has dev, test, train)"),
+        (["search", "--model", ""], "expected a folder"),
         (["search", "--qrels", "nowhere"], "--qrels nowhere: there is no such file"),
         (["search", "--memory", "1e-6"], "--memory 1e-06 GB: 10 queries, depth 42 and 42 documen"),
         (["search", "--index", "ivf", "--lists", "43"], "--lists 43: expected at most 42"),
@@ -277,6 +284,15 @@ def test_what_cannot_be_done(
     given = elsewhere(line, tmp_path)
     assert program.main([words[0], *given, *words[1:]]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_validation_is_another_name_of_dev(line: list[str], data: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(data, tmp_path / "Tiny")
+    (copy / "qrels" / "dev.tsv").rename(copy / "qrels" / "validation.tsv")
+    given = [*elsewhere(line, tmp_path), "--data", str(copy)]
+    for split in ("validation", "dev"):
+        assert program.main(["search", *given, "--split", split]) == 0
+    assert (tmp_path / "search" / "arm-seed0" / "tiny-dev.json").exists()
 
 
 def test_judged_documents_have_to_be_encoded(

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from eval.machine import peak_bytes
+from eval.machine import peak_bytes, reset_peak
 
 ROOT = Path(__file__).resolve().parents[2]
 PARENT = """
@@ -15,6 +16,14 @@ block = b"x" * (2 << 30)  # written, so resident
 words = [sys.executable, "-c", "from eval.machine import peak_bytes; print(peak_bytes('cpu'))"]
 sys.exit(subprocess.run(words).returncode)
 """
+
+
+def test_the_peak_of_a_card_is_that_card_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda card: asked.append(card) or 7)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    reset_peak("cuda:1")
+    assert peak_bytes("cuda:1") == 7 and asked == ["cuda:1", "cuda:1"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="of Linux's counters")

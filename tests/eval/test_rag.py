@@ -57,10 +57,10 @@ def folder(tiny_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def encoded(folder: Path, data: Path, out: Path) -> Vectors:
-    line = ["encode", "--model", str(folder), "--name", "arm", "--data", str(data),
-            "--out", str(out), "--device", "cpu"]  # fmt: skip
+    line = ["encode", "--model", str(folder), "--data", str(data), "--out", str(out),
+            "--device", "cpu"]  # fmt: skip
     assert program.main(line) == 0
-    return Vectors(large.folder_of(str(out), "arm", data.name))
+    return Vectors(large.folder_of(str(out), str(folder), data.name))
 
 
 def test_each_stage_hands_on_what_it_found(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -87,6 +87,17 @@ def test_each_stage_hands_on_what_it_found(folder: Path, data: Path, tmp_path: P
     assert answer == fast.decode([i for i in ids if i not in made.stop]).strip()
     assert set(seconds) == set(rag.STAGES) and min(seconds.values()) > 0
     assert all("\n" in fast.decode([i]) for i in made.stop - {model.tokenizer.end_id})
+
+
+def test_the_prompt_begins_as_texts_of_the_base_do(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a BOS for Mistral."""
+    model, stored = UniMoER.from_pretrained(folder), encoded(folder, data, tmp_path)
+    made = rag.Pipeline([model] * 3, load(str(data)), "test", stored, rag.Settings())
+    bare = made.prompt("who?", [])
+    monkeypatch.setattr(type(model.tokenizer), "lead", lambda self: [5])
+    assert made.prompt("who?", []) == [5, *bare]
 
 
 def test_stages_that_are_left_out(folder: Path, data: Path, tmp_path: Path) -> None:

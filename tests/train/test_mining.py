@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -196,11 +197,16 @@ def test_what_is_short_is_filled_from_the_pool(collection: Collection, tmp_path:
 def test_an_embedder_by_the_definition(
     collection: Collection, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Vectors in several files, against cosines of all pairs in float64."""
+    """Vectors in several files, against cosines of all pairs in float64; two passes of two parts
+    over them."""
     monkeypatch.setattr(mining, "SHARD", 9)  # 42 documents
+    monkeypatch.setattr(mining, "AT_ONCE", 20)
+    read, load = [], np.load
+    monkeypatch.setattr(np, "load", lambda path, **how: (read.append(how), load(path, **how))[1])
     settings = Settings(depth=20, ranks=(2, 15), margin=0.98, negatives=3, pick="top", part=10)
     manifest = mine(tmp_path / "out", collection, settings, folders[0])
     assert manifest["scores"] == "cosine"
+    assert read.count({}) == 5 * -(-TRAIN // 20)  # whole files
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         ".lock", "manifest.json", "negatives.jsonl",
     ]  # fmt: skip
@@ -288,6 +294,7 @@ def test_killed_and_continued_recomputes_nothing(
     collection: Collection, folders: list[str], tmp_path: Path, monkeypatch, counted
 ) -> None:
     monkeypatch.setattr(mining, "SHARD", 20)
+    monkeypatch.setattr(mining, "AT_ONCE", WIDE.part)  # whose queries are encoded anew
 
     def run(name: str) -> dict:
         return mine(tmp_path / name, collection, WIDE, folders[0], "", folders[1])
