@@ -28,6 +28,7 @@ from model.lora import adapted
 from model.unimoer import UniMoER
 from train.batches import TrainingData
 from train.loop import Callback
+from train.losses import LOSS_SCALE
 from train.step import task_loss
 from trials import Config
 
@@ -115,11 +116,12 @@ def task_gradient(
     """Mean gradient of one task's loss over probe batches, by the name of an expert's A or B."""
     named = {n: p for n, p in model.trained().items() if ".lora_" in n}
     total = [torch.zeros_like(p) for p in named.values()]
+    scale = LOSS_SCALE.get(model.dtype, 1.0)
     for step in batches:
         loss = task_loss(task, model, data, step, PROBE_SEED) / len(batches)
-        grads = torch.autograd.grad(loss, list(named.values()))
+        grads = torch.autograd.grad(loss * scale, list(named.values()))
         for into, grad in zip(total, grads, strict=True):
-            into += grad
+            into += grad / scale
     return dict(zip(named, total, strict=True))
 
 

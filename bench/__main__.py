@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -40,13 +41,16 @@ def parts(bench: Workbench, base: str, rounds: int) -> list[Part]:
     """What is measured, in order of value."""
     device = bench.device
     pairs = 40 if device == "cpu" else 640
+    # A card's own of the two 16-bit types: a T4 has no bfloat16.
+    dtypes = ("float32", "bfloat16" if device == "cpu" else resolve_dtype("auto", device))
+    given: dict[str, Any] = {"rounds": rounds, "dtypes": dtypes}
     libraries: list[Part] = [
-        ("encoding", "encoding", lambda: encoding.run(bench, base, rounds=rounds)),
-        ("reranking", "reranking", lambda: reranking.run(bench, base, count=pairs, rounds=rounds)),
-        ("training", "training", lambda: training.run(bench, base, rounds=rounds)),
+        ("encoding", "encoding", partial(encoding.run, bench, base, **given)),
+        ("reranking", "reranking", partial(reranking.run, bench, base, count=pairs, **given)),
+        ("training", "training", partial(training.run, bench, base, **given)),
     ]
     if device == "cpu":
-        shape, dtypes = SHAPES["smollm2-135m"], ("float32", "bfloat16")
+        shape = SHAPES["smollm2-135m"]
         # As many tokens as a micro-batch of the study's CPU scale has.
         layer = ("smollm2-135m", shape, 2048, dtypes, 20 * rounds)
         bordered = partial(ops.bordered_rows, *layer)

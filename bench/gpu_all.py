@@ -8,6 +8,7 @@ bench/results/<device>-summary.md says what is done, how long it took, and what 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -44,15 +45,21 @@ class Step:
     after: str = ""
 
 
-def steps(python: str, device: str) -> list[Step]:
+def steps(python: str, device: str, memory: float) -> list[Step]:
+    """memory: of the card, in bytes."""
     kill_gate = ["kill_gate", "--scale", "full"]
+    # Joint-MoE keeps 19 GB of activations (`make plan`), of which a T4 has 15.
+    fits = [] if memory > 30e9 else ["--set", "checkpointing=true"]
+    # Most of the tests' time is the compilation of kernels, which several processes share out.
+    several = ["-n", str(min(8, os.cpu_count() or 1))]
     return [
         Step("test-gpu", "the kernels and the model are right on this card",
-             [python, "-m", "pytest", "-m", "gpu", "-q"]),
+             [python, "-m", "pytest", "-m", "gpu", "-q", *several]),
         Step("bench", "speed and memory, beside the predictions of bench-model",
              [python, "-m", "bench", "--minutes", "5"],
              record=RESULTS / f"{stem(device, bases.DEFAULT)}.json"),
-        Step("kill-gate", "the study at full scale", [python, "-m", "run", "run", *kill_gate]),
+        Step("kill-gate", "the study at full scale",
+             [python, "-m", "run", "run", *kill_gate, *fits]),
         Step("publish", "its trials, verdict and report in results/",
              [python, "-m", "run", "publish", *kill_gate], 1, after="kill-gate"),
         Step("bench-model", "predictions and measurements side by side",
@@ -111,7 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
     name = stem(device)
     state = folder / f"{name}.json"
     record = read_json(state, "remove it") if state.exists() else {}
-    listed, failed = steps(sys.executable, device), False
+    memory = torch.cuda.get_device_properties(0).total_memory
+    listed, failed = steps(sys.executable, device, memory), False
 
     def done(name: str) -> bool:
         return record.get(name, {}).get("state") == "done"

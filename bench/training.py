@@ -42,6 +42,7 @@ SETTINGS = {
 WAYS = {
     "float32": ("fp32 adapters",),
     "bfloat16": ("fp32 adapters", "fp32 adapters under autocast", "bf16 adapters"),
+    "float16": ("fp32 adapters", "fp32 adapters under autocast", "fp16 adapters"),
 }
 
 
@@ -72,6 +73,7 @@ class Theirs(Ours):
     def __init__(self, folder: Path, ours: Ours, way: str = "fp32 adapters"):
         self.data, self.config = ours.data, ours.config
         self.autocast = way.endswith("under autocast")
+        self.narrow = ours.model.dtype
         c, self.device = ours.config, ours.model.device
         with tempfile.TemporaryDirectory() as place:
             cut = cut_base(folder, len(ours.model.decoder.layers), Path(place))
@@ -98,7 +100,7 @@ class Theirs(Ours):
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         mask = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device.type, self.narrow, enabled=self.autocast):
             hidden = self.lora(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0]
         return (hidden.float() * mask[..., None]).sum(1) / lengths[:, None]
 

@@ -7,8 +7,6 @@ from torch.nn.attention.varlen import varlen_attn
 
 from kernels.segments import Segments
 
-PADDING = 1.25  # of `padded_attention`: what it may compute for each token that is there
-
 
 def attention(
     q: Tensor,
@@ -87,54 +85,30 @@ def packed_attention(
     return out
 
 
-def buckets(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(count, longest) of runs of neighbouring texts of about one length: padded to the longest,
-    a run has at most PADDING times its tokens. In a sorted batch that makes a few runs."""
-    runs: list[tuple[int, int]] = []
-    real = 0
-    for size in sizes:
-        if runs:
-            count, longest = runs[-1]
-            wider = max(longest, size)
-            if (count + 1) * wider <= PADDING * (real + size):
-                runs[-1], real = (count + 1, wider), real + size
-                continue
-        runs.append((1, size))
-        real = size
-    return runs
-
-
 def padded_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, window: int | None = None
 ) -> Tensor:
-    """The same by `scaled_dot_product_attention`, one call for each of `buckets`.
+    """The same by `scaled_dot_product_attention`, one call for each of `segments.padded`.
 
     Pads stand behind a text, so a causal mask hides them; otherwise a mask does.
     """
-    repeat = q.shape[1] // k.shape[1]
-    if repeat > 1:
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    outputs, text = [], 0
-    for count, longest in buckets(segments.sizes):
-        starts = segments.starts[text : text + count + 1].long()
-        lengths = starts.diff()[:, None]  # (n, 1)
-        at = torch.arange(longest, device=q.device)
-        rows = starts[:-1, None] + torch.minimum(at, lengths - 1)  # pads repeat the last token
-        heads = [t[rows].transpose(1, 2) for t in (q, k, v)]  # (n, H, L, K)
-        mask = None
+    heads, groups = q.shape[1], k.shape[1]
+    joined, outputs = torch.cat((q, k, v), 1), []  # (N, H + 2 G, K): one gather for all three
+    for bucket in segments.padded:
+        some = joined[bucket.rows].transpose(1, 2)  # (n, H + 2 G, L, K)
+        queries, keys, values = some.split((heads, groups, groups), 1)
+        if heads != groups:  # not every kernel of a card knows groups
+            repeat = heads // groups
+            keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
+        mask, longest = None, bucket.rows.shape[1]
         if window is not None or not causal:
-            mask = (at < lengths)[:, None, None, :]  # (n, 1, 1, L)
+            mask = bucket.real[:, None, None]  # (n, 1, 1, L)
             if window is not None:
                 mask = mask & _window_mask(longest, causal, window, q.device)
             # A pad sees at least itself: a row without any key would be NaN, and so its gradient.
             mask = mask | torch.eye(longest, dtype=torch.bool, device=q.device)
         out = F.scaled_dot_product_attention(
-            *heads, attn_mask=mask, is_causal=causal and mask is None
+            queries, keys, values, attn_mask=mask, is_causal=causal and mask is None
         )
-        real = sum(segments.sizes[text : text + count])
-        offsets = torch.arange(real, device=q.device) + starts[0]
-        own = torch.searchsorted(starts[1:], offsets, right=True)  # text of each token
-        flat = out.transpose(1, 2).flatten(0, 1)  # (n L, H, K)
-        outputs.append(flat[own * longest + offsets - starts[own]])
-        text += count
+        outputs.append(out.transpose(1, 2).flatten(0, 1)[bucket.back])
     return torch.cat(outputs)

@@ -44,8 +44,8 @@ class _FusedLinear(torch.autograd.Function):
         own = x if narrow else wide[:, layout.x]
         s, z = x.new_empty(n, p), None
         mlp = None if up is None else (up, up_bias, down, down_bias)
-        # The kernel reads one x; dropout of the experts' input must not reach the router. It
-        # multiplies in tf32, in which fp32 values would lose half of their digits.
+        # The kernel reads one x; dropout of the experts' input must not reach the router. In fp32
+        # it has no matrix units to gain by and spills: there the GEMM is cuBLAS's.
         one_pass = group.matrix_units and keep is None and x.dtype != torch.float32
         if mlp is not None:
             weights = mlp[0].new_empty(n, len(mlp[2]))
@@ -53,7 +53,7 @@ class _FusedLinear(torch.autograd.Function):
                 z = mlp[0].new_empty(n, len(mlp[0]))
             else:
                 z, weights = route.forward(own, mlp, c, offset, group.matrix_units)
-        copy = narrow and group.matrix_units and keep is None and p > 0  # by the kernel
+        copy = narrow and one_pass and p > 0  # by the kernel
         if narrow and not copy:
             wide[:, layout.x] = x
         if n and p:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kernels.reference import running_sum
+
 
 class _Entmax15(torch.autograd.Function):
     @staticmethod
@@ -10,8 +12,8 @@ class _Entmax15(torch.autograd.Function):
         x = (u - u.amax(-1, keepdim=True)) / 2
         ordered = x.sort(-1, descending=True).values
         count = torch.arange(1, u.shape[-1] + 1, device=u.device, dtype=u.dtype)
-        mean = ordered.cumsum(-1) / count
-        squares = ordered.square().cumsum(-1) - count * mean.square()
+        mean = running_sum(ordered) / count
+        squares = running_sum(ordered.square()) - count * mean.square()
         tau = mean - ((1 - squares) / count).clamp(min=0).sqrt()
         size = (tau <= ordered).sum(-1, keepdim=True).clamp(min=1)  # NaN stays NaN, not an index
         p = (x - tau.gather(-1, size - 1)).clamp(min=0).square()

@@ -10,6 +10,8 @@ order: no atomics, so the same batch gives the same bits on every run.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 16  # tokens; 16 rows of 1024 values keep a program busy, 16k tokens make 1000 programs
+PADDING = 1.25  # what padded calls may compute for each token that is there
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,49 @@ class Segments:
         starts = torch.cat((torch.zeros(1, dtype=torch.int64), ends))
         parts = (starts, index, chunks, offsets, sizes)
         return cls(tuple(lengths), *(t.to(torch.int32).contiguous().to(device) for t in parts))
+
+    @cached_property
+    def padded(self) -> list["Bucket"]:
+        """The texts as `buckets` pads them; made once, for all layers."""
+        found, text, device = [], 0, self.starts.device
+        for count, longest in buckets(self.sizes):
+            starts = self.starts[text : text + count + 1].long()
+            lengths = starts.diff()[:, None]  # (n, 1)
+            at = torch.arange(longest, device=device)
+            rows = starts[:-1, None] + torch.minimum(at, lengths - 1)
+            offsets = torch.arange(sum(self.sizes[text : text + count]), device=device) + starts[0]
+            own = torch.searchsorted(starts[1:], offsets, right=True)  # text of each token
+            back = own * longest + offsets - starts[own]
+            found.append(Bucket(rows, at < lengths, back))
+            text += count
+        return found
+
+
+class Bucket(NamedTuple):
+    """n texts as rows of L tokens. rows: (n, L) which packed token stands there, a pad being the
+    text's last one again. real: (n, L) whether it is none. back: (M,) where the n texts' tokens
+    stand in the n L, in packed order."""
+
+    rows: Tensor
+    real: Tensor
+    back: Tensor
+
+
+def buckets(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(count, longest) of runs of neighbouring texts of about one length: padded to the longest,
+    a run has at most PADDING times its tokens. In a sorted batch that makes a few runs."""
+    runs: list[tuple[int, int]] = []
+    real = 0
+    for size in sizes:
+        if runs:
+            count, longest = runs[-1]
+            wider = max(longest, size)
+            if (count + 1) * wider <= PADDING * (real + size):
+                runs[-1], real = (count + 1, wider), real + size
+                continue
+        runs.append((1, size))
+        real = size
+    return runs
 
 
 @triton.jit

@@ -86,8 +86,9 @@ def _shrink(
             value = tile.to(tl.float32)
             real = (hidden < HIDDEN)[None, :] & (k < D)[:, None]
             u_tile = tl.load(up + hidden[None, :] * D + k[:, None], mask=real, other=0.0)
-            # 16-bit values lose nothing in tf32; the router's own weights lose what bf16 would.
-            z += tl.dot(value, u_tile, input_precision="tf32")
+            # Three times in tf32, as `route` does: once would cut the router's weights off, and a
+            # token near the edge of an expert's support would land on its other side.
+            z += tl.dot(value, u_tile, input_precision="tf32x3")
             square += tl.sum(value * value, 1)
     own = tl.load(expert + col, mask=col < P, other=-1)
     factor = tl.load(scale + col, mask=col < P, other=0.0)
@@ -200,7 +201,7 @@ def shrink_gate(
     Args:
         x: (N, D). weights: (B, E), (N, E) or None, as `mode` says; written here where `mlp` (with
             c, offset and z as in `kernels.route`) routes each token.
-        copy: lay x into `wide` on the way; with matrix units alone.
+        copy: lay x into `wide` on the way; of 16-bit values, with matrix units alone.
     """
     layout = group.layout
     (rows, d), p, left = x.shape, s.shape[1], layout.x.start
@@ -208,7 +209,7 @@ def shrink_gate(
     experts = 1 if weights is None else weights.shape[1]
     shared = {"D": d, "P": p, "LEFT": left, "E": experts, "MODE": mode}
     columns = (group.columns.expert, group.columns.scale)
-    if group.matrix_units:
+    if group.matrix_units and x.dtype != torch.float32:
         hidden = mlp[2].shape[1] if mlp else 16
         # One block of columns reads x once. Several read it again, from the cache; they all find
         # the same weights where they route.

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.reference import running_sum
+
 
 def _threshold(u: Tensor, c: Tensor) -> Tensor:
     """tau (..., 1) with sum_i max(u_i - tau, 0) = c, for u with maximum 0."""
@@ -18,7 +20,7 @@ def _threshold(u: Tensor, c: Tensor) -> Tensor:
         total = u.sum(-1, keepdim=True)
         top = u.amax(-1, keepdim=True)
         return torch.maximum(torch.maximum(top - c, (pair - c) / 2), (total - c) / 3)
-    sums = u.sort(-1, descending=True).values.cumsum(-1)
+    sums = running_sum(u.sort(-1, descending=True).values)
     count = torch.arange(1, u.shape[-1] + 1, device=u.device, dtype=u.dtype)
     return ((sums - c) / count).amax(-1, keepdim=True)
 

@@ -30,6 +30,7 @@ class KeyValueCache:
         shape = (c.num_hidden_layers, texts, room, c.num_key_value_heads, c.head_dim)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.lengths = torch.zeros(texts, dtype=torch.int64, device=like.device)
+        self.longest = 0  # of the lengths, known without asking the card
 
     def fill(self, layer: int, k: Tensor, v: Tensor, batch: Packed) -> None:
         """Write the prompts' k and v (N, G, K)."""
@@ -42,18 +43,19 @@ class KeyValueCache:
         self.keys[layer, rows, self.lengths] = k
         self.values[layer, rows, self.lengths] = v
 
-    def attend(self, layer: int, q: Tensor, window: int | None) -> Tensor:
-        """One new token's q (B, H, K) over its own text, itself included: (B, H, K)."""
-        room = int(self.lengths.max()) + 1
-        k, v = (t[layer, :, :room].transpose(1, 2) for t in (self.keys, self.values))
-        at = torch.arange(room, device=q.device)
+    def seen(self, window: int | None) -> Tensor:
+        """(B, T) which places of the cache one new token of each text looks at, itself included."""
+        at = torch.arange(self.longest + 1, device=self.lengths.device)
         seen = at <= self.lengths[:, None]
-        if window is not None:
-            seen &= at > self.lengths[:, None] - window
-        repeat = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)  # (B, H, T, K)
+        return seen if window is None else seen & (at > self.lengths[:, None] - window)
+
+    def attend(self, layer: int, q: Tensor, seen: Tensor) -> Tensor:
+        """One new token's q (B, H, K) over what it sees: (B, H, K)."""
+        k, v = (t[layer, :, : seen.shape[1]].transpose(1, 2) for t in (self.keys, self.values))
+        # The query heads that share a key stand in the place of H tokens: no key is repeated.
+        grouped = q.unflatten(1, (k.shape[1], -1))  # (B, G, H / G, K)
         mask = seen[:, None, None]
-        return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask)[:, :, 0]
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1, 2)
 
 
 def _heads(attn: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,6 +153,7 @@ class Generator:
                 x, y = x[batch.last], y[batch.last]
             x = _rest(layer, x, y)
         cache.lengths += torch.tensor(batch.lengths, device=x.device)
+        cache.longest = max(batch.lengths)
         return self.decoder.norm(x)
 
     def decode(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
@@ -160,12 +163,14 @@ class Generator:
         rows = torch.arange(len(tokens), device=x.device)
         batch = Packed(tokens, cache.lengths, rows, rows, (1,) * len(tokens), [(len(tokens), 1)])
         cos, sin = self.decoder.rope_table(batch, x.dtype)
+        seen = cache.seen(self.config.sliding_window)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             q, k, v = _heads(layer.self_attn, layer.input_layernorm(x), cos, sin)
             cache.append(i, k, v)
-            x = _rest(layer, x, cache.attend(i, q, self.config.sliding_window))
+            x = _rest(layer, x, cache.attend(i, q, seen))
         cache.lengths += 1
+        cache.longest += 1
         return self.decoder.norm(x)
 
     @torch.no_grad()

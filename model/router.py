@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kernels.bordered import Routing
 from kernels.entmax import entmax15
+from kernels.reference import running_sum
 from kernels.route import route
 from kernels.sparsegen import sparsegen
 from model.weights import draw_into
@@ -20,8 +21,11 @@ Part = tuple[int, Tensor] | None
 
 def route_task(router: "Router", logits: Tensor, tasks: Tensor) -> Tensor:
     """Hard: the expert that carries the task's name (jina-embeddings-v3, arXiv 2409.10173)."""
-    roles = torch.tensor([router.routed.index(task) for task in TASKS], device=tasks.device)
-    return F.one_hot(roles[tasks], len(router.routed)).to(logits.dtype)
+    embedding, reranking = (router.routed.index(task) for task in TASKS)
+    # Numbers, not a table: a tensor made of them would wait for the card in every layer.
+    roles = torch.full_like(tasks, embedding).masked_fill_(tasks == 1, reranking)
+    lanes = torch.arange(len(router.routed), device=tasks.device)
+    return (roles[:, None] == lanes).to(logits.dtype)
 
 
 def route_uniform(router: "Router", logits: Tensor, tasks: Tensor) -> Tensor:
@@ -55,7 +59,7 @@ def route_tsallis(router: "Router", logits: Tensor, tasks: Tensor) -> Tensor:
     experts = p.shape[-1]
     most = tsallis_entropy(torch.full_like(p[:1], 1 / experts))
     ordered, order = p.sort(-1, descending=True)
-    kept = ordered.cumsum(-1) <= TSALLIS_TOP_P
+    kept = running_sum(ordered) <= TSALLIS_TOP_P
     kept[:, 0] = True
     kept = kept.gather(-1, order.argsort(-1)) | (entropy > TSALLIS_THRESHOLD * most)[:, None]
     chosen = p * kept

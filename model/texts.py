@@ -54,12 +54,21 @@ def in_batches(
     hidden = not progress or rank > 0
     bar = tqdm(total=sum(texts.lengths), unit="token", desc=title, disable=hidden, leave=False)
     decoder.eval()
+
+    def prepared(turn: int) -> tuple[list[int], Packed, Tensor | None]:
+        # Where no batch is left, the last one again: shards need as many passes everywhere.
+        indices = batches[min(turn + rank, len(batches) - 1)]
+        return indices, *texts.batch(indices, device, dtype, trie)
+
     try:
+        following = prepared(0) if batches else None
         for turn in range(0, len(batches), world):
-            # Where no batch is left, the last one again: shards need as many passes everywhere.
-            indices = batches[min(turn + rank, len(batches) - 1)]
-            batch, states = texts.batch(indices, device, dtype, trie)
-            rows = step(batch, states, base)[0].cpu()
+            assert following is not None
+            indices, batch, states = following
+            on_device, following = step(batch, states, base)[0], None
+            if turn + world < len(batches):  # packed while a card computes
+                following = prepared(turn + world)
+            rows = on_device.cpu()
             if not rows.isfinite().all():
                 raise ValueError(
                     f"{title}: the model computes values that are not finite in {dtype} for the "

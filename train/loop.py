@@ -5,8 +5,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,7 @@ def train(
     optimizer = adamw(
         parameters, config.learning_rate, config.head_learning_rate, config.weight_decay
     )
-    routers = list(model.routers().values())
+    routers, scale = list(model.routers().values()), losses.LOSS_SCALE.get(model.dtype, 1.0)
     seed = config.seed + config.seed_offset
     log_path, folder = _log_path(place), _checkpoint_folder(place)
     earlier, began = before(place), time.perf_counter()
@@ -151,7 +151,9 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             total = torch.stack(list(weighted.values())).sum() + rest
             trained = list(parameters.values())
-            backward = partial(_backward, carries=carries, parameters=trained, held=held)
+            backward = partial(
+                _backward, carries=carries, parameters=trained, held=held, scale=scale
+            )
             if config.pcgrad:
                 pcgrad.backward(weighted, rest, trained, backward)
             else:
@@ -195,14 +197,35 @@ def _backward(
     carries: list[Callable[[], None]],
     parameters: Sequence[Tensor],
     held: Held,
+    scale: float,
 ) -> None:
     """Put the loss's gradients into .grad: through all parts, added up over all processes, without
     those of what is held (which PCGrad would project by)."""
-    loss.backward(retain_graph=keep)
-    for carry in carries:
-        carry()
-    parallel.add([p.grad for p in parameters if p.grad is not None])
+    with strict():
+        (loss * scale).backward(retain_graph=keep)
+        for carry in carries:
+            carry()
+    found = [p.grad for p in parameters if p.grad is not None]
+    if scale != 1:
+        for grad in found:
+            grad /= scale
+    parallel.add(found)
     held.clear()
+
+
+@contextmanager
+def strict() -> Iterator[None]:
+    """Where deterministic algorithms are asked for, insist on them: with `warn_only` PyTorch leaves
+    the backward pass of attention on a card as it is, and warns."""
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if not torch.are_deterministic_algorithms_enabled() or not warns:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _log_path(place: Path) -> Path:

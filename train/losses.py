@@ -7,6 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# What a loss is multiplied by on its way back, and its gradients divided by, in a dtype whose
+# smallest step (6e-8) the gradients of single tokens would fall below: fixed, a power of two.
+LOSS_SCALE = {torch.float16: 4096.0}
+
 
 def listwise(scores: Tensor) -> Tensor:
     """Mean over groups of -log softmax(score) at the positive, which is the first of its group.

@@ -17,8 +17,7 @@ is there where one was asked for. Scores are cosines, BM25's, or, of a reranker,
 logit (after listwise training no calibrated probability: logits are then known up to a constant).
 
 While it runs, vectors of documents and finished parts of the queries lie in the folder; started
-again it goes on from there. Memory: the ids, one shard of vectors, the vectors
-and candidates of a pass; BM25's
+again it goes on from there. Memory: the ids, one shard of vectors, the queries of a pass; BM25's
 index, where that is the first stage.
 """
 

@@ -56,7 +56,8 @@ def resolved(config: Config, device: str) -> Config:
 
 def repeatable() -> None:
     """The same seed gives the same losses on a card: deterministic algorithms, where PyTorch has
-    them (the backward pass of attention has one), and cuBLAS with a fixed workspace."""
+    them, and cuBLAS with a fixed workspace. Attention's backward pass has one in strict mode alone;
+    see `train.loop.strict`."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # It would also fill every new tensor with NaN, a pass over memory that checks nothing here.

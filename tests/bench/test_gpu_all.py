@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +37,9 @@ def test_steps(monkeypatch, tmp_path) -> None:
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_all, "device_name", lambda device: "NVIDIA Test 1")
-    monkeypatch.setattr(gpu_all, "steps", lambda python, device: listed)
+    card = SimpleNamespace(total_memory=80e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda at: card)
+    monkeypatch.setattr(gpu_all, "steps", lambda python, device, memory: listed)
     monkeypatch.setattr(gpu_all, "RESULTS", tmp_path / "results")
     for _ in range(2):
         assert gpu_all.main(["--runs", str(tmp_path / "runs")]) == 1
@@ -58,8 +61,14 @@ def test_steps(monkeypatch, tmp_path) -> None:
     assert "| partly | shows partly | done |" in text and "| later | shows later | done |" in text
 
 
+def test_a_small_card_computes_activations_again() -> None:
+    for memory, more in ((80e9, []), (16e9, ["--set", "checkpointing=true"])):
+        (step,) = [s for s in gpu_all.steps("python", "card", memory) if s.name == "kill-gate"]
+        assert step.command[4:] == ["kill_gate", "--scale", "full", *more]
+
+
 @pytest.mark.parametrize(
-    "step", gpu_all.steps(sys.executable, "NVIDIA Test 1"), ids=lambda step: step.name
+    "step", gpu_all.steps(sys.executable, "NVIDIA Test 1", 80e9), ids=lambda step: step.name
 )
 def test_every_step_is_short_and_exists(step: Step) -> None:
     assert step.minutes < 8

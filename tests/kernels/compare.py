@@ -45,8 +45,8 @@ def error(found: Tensor, truth: Tensor) -> float:
     """RMS of the difference over the RMS of the truth; of the difference where the truth is 0."""
     if truth.numel() == 0:
         return 0.0
-    difference = (found.detach().double().cpu() - truth).norm()
-    return (difference / truth.norm() if truth.norm() > 0 else difference).item()
+    difference, size = found.detach().double().cpu() - truth, truth.norm()
+    return (difference.norm() / (size if size > 0 else truth.numel() ** 0.5)).item()
 
 
 class Inputs:

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.add_rmsnorm_pool import add_rmsnorm_pool
-from kernels.attention import attention, buckets, packed_attention, padded_attention
+from kernels.attention import attention, packed_attention, padded_attention
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.route import route
-from kernels.segments import CHUNK, Segments, sum_chunks
+from kernels.segments import CHUNK, Segments, buckets, sum_chunks
 from kernels.sparsegen import fused_sparsegen
 from kernels.swiglu import swiglu
 from tests.kernels.compare import Inputs, check, places, texts, undefined_memory_is_nan
@@ -39,9 +39,8 @@ def test_segments(sizes: tuple[int, ...], device: str) -> None:
     for text, row in enumerate(sums):
         own = [i for i, chunk in enumerate(chunks) if chunk[2] == text]
         assert torch.equal(row, values[own].sum(0))
-    assert torch.equal(
-        sum_chunks(values, segments, mean=True), sums / segments.lengths[:, None].float()
-    )
+    means = sum_chunks(values, segments, mean=True)  # a card divides to two units in the last place
+    torch.testing.assert_close(means, sums / segments.lengths[:, None].float(), rtol=3e-7, atol=0)
 
 
 @places

@@ -1,6 +1,8 @@
 """The training loop on the kernels: the losses and the parameters of the PyTorch path."""
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from eval.collections import load
 from tests.kernels.compare import error
 from tests.train.tiny import NOISY_MOE, build, tiny_config, write_collection
-from train.loop import train
+from train.loop import _backward, train
 from train.trial import repeatable
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -38,11 +40,63 @@ def test_the_same_losses_on_either_path(tiny_base, data, tmp_path, device: str) 
 
 
 @pytest.mark.gpu
-def test_the_same_seed_gives_the_same_bits_on_a_card(tiny_base, data, tmp_path) -> None:
+def test_the_same_seed_gives_the_same_bits_on_a_card(tiny_base, tmp_path) -> None:
+    """Of long texts too: only from three blocks of keys on does attention's order matter."""
+    data = write_collection(tmp_path / "long")
+    lines = (data / "corpus.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    long = [json.dumps(row | {"text": " ".join([row["text"]] * 200)}) for row in rows]
+    (data / "corpus.jsonl").write_text("\n".join(long) + "\n")
     repeatable()
-    config = replace(tiny_config(tiny_base, data, **NOISY_MOE), dtype="float16")
-    logs = []
-    for turn in range(2):
-        model, batches = build(config, load(str(data)), "cuda")
-        logs.append(train(model, batches, config, tmp_path / str(turn)))
-    assert logs[0] == logs[1]
+    for router in ("sparsegen", "entmax15", "tsallis"):
+        changes = {**NOISY_MOE, "router": router, "document_tokens": 400}
+        config = replace(tiny_config(tiny_base, data, **changes), dtype="float16")
+        logs = []
+        for turn in range(2):
+            model, batches = build(config, load(str(data)), "cuda")
+            logs.append(train(model, batches, config, tmp_path / f"{router}{turn}"))
+        assert max(batches.reranking_texts.lengths) > 350
+        assert logs[0] == logs[1]
+
+
+def test_backward_insists_on_deterministic_algorithms() -> None:
+    seen = []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, *grads):
+            seen.append(torch.is_deterministic_algorithms_warn_only_enabled())
+            return grads[0]
+
+    def went_back() -> None:
+        x = torch.ones(2, requires_grad=True)
+        _backward(Watch.apply(x).sum(), carries=[lambda: seen.append("carried")],
+                  parameters=[x], held=held, scale=8.0)  # fmt: skip
+        assert x.grad is not None and x.grad.tolist() == [1, 1]
+
+    held = SimpleNamespace(clear=lambda: None)
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        went_back()
+        assert seen == [False, "carried"]
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    went_back()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_small_gradients_survive_16_bits(tiny_base, data, tmp_path) -> None:
+    """Of losses that weigh 1e-5, on the PyTorch path: as large as those of fp32 are."""
+    norms = {}
+    for dtype in ("float32", "float16"):
+        weights = {"embedding_weight": 1e-5, "reranking_weight": 1e-5}
+        config = replace(tiny_config(tiny_base, data, steps=1, **weights), dtype=dtype)
+        model, batches = build(config, load(str(data)))
+        [line] = train(model, batches, config, tmp_path / dtype)
+        norms[dtype] = line["gradient_norm"]
+    assert norms["float16"] == pytest.approx(norms["float32"], rel=0.02)
