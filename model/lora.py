@@ -114,6 +114,7 @@ class LinearGroup(nn.Module):
             self.lora_B[name] = nn.Parameter(torch.zeros(outs[name], rank, dtype=master))
         self.dropped = False  # by `drop_masters`
         self.sharded = False  # by `model.sharding`, which then renews the borders
+        self.settled = False  # by `settle`
         self._copied: tuple | None = None
         self._stepped = False  # whether an optimizer may have run since that copy
         if rank:
@@ -229,10 +230,18 @@ class LinearGroup(nn.Module):
         whole = None if self.dropped else self.bordered
         return Group(self.layout, whole, self._pieces(), columns, units)
 
+    def settle(self, settled: bool) -> None:
+        """Renew the borders, and until it is taken back without gradients too by the masters'
+        versions alone: to copy them is 14 small kernels in every layer of a card."""
+        if settled and not self.dropped and not self.sharded:
+            self._copy_masters(self._masters(), always=True)
+        self.settled = settled
+
     def _renewed(self) -> list[Tensor]:
         masters = self._masters()
         if not self.dropped and not self.sharded:
-            self._copy_masters(masters, always=not torch.is_grad_enabled())
+            always = not (torch.is_grad_enabled() or self.settled)
+            self._copy_masters(masters, always)
         return masters
 
     def fused(

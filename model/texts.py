@@ -46,29 +46,28 @@ def in_batches(
         trie: `step` takes batches in which common beginnings are there once (`pack_trie`), and
             gets them where that saves work.
     """
-    weight, training = decoder.embed_tokens.weight, decoder.training
+    weight = decoder.embed_tokens.weight
     device, dtype = weight.device, weight.dtype
     depth = decoder.trie_layers(base=base) / len(decoder.layers) if trie else 0.0
     batches, trie = texts.batches(budget or usual_budget(device, 4096), depth)
     rank, world = (parallel.rank(), parallel.world()) if shared else (0, 1)
     hidden = not progress or rank > 0
-    bar = tqdm(total=sum(texts.lengths), unit="token", desc=title, disable=hidden, leave=False)
-    decoder.eval()
+    options = {"unit": "token", "desc": title, "disable": hidden, "leave": False}
 
     def prepared(turn: int) -> tuple[list[int], Packed, Tensor | None]:
         # Where no batch is left, the last one again: shards need as many passes everywhere.
         indices = batches[min(turn + rank, len(batches) - 1)]
         return indices, *texts.batch(indices, device, dtype, trie)
 
-    try:
+    with decoder.serving(), tqdm(total=sum(texts.lengths), **options) as bar:
         following = prepared(0) if batches else None
         for turn in range(0, len(batches), world):
             assert following is not None
             indices, batch, states = following
-            on_device, following = step(batch, states, base)[0], None
+            computed, following = step(batch, states, base)[0], None
             if turn + world < len(batches):  # packed while a card computes
                 following = prepared(turn + world)
-            rows = on_device.cpu()
+            rows = computed.cpu()
             if not rows.isfinite().all():
                 raise ValueError(
                     f"{title}: the model computes values that are not finite in {dtype} for the "
@@ -78,6 +77,3 @@ def in_batches(
             if turn + rank < len(batches):
                 yield indices, rows
             bar.update(sum(texts.lengths[i] for of in batches[turn : turn + world] for i in of))
-    finally:
-        bar.close()
-        decoder.train(training)

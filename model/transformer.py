@@ -3,7 +3,8 @@
 Shapes as in `model.layers`. Parameter names are Hugging Face's, so loading needs no map.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,21 @@ class Decoder(nn.Module):
                 gate = gate.double() if dtype == torch.float64 else gate
             self.layers.append(DecoderLayer(config, mine, gate, dtype))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Evaluation mode; nothing may write experts through `.data` (`LinearGroup.settle`)."""
+        groups = [m for m in self.modules() if isinstance(m, LinearGroup) and m.adapted_names]
+        training = self.training
+        self.eval()
+        for group in groups:
+            group.settle(True)
+        try:
+            yield
+        finally:
+            for group in groups:
+                group.settle(False)
+            self.train(training)
 
     def drop_masters(self) -> None:
         """Free the experts' fp32 copies, for serving; see `LinearGroup.drop_masters`."""

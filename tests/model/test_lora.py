@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from kernels import reference
 from model.lora import LinearGroup, LoRAConfig
+from model.unimoer import ModelConfig, UniMoER
 
 CONFIG = LoRAConfig(("embedding", "reranking", "shared"), (5, 3, 1), (10.0, 3.0, 2.0))
 SCALES = [2.0, 1.0, 2.0]
@@ -269,3 +271,20 @@ def test_slices_follow_the_ranks() -> None:
         "reranking": slice(5, 8),
         "shared": slice(8, 9),
     }
+
+
+def test_many_texts_renew_the_borders_once(tiny_base: Path, monkeypatch) -> None:
+    """However many batches; a write that raises the version, such as an optimizer's, is seen."""
+    lora = LoRAConfig(("a",), (2,), (4.0,))
+    model = UniMoER(ModelConfig(base=str(tiny_base), lora=lora)).train()
+    copied, texts = [], ["one", "two words", "and three more"]
+    borders = LinearGroup.borders
+    monkeypatch.setattr(LinearGroup, "borders", lambda self: copied.append(1) or borders(self))
+    options = {"budget": 1, "progress": False}  # a batch for each text
+    before = model.encode_document(texts, **options)
+    groups = sum(isinstance(m, LinearGroup) and bool(m.adapted_names) for m in model.modules())
+    assert len(copied) == groups and model.training
+    with torch.no_grad():
+        for parameter in model.trained().values():
+            parameter.add_(0.1)
+    assert (model.encode_document(texts, **options) - before).abs().max() > 1e-3
