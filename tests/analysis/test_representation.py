@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import experiments
-from analysis import representation, representations, spectra, subspaces
+from analysis import gradients, representation, representations, spectra, subspaces
 from analysis.cka import CKA, cka, hsic
 from analysis.page import over_seeds
 from analysis.representation_claims import claims
@@ -241,6 +241,37 @@ def test_features_are_the_means_of_what_the_next_block_reads(
     none = representation.features(model, ids, "reranking", path, fixed=[0.0, 0.0, 0.0])
     torch.testing.assert_close(base, none, rtol=1e-4, atol=1e-5)
     assert (base - found).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("factor", "direction"), [(2.0, 1.0), (-2.0, -1.0), (0.0, None)])
+def test_the_sign_of_what_the_tasks_have_in_common(factor: float, direction: float | None) -> None:
+    """Training moved documents by d, and pairs by a multiple of it, against their own bases."""
+    d = normal(8, seed=5)
+    documents, pairs = normal(1, 40, 8, seed=1), normal(1, 30, 8, seed=2)
+    views = {"document": {"base": documents, "model": documents + d},
+             "pair": {"base": pairs, "model": pairs + factor * d}}  # fmt: skip
+    [row] = representation.overlaps(views)
+    assert row["direction"] == (None if direction is None else pytest.approx(direction))
+
+
+def test_gradients_are_compared_by_what_is_read_and_what_is_written(
+    tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of dA and columns of dB, in halves of the same probe batches."""
+    model, _, texts = trained("joint-single", tiny_base, data, tmp_path / "joint-single" / "seed0")
+    given = []
+    monkeypatch.setattr(subspaces, "between", lambda e, r, most: given.append((e, r, most)) or {})
+    rows = subspaces.of_gradients(model, texts)
+    at = [i for i, row in enumerate(rows) if (row["layer"], row["projection"]) == (3, "o_proj")]
+    assert [rows[i]["side"] for i in at] == ["inputs", "outputs"]
+    for task, side in (("embedding", 0), ("reranking", 1)):
+        for half in (0, 1):
+            batches = range(half * subspaces.BATCHES, (half + 1) * subspaces.BATCHES)
+            g = gradients.task_gradient(model, texts, task, batches)
+            name = "decoder.layers.3.self_attn.o.lora_{}.o_proj"
+            torch.testing.assert_close(given[at[0]][side][half], g[name.format("A")])
+            torch.testing.assert_close(given[at[1]][side][half], g[name.format("B")].t())
+    assert given[at[0]][2] == 4  # directions at most: the rank
 
 
 def test_crosstalk_is_the_energy_of_the_written_out_change(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,23 @@ def test_missing_sizes_are_shown_as_missing(tmp_path: Path) -> None:
     text = (make(tmp_path, {8: 1.0, 16: 2.0}) / "x").parent
     scale.write(text)
     assert "| 24l | retrieval | missing |" in (text / "report.md").read_text()
+
+
+def test_what_was_run_is_not_called_missing(tmp_path: Path) -> None:
+    """A rank of one seed has no slope, but it was run; a size without its joint arm has scores."""
+    maker = Maker(make(tmp_path, {8: 1.0, 16: 2.0}))
+    for arm, means in (("emb-only-r4", {"embedding": 0.5}), ("rank-only-r4", {"reranking": 0.5}),
+                       ("joint-single-r4", {"embedding": 0.45, "reranking": 0.5})):  # fmt: skip
+        maker.arm(arm, means, seeds=1, changes={"ranks": [4]}, body_parameters=2000)
+    shutil.rmtree(maker.folder / "joint-single-8l")
+    found = scale.write(maker.folder)
+    said = " ".join(scale.limits(found))
+    assert "second axis of capacity: fewer than two sizes are measurable" in said
+    assert "missing or not whole: 8 layers, rank 16, 12l, 24l, 30l." in said
+    text = (maker.folder / "report.md").read_text()
+    [row] = [line for line in text.splitlines() if line.startswith("| 8 layers, rank 16 | ret")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[3].startswith("60.") and cells[4] == "missing" and cells[6] == "-"
 
 
 def test_a_size_without_its_baselines_is_an_error(tmp_path: Path) -> None:
