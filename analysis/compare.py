@@ -17,21 +17,12 @@ from matplotlib.figure import Figure
 import experiments
 from analysis import arm_table, figures, judge
 from analysis.figures import METRIC, TASKS, label, p_value, span, table
-from analysis.page import limits, mean, provenance, warnings, with_holm, write_folder
+from analysis.page import frame, limits, mean, with_holm, write_folder
 from eval import stats
 from model.router import NOT_LEARNED
 
 SPECIALISTS = tuple(stats.SPECIALIST.values())
-PAGE = """# {title}
-
-**Question.** {v[question]}
-
-**Expected, before the first run.** {v[expected]}
-{notes}
-## Reading
-
-{reading}
-
+BODY = """\
 ## Scores
 
 nDCG@10 × 100, {v[split]} split: the mean over {seeds} seeds ± their standard deviation, and its
@@ -49,13 +40,6 @@ that this run would find with 80 % power at Holm's first step.
 Mean expert weights over the last training batch, all layers and seeds.
 
 {routing}
-## What could not be concluded
-
-{limits}
-
-## Provenance
-
-{provenance}
 """
 PAIRED = (
     "Paired: by seed, where both see the same batches and begin alike, or the one where the other "
@@ -251,11 +235,8 @@ def markdown(v: dict[str, Any], more: str = "") -> str:
     """more: sections with their headings."""
     reference = label(v["reference"]) if v["reference"] else "the one it is held against"
     shown = {len(row["seeds"]) for row in v["arms"].values() if row["seeds"]}
-    return PAGE.format(
+    body = BODY.format(
         v=v,
-        title=f"{v['experiment'].replace('_', ' ').capitalize()}: {v['setting']}",
-        notes=warnings(v),
-        reading=reading(v),
         seeds=" or ".join(map(str, sorted(shown))),
         queries=", ".join(
             f"{v['queries'][task]:,} queries in {v['clusters'][task]} clusters for {name}"
@@ -270,9 +251,21 @@ def markdown(v: dict[str, Any], more: str = "") -> str:
         if v["differences"]
         else "",
         routing=_weights(v),
-        limits="\n".join(f"- {text}" for text in limits(v)),
-        provenance=provenance(v),
     )
+    return frame(v, reading(v), body, limits(v))
+
+
+ARMS = """## What the arms score
+
+nDCG@10 × 100, {v[split]} split: mean over seeds ± their standard deviation, with the 95 % interval
+over seeds and queries.
+
+{scores}{differences}"""
+
+
+def arms_section(v: dict[str, Any]) -> str:
+    """What the arms score, for reports whose subject is something else."""
+    return ARMS.format(v=v, scores=scores_table(v), differences=differences_table(v))
 
 
 def scores_table(v: dict[str, Any]) -> str:

@@ -16,12 +16,11 @@ from analysis.gradients import SPACES, pooled, statistics
 from analysis.page import (
     by_seed,
     by_seed_less,
+    frame,
     limits,
     mean,
     over_seeds,
-    provenance,
     spread,
-    warnings,
     with_holm,
     write_folder,
 )
@@ -30,16 +29,7 @@ from model.lora import PROJECTIONS
 
 STATISTICS = ("cosine", "corrected", "reliability", "ratio", "similarity", "removed")
 Rows = list[dict[str, Any]]
-PAGE = """# {title}
-
-**Question.** {v[question]}
-
-**Expected, before the first run.** {v[expected]}
-{notes}
-## Reading
-
-{reading}
-
+BODY = """\
 ## Do the tasks' gradients conflict?
 
 Cosine of the embedding gradient with the reranking gradient on fixed probe texts, all adapted
@@ -77,13 +67,6 @@ and seeds, in which the cosine is.
 {where}{heat}## What the arms score
 
 {scores}{differences}
-## What could not be concluded
-
-{limits}
-
-## Provenance
-
-{provenance}
 """
 
 
@@ -321,11 +304,7 @@ def markdown(v: dict[str, Any]) -> str:
                          "and more `probes` would be needed.")  # fmt: skip
     unsure.insert(0, "Whether conflict causes interference: the cosines are an observation, PCGrad "
                      "is the intervention, and its scores stand above.")  # fmt: skip
-    return PAGE.format(
-        v=v,
-        title=f"{v['experiment'].replace('_', ' ').capitalize()}: {v['setting']}",
-        notes=warnings(v),
-        reading=reading(v),
+    body = BODY.format(
         reference=label(v["reference"]),
         family=v["family"],
         overall=table(["arm", "in", "cosine", *test, "corrected", *rest], rows),
@@ -339,9 +318,8 @@ def markdown(v: dict[str, Any]) -> str:
         heat=f"![heat](heat.png)\n\n*{CAPTIONS['heat']}*\n\n",
         scores=compare.scores_table(v),
         differences=compare.differences_table(v),
-        limits="\n".join(f"- {text}" for text in unsure),
-        provenance=provenance(v),
     )
+    return frame(v, reading(v), body, unsure)
 
 
 def _of(found: dict[str, Any], seeds: int) -> str:

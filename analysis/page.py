@@ -19,6 +19,39 @@ from analysis import figures
 from eval import stats
 from eval.metrics import interval
 
+FRAME = """# {title}
+
+**Question.** {v[question]}
+
+**Expected, before the first run.** {v[expected]}
+{notes}
+## Reading
+
+{reading}
+
+{body}## What could not be concluded
+
+{limits}
+
+## Provenance
+
+{provenance}
+"""
+
+
+def frame(v: dict[str, Any], reading: str, body: str, unsure: Iterable[str]) -> str:
+    """A report: the question, what was expected, the reading, `body` (sections with their headings,
+    up to the next one), what could not be concluded, and where the numbers come from."""
+    return FRAME.format(
+        v=v,
+        title=f"{v['experiment'].replace('_', ' ').capitalize()}: {v['setting']}",
+        notes=warnings(v),
+        reading=reading,
+        body=body,
+        limits="\n".join(f"- {text}" for text in unsure),
+        provenance=provenance(v),
+    )
+
 
 def write_folder(
     folder: Path, data: Mapping[str, dict], page: str, drawn: Mapping[str, Figure]

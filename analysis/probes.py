@@ -15,11 +15,10 @@ from analysis.figures import label, p_value, table
 from analysis.page import (
     by_seed_less,
     claims_table,
+    frame,
     limits,
     over_seeds,
-    provenance,
     spread,
-    warnings,
     with_holm,
     write_folder,
 )
@@ -33,16 +32,7 @@ NAMES = {
 }  # fmt: skip
 HELD, RELEVANCE = "BM25 and its ingredients", "relevance"
 INGREDIENTS = ("covered_terms", "tf_sum", "idf_sum", "bm25")  # of BM25, and itself
-PAGE = """# {title}
-
-**Question.** {v[question]}
-
-**Expected, before the first run.** {v[expected]}
-{notes}
-## Reading
-
-{reading}
-
+BODY = """\
 ## What can be read off
 
 Probes of {pairs:,} pairs of {queries} queries, tested on unseen queries: R² of ridge regression,
@@ -55,19 +45,7 @@ highest mean score (of the base all layers are probed, of an arm the adapted one
 the base's); mean over seeds ± their standard deviation, with its 95 % interval; the base is one
 model.
 
-{table}{picture}{tests}{ablation}## What the arms score
-
-nDCG@10 × 100, {v[split]} split: mean over seeds ± their standard deviation, with the 95 % interval
-over seeds and queries.
-
-{scores}{differences}## What could not be concluded
-
-{limits}
-
-## Provenance
-
-{provenance}
-"""
+{table}{picture}{tests}{ablation}{arms}"""
 TESTS = """Differences by seed, tested where there are several, with Holm's correction over this
 table. Scores at the best of the layers that an arm adapts, chosen on the same queries, of an arm by
 its mean over seeds, of the base, one model, by its one score among the same layers. p is of other
@@ -258,25 +236,19 @@ def markdown(v: dict[str, Any]) -> str:
                 ])  # fmt: skip
     unsure = limits(v)
     unsure.insert(0, "Whether the model uses what a probe reads: that needs an intervention.")
-    return PAGE.format(
-        v=v,
-        title=f"{v['experiment'].capitalize()}: {v['setting']}",
-        notes=warnings(v),
-        reading=reading(v),
+    body = BODY.format(
         pairs=one["pairs"],
         queries=one["queries"],
         yes=", ".join(NAMES[name] for name in one["binary"]),
         recurring=100 * one["recurring"] / one["pairs"],
-        scores=compare.scores_table(v),
-        differences=compare.differences_table(v),
+        arms=compare.arms_section(v),
         table=table(["arm", "view", "property", "layer", "score", "selectivity", "bits saved",
                      "seeds"], rows),
         tests=TESTS + claims_table(v["tests"], 3) if v["tests"] else "",
         picture=f"![probes](probes.png)\n\n*{CAPTION}*\n\n",
         ablation=ablation.markdown(v["ablated"]),
-        limits="\n".join(f"- {text}" for text in unsure),
-        provenance=provenance(v),
     )  # fmt: skip
+    return frame(v, reading(v), body, unsure)
 
 
 def draw(v: dict[str, Any]) -> Figure:

@@ -10,12 +10,11 @@ from analysis.figures import label, table
 from analysis.page import (
     by_seed,
     claims_table,
+    frame,
     limits,
     mean,
     over_seeds,
-    provenance,
     spread,
-    warnings,
     write_folder,
 )
 from analysis.representation_claims import SPECIALISTS, UNROUTED, claims
@@ -31,16 +30,7 @@ from analysis.representation_figures import (
 )
 from eval import stats
 
-PAGE = """# {title}
-
-**Question.** {v[question]}
-
-**Expected, before the first run.** {v[expected]}
-{notes}
-## Reading
-
-{reading}
-
+BODY = """\
 All views are of the same {texts} documents and {texts} pairs: the mean over a text's tokens of the
 hidden state behind each adapted layer, each token at root mean square 1, as later blocks read it
 (the raw states vary almost only in one direction, that of the first token's massive activations).
@@ -85,19 +75,7 @@ of. Direction: cosine of the two mean changes; tasks may share a subspace and pu
 pair holds a document, and a specialist has never trained the other task: its STIR is what the
 texts' likeness gives by itself, and speaks of the tasks only as far as a joint arm's differs.
 
-{stir}{overlap}{subspaces}{maps}## What the arms score
-
-nDCG@10 × 100, {v[split]} split: mean over seeds ± their standard deviation, with the 95 % interval
-over seeds and queries.
-
-{scores}{differences}## What could not be concluded
-
-{limits}
-
-## Provenance
-
-{provenance}
-"""
+{stir}{overlap}{subspaces}{maps}{arms}"""
 TESTS = """Tested, over seeds, with Holm's correction over this table; detectable: with 80 % power
 at its first step.
 
@@ -320,11 +298,7 @@ def markdown(v: dict[str, Any]) -> str:
     unsure.insert(0, "Whether what differs is used: CKA, overlaps and STIR describe, they do not "
                      "intervene.")  # fmt: skip
     none = "No arm has more than one expert.\n"
-    return PAGE.format(
-        v=v,
-        title=f"{v['experiment'].replace('_', ' ').capitalize()}: {v['setting']}",
-        notes=warnings(v),
-        reading=reading(v),
+    body = BODY.format(
         texts=one["texts"]["pair"],
         seeds=" or ".join(map(str, sorted({found["seeds"] for found in v["measured"].values()}))),
         models=table(["arm", "texts", "base", "Emb-Only", "Rank-Only", "Joint-Single"], models),
@@ -341,12 +315,10 @@ def markdown(v: dict[str, Any]) -> str:
                     "held", "direction"], stir),
         overlap=_picture("stir"),
         subspaces=subspaces.markdown(v["measured"], label),
-        scores=compare.scores_table(v),
-        differences=compare.differences_table(v),
+        arms=compare.arms_section(v),
         maps="".join(_picture(name) for name in MAPS),
-        limits="\n".join(f"- {text}" for text in unsure),
-        provenance=provenance(v),
     )  # fmt: skip
+    return frame(v, reading(v), body, unsure)
 
 
 def _picture(name: str) -> str:

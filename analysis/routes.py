@@ -11,28 +11,18 @@ from matplotlib.figure import Figure
 from analysis import compare, figures, judge
 from analysis.figures import TASKS, label, table
 from analysis.page import (
+    frame,
     limits,
     mean,
     over_seeds,
-    provenance,
     spread,
-    warnings,
     write_folder,
 )
 from eval import stats
 
 SHIFTS = ("task", "template", "content")
 KINDS = {"query": "queries", "document": "documents", "pair": "pairs"}
-PAGE = """# {title}
-
-**Question.** {v[question]}
-
-**Expected, before the first run.** {v[expected]}
-{notes}
-## Reading
-
-{reading}
-
+BODY = """\
 ## Does routing follow the task?
 
 Means over layers and {seeds} seeds, ± the standard deviation over seeds, with the 95 % interval
@@ -63,19 +53,7 @@ Information on the domain of a text ({domains}), in bits, by kind of text; else 
 
 {domain}{places}## Along training
 
-{along}## What the arms score
-
-nDCG@10 × 100, {v[split]} split: mean over seeds ± their standard deviation, with the 95 % interval
-over seeds and queries.
-
-{scores}{differences}## What could not be concluded
-
-{limits}
-
-## Provenance
-
-{provenance}
-"""
+{along}{arms}"""
 DOMAINS = (
     "Mean weights, over texts and layers, in the domains with the most texts; over seeds by the "
     "expert's name, as above."
@@ -249,11 +227,7 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
     unsure.insert(0, "Whether an expert does what its name says: weights say who is used, not what "
                      "for; the probes of each expert's output would.")  # fmt: skip
     head = ["arm", "information (bits)", "by chance", "sure"]
-    return PAGE.format(
-        v=v,
-        title=f"{v['experiment'].replace('_', ' ').capitalize()}: {v['setting']}",
-        notes=warnings(v),
-        reading=reading(v),
+    body = BODY.format(
         texts=next(iter(one["texts"].values())),
         seeds=" or ".join(map(str, sorted({len(f["seeds"]) for f in v["measured"].values()}))),
         shuffles=one["shuffles"],
@@ -265,8 +239,7 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
         experts=table(["arm", "expert", *KINDS.values(), "dead", "role (seeds)"], experts),
         layers=f"![layers](layers.png)\n\n*{LAYERS}*\n\n",
         domains=f"{v['clusters']['embedding']} of them among the queries",
-        scores=compare.scores_table(v),
-        differences=compare.differences_table(v),
+        arms=compare.arms_section(v),
         depth=table(["arm", "layer", "information (bits)", "shift: task (%)",
                      "entropy, retrieval (nats)", "entropy, reranking"], depth),
         places=f"{DOMAINS}\n\n{table(['arm', 'domain', 'texts', 'of', *one['experts']], domains)}"
@@ -276,9 +249,8 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
         along="![along](along.png)\n\n*" + figures.CAPTIONS["routing"] + "*\n\n"
         if curves
         else "Not drawn: Joint-MoE was not run.\n\n",
-        limits="\n".join(f"- {text}" for text in unsure),
-        provenance=provenance(v),
     )  # fmt: skip
+    return frame(v, reading(v), body, unsure)
 
 
 def _scaled(found: dict[str, Any], factor: float, form: str) -> str:

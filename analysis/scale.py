@@ -20,21 +20,12 @@ from matplotlib.figure import Figure
 import experiments
 from analysis import figures, judge, slopes
 from analysis.figures import METRIC, TASKS, p_value, percent, span, table
-from analysis.page import provenance, warnings, with_holm, write_folder
+from analysis.page import frame, with_holm, write_folder
 from analysis.slopes import AXES
 from eval import stats
 from trials import Config
 
-PAGE = """# {title}
-
-**Question.** {v[question]}
-
-**Expected, before the first run.** {v[expected]}
-{notes}
-## Reading
-
-{reading}
-
+BODY = """\
 ## Interference by size
 
 nDCG@10 × 100 as the mean over seeds ± their standard deviation, with its 95 % interval over seeds
@@ -48,14 +39,7 @@ Holm's first step. Of the same queries BM25 has {bm25}; no order of its candidat
 
 How much I changes when the size doubles, in points of I, over the measurable sizes.
 
-{slopes}## What could not be concluded
-
-{limits}
-
-## Provenance
-
-{provenance}
-"""
+{slopes}"""
 FREE = ("base", "revision", "dtype", "ranks", "learning_rate", "clip")  # of a base, or tuned
 DOUBLES = {
     "parameters": "the parameters outside the embeddings double",
@@ -333,20 +317,15 @@ def markdown(v: dict[str, Any]) -> str:
     ]
     bm25 = v["references"]["bm25"]
     drawn = any(row["interval"] for row in v["rows"] if not row.get("missing"))
-    return PAGE.format(
-        v=v,
-        title=f"{v['experiment'].replace('_', ' ').capitalize()}: {v['setting']}",
-        notes=warnings(v),
-        reading=reading(v),
+    body = BODY.format(
         family=sum(row.get("p") is not None for row in v["rows"]),
         bm25=" and ".join(f"{100 * bm25[task]:.2f} on {name}" for task, name in TASKS.items()),
         ceiling=f"{100 * v['references']['ceiling']['reranking']:.2f}",
         sizes=table(head, rows),
         picture=f"![scale](scale.png)\n\n*{CAPTION}*\n\n" if drawn else "",
         slopes=table(top, slopes) if slopes else "Fewer than two sizes are measurable.\n\n",
-        limits="\n".join(f"- {text}" for text in limits(v)),
-        provenance=provenance(v),
     )
+    return frame(v, reading(v), body, limits(v))
 
 
 def draw(v: dict[str, Any]) -> Figure:
