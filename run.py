@@ -93,8 +93,10 @@ def check_elsewhere(args: argparse.Namespace, chosen: dict[str, dict], folder: P
             continue
         if experiments.EXPERIMENTS[args.experiment].report != "verdict":
             raise ValueError(f"--{option}: {args.experiment} has no verdict to be given elsewhere")
-        absent = [arm for arm in judge.NEEDED
-                  if arm not in chosen and not [*folder.glob(f"{arm}/seed*.json")]]  # fmt: skip
+        # What is not run now may have been measured before: at home for MTEB, else there.
+        home = [folder] if option == "mteb" else [setting_folder(args, d) for d in args.evaluate]
+        absent = [arm for arm in judge.NEEDED if arm not in chosen
+                  and not all([*place.glob(f"{arm}/seed*.json")] for place in home)]  # fmt: skip
         if absent:
             raise ValueError(f"--{option} decides by {', '.join(judge.NEEDED)}: run "
                              f"{', '.join(absent)} too")  # fmt: skip

@@ -221,7 +221,7 @@ class Experiment:
     seeds: how many; smoke_seeds: at that scale, which concludes nothing anyway.
 
     controls: further arms, run with CONTROLS=1; aa: those of AA=1. common: what all arms share.
-    report: what is made of the trials, a key of run.REPORTS.
+    report: what is made of the trials, a key of analysis.reports.REPORTS.
 
     by_scale: scale -> the arms that take the place of `arms` there. measures: what is measured of
     every trained model, keys of analysis.measures.MEASURES. contrasts: (arm, against, task, what it

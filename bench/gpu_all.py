@@ -48,7 +48,7 @@ class Step:
 def steps(python: str, device: str, memory: float) -> list[Step]:
     """memory: of the card, in bytes."""
     kill_gate = ["kill_gate", "--scale", "full"]
-    # Joint-MoE keeps 19 GB of activations (`make plan`), of which a T4 has 15.
+    # Joint-MoE takes 19 GB on stdlib (`make plan DATA=stdlib`), of which a T4 has 15.
     fits = [] if memory > 30e9 else ["--set", "checkpointing=true"]
     # Most of the tests' time is the compilation of kernels, which several processes share out.
     several = ["-n", str(min(8, os.cpu_count() or 1))]

@@ -296,7 +296,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--pseudo-query", action="store_true", help="each of --models a second time, "
                       "reranking with E2Rank's pseudo-query")  # fmt: skip
     made.add_argument("--untrained", action="store_true", help="the bare base of --models beside "
-                      "them, one row for all that share layers, poolings and prompts")  # fmt: skip
+                      "them, one row for all that read alike")  # fmt: skip
     made.add_argument("--local", nargs="*", default=[], metavar="ID=FOLDER",
                       help="where a published model lies")  # fmt: skip
     made.add_argument("--instruction", default=baselines.TASK,

@@ -137,8 +137,8 @@ def ours(folder: Path, asked: PseudoQuery | None = None) -> Row:
 
 
 def bare(folders: Sequence[Path]) -> list[Row]:
-    """The untrained bases of saved models, read as these read them (layers, pooling, prompts); one
-    row for all models that have it in common, named after the first of them.
+    """The untrained bases of saved models, read as these read them (layers, pooling, prompts, the
+    end of a pair); one row for all models that have it in common, named after the first of them.
 
     Raises:
         ValueError: a folder is none of `save_pretrained`.

@@ -167,6 +167,7 @@ def _judged(args: argparse.Namespace, sources: Sources) -> Judged:
         split = "dev" if split == "validation" else split  # as `read_splits` calls it
         splits, said = read_splits(sources.only(split), queries)
         qrels, origin = splits.get(split, {}), origin | said
+    qrels = {query: row for query, row in qrels.items() if row}  # trec_eval skips the others
     if not qrels:
         named = ("dev" if name == "validation" else name for name in sources.qrels)
         has = ", ".join(dict.fromkeys([*named, *splits]))
@@ -174,9 +175,6 @@ def _judged(args: argparse.Namespace, sources: Sources) -> Judged:
             f"{sources.name}: no judgments of {split} (it has {has}): choose one of these with "
             "--split, or give a file with --qrels"
         )
-    qrels = {query: row for query, row in qrels.items() if row}  # trec_eval skips the others
-    qrels = {query: row for query, row in qrels.items() if row}  # trec_eval skips the others
-    qrels = {query: row for query, row in qrels.items() if row}  # trec_eval skips the others
     usual = 1 if args.qrels else sources.relevant.get(split, 1)
     return Judged(
         split, {query: queries.texts[query] for query in qrels}, qrels,
@@ -299,7 +297,6 @@ def _folder(args: argparse.Namespace, collection: str) -> Path:
 def parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--model", required=True, help="a folder written by save_pretrained")
-    common.add_argument("--name", default="", help="of the model in results; default: its folder")
     common.add_argument("--data", required=True, help="a BEIR folder, or a name such as msmarco, "
                         "scifact, bright/biology, miracl/sw, mmarco/es, mteb/CosQA")  # fmt: skip
     common.add_argument("--out", default="runs/eval", help="folder of the results")
@@ -315,6 +312,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", choices=DTYPES, help="of the vectors on disk; default: as it was "
                      f"begun, or {DTYPES[0]}")  # fmt: skip
     one = commands.add_parser("search", parents=[common], help="a split's queries in the shards")
+    one.add_argument("--name", default="", help="of the model in results; default: its folder")
     one.add_argument("--split", default="", help="default: test, or what the benchmark measures; "
                      "msmarco: dev is dev.small, test TREC DL 2019")  # fmt: skip
     one.add_argument("--queries", default="", help="other queries: .jsonl, .parquet, or .tsv")
@@ -333,5 +331,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     args = parser().parse_args(arguments)
-    args.name = args.name or saved.name_of(args.model)
+    if args.command == "search":
+        args.name = args.name or saved.name_of(args.model)
     return exit_status(partial({"encode": run_encode, "search": run_search}[args.command], args))

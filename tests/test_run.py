@@ -27,7 +27,7 @@ import experiments
 import model.prefix
 import run
 import train.trial
-from analysis import overview
+from analysis import overview, reports
 from eval.collections import load
 from eval.metrics import METRICS
 from eval.protocol import EvaluationSet, without_states
@@ -64,7 +64,7 @@ class Stopped(Exception):
 def stub_report(patch: pytest.MonkeyPatch) -> None:
     """What is written from the trials has tests of its own."""
     stub = SimpleNamespace(write=lambda folder: {}, summary=lambda verdict: "summary")
-    patch.setattr(run, "REPORTS", {"verdict": stub})
+    patch.setattr(reports, "REPORTS", {"verdict": stub})
 
 
 @pytest.fixture(autouse=True)

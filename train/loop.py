@@ -163,9 +163,10 @@ def train(
             if not (math.isfinite(total.item()) and math.isfinite(norm)):
                 kept = f"the last good checkpoint is in {folder}"
                 kept = kept if (folder / STATE).exists() else "no checkpoint was due yet"
+                narrow = "; or take dtype float32, if fp16 is too narrow" if scale != 1 else ""
                 raise NonFiniteLoss(
                     f"step {step}: loss {total.item()}, gradient norm {norm}; batch {ids}; {kept}. "
-                    "Lower learning_rate or clip, or look at these texts"
+                    f"Lower learning_rate or clip, or look at these texts{narrow}"
                 )
             optimizer.step()
             held.restore()

@@ -172,7 +172,7 @@ def mine(
             folder / "parts" / f"{i:06d}.jsonl": order[at : at + size]
             for i, at in enumerate(range(0, len(order), size))
         }
-        if todo := {path: queries for path, queries in parts.items() if not path.exists()}:
+        if not all(path.exists() for path in parts):
             models = {name: UniMoER.from_pretrained(name, device) for name in names}
             pool = collection.pools["train"]
             if retriever == LEXICAL:
@@ -182,13 +182,18 @@ def mine(
             again = _sigmoid(_logits(models[reranker], collection)) if reranker else None
             judge = _logits(models[teacher], collection) if teacher else None
             relevant = collection.relevant("train")
-            left, pass_ = list(todo.items()), max(1, AT_ONCE // size)
-            for some in (left[at : at + pass_] for at in range(0, len(left), pass_)):
+            # Of all parts, done or not: what a pass finds must not depend on where it was stopped.
+            every, step = list(parts.items()), max(1, AT_ONCE // size)
+            for some in (every[at : at + step] for at in range(0, len(every), step)):
+                if all(path.exists() for path, _ in some):
+                    continue
                 depth = settings.depth + max(len(relevant[q]) for _, part in some for q in part)
                 runs = search([part for _, part in some], depth)
                 for (path, queries), run in tqdm(
                     zip(some, runs, strict=True), "mine", len(some), unit="part", leave=False
                 ):
+                    if path.exists():
+                        continue
                     rows = _part(queries, collection, settings, run, score, again, judge, relevant)
                     lines = (json.dumps(row, allow_nan=False) + "\n" for row in rows)
                     write_text(path, "".join(lines))

@@ -15,7 +15,7 @@ import pytest
 
 import experiments
 import run
-from analysis import tracking
+from analysis import reports, tracking
 from eval.metrics import METRICS, mean
 from experiments import Config
 from model import parallel
@@ -96,7 +96,7 @@ def go(tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """go(experiment, arm, *more, runs="runs") -> what the arm's trial has stored."""
     monkeypatch.setenv("UNIMOER_CACHE", str(tmp_path / "cache"))
     stub = SimpleNamespace(write=lambda folder: {}, summary=lambda found: "summary")
-    monkeypatch.setattr(run, "REPORTS", dict.fromkeys(run.REPORTS, stub))
+    monkeypatch.setattr(reports, "REPORTS", dict.fromkeys(reports.REPORTS, stub))
     setting = experiments.setting_name("smoke", str(tiny_base), str(data))
 
     def go(experiment: str, arm: str, *more: str, runs: str = "runs") -> dict:

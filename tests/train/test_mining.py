@@ -294,7 +294,7 @@ def test_killed_and_continued_recomputes_nothing(
     collection: Collection, folders: list[str], tmp_path: Path, monkeypatch, counted
 ) -> None:
     monkeypatch.setattr(mining, "SHARD", 20)
-    monkeypatch.setattr(mining, "AT_ONCE", WIDE.part)  # whose queries are encoded anew
+    monkeypatch.setattr(mining, "AT_ONCE", 2 * WIDE.part)
 
     def run(name: str) -> dict:
         return mine(tmp_path / name, collection, WIDE, folders[0], "", folders[1])
@@ -322,8 +322,9 @@ def test_killed_and_continued_recomputes_nothing(
         asked = sorted(x[1] for x in counted[kind])
         assert set(map(str, asked)) == set(map(str, least))
         again = len(asked) - len(least)
-        # Once more: the shard and the part that were being made.
-        assert again == (20 + WIDE.part if kind == "encode" else WIDE.part * (1 + WIDE.negatives))
+        # Once more: the shard that was being made, the queries of the pass, a part's pairs.
+        part = WIDE.part
+        assert again == (20 + 2 * part if kind == "encode" else part * (1 + WIDE.negatives))
     forget(counted)
     assert run("broken") == manifest and counted == {"encode": [], "pairs": []}
 
