@@ -93,7 +93,7 @@ def write(folder: Path) -> dict[str, Any]:
             *arm["experts"].values(),
         )
     ]
-    rows += [row["difference"] for row in found["between"]]  # fmt: skip
+    rows += [row["difference"] for row in found["between"]]
     found["family"] = len(with_holm(rows))
     drawn = {"along": draw_along(found), "heat": draw_heat(found)}
     write_folder(folder, {"conflict.json": found}, markdown(found), drawn)

@@ -254,7 +254,8 @@ def markdown(v: dict[str, Any]) -> str:
 def draw(v: dict[str, Any]) -> Figure:
     """A panel a property: the score by layer, a line an arm."""
     arms = v["probed"]
-    names = list(next(iter(arms.values()))["views"]["model"])
+    first = next(iter(arms.values()))
+    names = list(first["views"]["model"])
     with matplotlib.rc_context(figures.STYLE):
         wide = 4
         deep = -(-len(names) // wide)
@@ -266,7 +267,6 @@ def draw(v: dict[str, Any]) -> Figure:
             for at, (arm, found) in enumerate(arms.items()):
                 colour = figures.COLOURS.get(arm, figures.GREY)
                 _line(axes, found, "model", name, colour, figures.DASHES[at % 3], label(arm))
-            first = next(iter(arms.values()))
             _line(axes, first, "base", name, figures.GREY, ":", "untrained base")
             unit = " (acc.)" if name in first["binary"] else ""
             axes.set_title(NAMES[name] + unit, fontsize=7)

@@ -42,7 +42,7 @@ def arms_tables(verdict: dict[str, Any]) -> str:
         late = f" (missing: {', '.join(map(str, row['missing_seeds']))})"
         cells.append(f"{len(row['seeds'])}{late if row['missing_seeds'] else ''}")
         cost = [f"{row['trainable_parameters'] or 0:,}", f"{row['training_seconds'] or 0:,.0f}"]
-        main.append([label(arm), *cells, *(cost if row["seeds"] else "--")])
+        main.append([label(arm), *cells, *(cost if row["seeds"] else ("-", "-"))])
         other.append([label(arm), *_others(row["scores"])])
     head = ["", *(f"{name} nDCG@10" for name in TASKS.values())]
     return table([*head, "seeds", "trainable parameters", SECONDS], main) + table(
