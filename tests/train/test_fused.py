@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_backward_insists_on_deterministic_algorithms() -> None:
                   parameters=[x], held=held, scale=8.0)  # fmt: skip
         assert x.grad is not None and x.grad.tolist() == [1, 1]
 
-    held = SimpleNamespace(clear=lambda: None)
+    held: Any = SimpleNamespace(clear=lambda: None)
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         went_back()
