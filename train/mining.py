@@ -53,8 +53,7 @@ PICKS = ("sampled", "top")
 AT_ONCE = 32_768  # queries that are searched for in one pass over the vectors
 
 Run = dict[str, dict[str, float]]  # query id -> document id -> score, best first
-# parts of query ids, k -> the k best documents of each query, part by part
-Search = Callable[[list[list[str]], int], Iterator[Run]]
+Search = Callable[[list[list[str]], int], Iterator[Run]]  # parts of query ids, k -> their runs
 Score = Callable[[list[tuple[str, str]]], list[float]]  # of (query id, document id) pairs
 
 
@@ -164,13 +163,11 @@ def mine(
     _require_ours(folder)
     busy = "another process mines into it: wait for it, or choose another --out"
     with locked(folder, busy):
-        manifest = _begin(folder, identity)
-        if "sha256" in manifest:
+        if "sha256" in (manifest := _begin(folder, identity)):
             return manifest
-        size = settings.part
         parts = {
-            folder / "parts" / f"{i:06d}.jsonl": order[at : at + size]
-            for i, at in enumerate(range(0, len(order), size))
+            folder / "parts" / f"{i:06d}.jsonl": order[at : at + settings.part]
+            for i, at in enumerate(range(0, len(order), settings.part))
         }
         if not all(path.exists() for path in parts):
             models = {name: UniMoER.from_pretrained(name, device) for name in names}
@@ -183,15 +180,14 @@ def mine(
             judge = _logits(models[teacher], collection) if teacher else None
             relevant = collection.relevant("train")
             # Of all parts, done or not: what a pass finds must not depend on where it was stopped.
-            every, step = list(parts.items()), max(1, AT_ONCE // size)
+            every, step = list(parts.items()), max(1, AT_ONCE // settings.part)
             for some in (every[at : at + step] for at in range(0, len(every), step)):
                 if all(path.exists() for path, _ in some):
                     continue
                 depth = settings.depth + max(len(relevant[q]) for _, part in some for q in part)
                 runs = search([part for _, part in some], depth)
-                for (path, queries), run in tqdm(
-                    zip(some, runs, strict=True), "mine", len(some), unit="part", leave=False
-                ):
+                shown = tqdm(runs, "mine", len(some), unit="part", leave=False)
+                for (path, queries), run in zip(some, shown, strict=True):
                     if path.exists():
                         continue
                     rows = _part(queries, collection, settings, run, score, again, judge, relevant)
@@ -328,10 +324,9 @@ def _dense(
         best = retrieval.Best(vectors.to(model.device), ids, k)
         for path in tqdm(shards, desc="search", unit="shard", leave=False):
             best.add(torch.from_numpy(np.load(path)))
-        keys, at = best.keys.cpu(), 0
-        for part in parts:
-            yield retrieval.to_run(keys[at : at + len(part)], part, ids)
-            at += len(part)
+        sizes = [len(part) for part in parts]
+        for part, keys in zip(parts, best.keys.cpu().split(sizes), strict=True):
+            yield retrieval.to_run(keys, part, ids)
 
     def score(pairs: list[tuple[str, str]]) -> list[float]:
         found = [0.0] * len(pairs)
