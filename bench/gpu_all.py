@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 
 from analysis.figures import table
+from bench.costs import COLLECTIONS
+from bench.plan import fitting, make_plan
 from bench.timing import stem
 from eval.machine import device_name
 from model import bases
@@ -25,6 +27,7 @@ from model.files import read_json, write_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+SCALE, DATA = "full", "stdlib"  # of the kill gate
 GOES_ON = "stopped at its limit, goes on in the next call"
 TAIL = 12  # lines of a step's output that the summary keeps
 
@@ -45,11 +48,17 @@ class Step:
     after: str = ""
 
 
+def memory_settings(memory: float) -> list[str]:
+    """Of the kill gate, so that it fits a card of so many bytes by what `make plan` predicts."""
+    plan = make_plan(bases.DEFAULT, SCALE, DATA, COLLECTIONS[DATA], seeds=1)
+    option, _ = fitting(plan, memory)
+    checkpointing = option is None or option.checkpointing  # more cannot be asked for
+    return ["--set", "checkpointing=true"] if checkpointing else []
+
+
 def steps(python: str, device: str, memory: float) -> list[Step]:
     """memory: of the card, in bytes."""
-    kill_gate = ["kill_gate", "--scale", "full"]
-    # Joint-MoE takes 19 GB on stdlib (`make plan DATA=stdlib`), of which a T4 has 15.
-    fits = [] if memory > 30e9 else ["--set", "checkpointing=true"]
+    kill_gate = ["kill_gate", "--scale", SCALE]
     # Most of the tests' time is the compilation of kernels, which several processes share out.
     several = ["-n", str(min(8, os.cpu_count() or 1))]
     return [
@@ -59,7 +68,7 @@ def steps(python: str, device: str, memory: float) -> list[Step]:
              [python, "-m", "bench", "--minutes", "5"],
              record=RESULTS / f"{stem(device, bases.DEFAULT)}.json"),
         Step("kill-gate", "the study at full scale",
-             [python, "-m", "run", "run", *kill_gate, *fits]),
+             [python, "-m", "run", "run", *kill_gate, *memory_settings(memory)]),
         Step("publish", "its trials, verdict and report in results/",
              [python, "-m", "run", "publish", *kill_gate], 1, after="kill-gate"),
         Step("bench-model", "predictions and measurements side by side",

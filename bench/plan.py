@@ -95,6 +95,17 @@ def make_plan(base: str, scale: str, data: str, counts: Counts, seeds: int) -> P
     return Plan(base, shape, configs, costs.cut(counts, joint), seeds)
 
 
+def fitting(plan: Plan, memory: float, count: int = 1) -> tuple[Option | None, float]:
+    """The fastest way in which the largest arm fits cards of so many bytes, and the bytes that it
+    needs; None and the smallest need if there is none."""
+    needs = {
+        option: costs.needed(costs.memory(plan.shape, plan.joint, plan.counts, option, count))
+        for option in costs.options(plan.joint)
+    }
+    found = next((option for option, need in needs.items() if need <= MARGIN * memory), None)
+    return found, min(needs.values()) if found is None else needs[found]
+
+
 def estimate(plan: Plan, offer: Offer, ratios: dict[str, float] | None = None) -> dict:
     """How it fits a card, and how long all trials take.
 
@@ -104,15 +115,10 @@ def estimate(plan: Plan, offer: Offer, ratios: dict[str, float] | None = None) -
         option: the first that fits, None if none does. bytes: what that one needs, or the smallest
         one. seconds: of training, retrieval and reranking; {} where nothing fits.
     """
-    shape, counts, joint = plan.shape, plan.counts, plan.joint
-    needs = {
-        option: costs.needed(costs.memory(shape, joint, counts, option, offer.count))
-        for option in costs.options(joint)
-    }
-    fitting = [option for option, need in needs.items() if need <= MARGIN * offer.card.memory]
-    if not fitting:
-        return {"option": None, "bytes": min(needs.values()), "seconds": {}}
-    option, found = fitting[0], {}
+    option, need = fitting(plan, offer.card.memory, offer.count)
+    if option is None:
+        return {"option": None, "bytes": need, "seconds": {}}
+    shape, counts, found = plan.shape, plan.counts, {}
     for what, work in costs.kill_gate(shape, plan.configs, counts, option, plan.seeds).items():
         ratio = (ratios or {}).get("training" if what == "training" else "encoding", 1.0)
         found[what] = ratio * costs.duration(work, offer.card) / offer.count
@@ -120,7 +126,7 @@ def estimate(plan: Plan, offer: Offer, ratios: dict[str, float] | None = None) -
         share = 2 * (offer.count - 1) / offer.count
         sent = sum(4 * c.steps * costs.trained(shape, c) for c in plan.configs.values())
         found["training"] += plan.seeds * share * sent / LINK
-    return {"option": option, "bytes": needs[option], "seconds": found}
+    return {"option": option, "bytes": need, "seconds": found}
 
 
 def _row(

@@ -62,7 +62,8 @@ def test_steps(monkeypatch, tmp_path) -> None:
 
 
 def test_a_small_card_computes_activations_again() -> None:
-    for memory, more in ((80e9, []), (16e9, ["--set", "checkpointing=true"])):
+    again = ["--set", "checkpointing=true"]
+    for memory, more in ((80e9, []), (24e9, []), (16e9, again), (1e9, again)):
         (step,) = [s for s in gpu_all.steps("python", "card", memory) if s.name == "kill-gate"]
         assert step.command[4:] == ["kill_gate", "--scale", "full", *more]
 
