@@ -14,6 +14,7 @@ import experiments
 from analysis import arm_table
 from analysis.figures import METRIC, METRICS, REFERENCE_ROWS, TASKS
 from analysis.page import with_holm
+from analysis.sensitivity import sensitivity
 from eval import stats
 from model.files import read_json
 from trials import Config
@@ -162,13 +163,23 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
     twins = {task: {**y[task], "aa": aa} for task, aa in twin.items() if aa is not None}
     aa = stats.verdict(twins, base, labels, joint="aa", moe="")["tasks"] if twins else {}
 
+    beside = [
+        {"arm": MOE, "against": arm, "task": task}
+        | _difference(y[task], labels[task], used, MOE, arm)
+        for arm in RIVALS[1:]
+        for task in ready
+        if {MOE, arm} <= y[task].keys() and set(used[MOE]) & set(used[arm])
+    ]
+
     def row(arm: str) -> dict[str, Any]:
         """One arm in the tables."""
         trials, scores, against = used.get(arm, {}), {}, {}
         for task in (task for task in TASKS if arm in y[task]):
             scores[task] = score_row(y[task], labels[task], arm, trials, task)
             if task in ready and arm not in NEEDED and not arm.endswith("-aa"):
-                against[task] = _against(y[task], labels[task], arm, task, found["tasks"][task])
+                against[task] = _against(
+                    y[task], labels[task], used, arm, task, found["tasks"][task]
+                )
         first = next(iter(trials.values()), {})
         return {
             "tasks": first["config"]["tasks"]
@@ -188,7 +199,8 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         f"{arm}/seed{seed}.json": trial for arm in used for seed, trial in used[arm].items()
     }
     shown = {arm: row(arm) for arm in dict.fromkeys([*planned(folder, False), *arms])}
-    with_holm(d for line in shown.values() for d in line["against_joint"].values())
+    tested = [d for line in shown.values() for d in line["against_joint"].values()]
+    with_holm([*tested, *beside], found["alpha"] or stats.ALPHA)
     return {
         "experiment": experiment,
         "setting": folder.name,
@@ -199,6 +211,8 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         "seeds_planned": experiments.seeds(experiment, folder.name) if study else None,
         **{"tasks": found["tasks"], "aa": aa},
         "arms": shown,
+        "moe_against": beside,
+        "sensitivity": _sensitivity(baselines, used, found["tasks"]),
         "made_of": arm_table.describe({arm: used[arm] for arm in used if used[arm]}),
         "references": {
             name: {task: _means(list(rows.values())) for task, rows in baselines[name].items()}
@@ -226,15 +240,15 @@ def references(baselines: dict) -> dict[str, dict[str, float]]:
 
 
 def arrays(
-    baselines: dict, arms: dict[str, dict[int, dict]]
+    baselines: dict, arms: Trials, metric: str = METRIC
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, list[str]]]:
-    """(task -> arm -> nDCG@10 (S, Q), task -> the cluster of each of the Q queries)."""
+    """(task -> arm -> scores (S, Q), task -> the cluster of each of the Q queries)."""
     labels, y = {}, {}
     for task in TASKS:
         rows = baselines["untrained"][task]
         labels[task] = [baselines["clusters"][query] for query in rows]
         y[task] = {
-            arm: np.array([[t["scores"][task][q][METRIC] for q in rows] for t in trials.values()])
+            arm: np.array([[t["scores"][task][q][metric] for q in rows] for t in trials.values()])
             for arm, trials in arms.items()
             if trials and all(task in trial["scores"] for trial in trials.values())
         }
@@ -259,21 +273,58 @@ def _means(rows: list[dict[str, float]]) -> dict[str, float]:
     return {m: float(np.mean([row[m] for row in rows])) for m in METRICS}
 
 
+def _difference(
+    y: stats.Arms, labels: list[str], used: Trials, arm: str, other: str
+) -> dict[str, Any]:
+    """An arm less another at the seeds that both have: what the others score is no part of it."""
+    both = _at_common_seeds(y, used, arm, other)
+    e = stats.arm_difference(both, labels, arm, other)
+    return {
+        **{"difference": e.value, "interval": e.interval, "p": e.p if e.interval else None},
+        **({"se": e.se, "df": e.df} if e.interval else {}),
+        **{"p_holm": None, "detectable": None},  # over all of the table
+        "seeds_compared": sorted(set(used[arm]) & set(used[other])),
+    }
+
+
+def _at_common_seeds(y: stats.Arms, used: Trials, *arms: str) -> dict[str, np.ndarray]:
+    common = set.intersection(*(set(used[arm]) for arm in arms))
+    return {a: y[a][[at for at, seed in enumerate(used[a]) if seed in common]] for a in arms}
+
+
 def _against(
-    y: stats.Arms, labels: list[str], arm: str, task: str, found: dict[str, Any]
+    y: stats.Arms, labels: list[str], used: Trials, arm: str, task: str, found: dict[str, Any]
 ) -> dict[str, Any]:
     """An arm's difference to the joint arm, and what it wins back where that can be told."""
-    difference, back = stats.arm_difference(y, labels, arm, JOINT), None
+    back, three = None, (SPECIALIST[task], JOINT, arm)
     if arm in RIVALS and found["interval"] and found["interval"][0] > 0:
-        back = stats.won_back(y, labels, SPECIALIST[task], JOINT, arm)
+        back = stats.won_back(_at_common_seeds(y, used, *three), labels, *three)
     return {
-        **{"difference": difference.value, "interval": difference.interval},
-        "p": difference.p if difference.interval else None,
-        **({"se": difference.se, "df": difference.df} if difference.interval else {}),
-        **{"p_holm": None, "detectable": None},  # over all of the table
+        **_difference(y, labels, used, arm, JOINT),
         "won_back": back and back.value,
         "won_back_interval": back and back.interval,
     }
+
+
+def _sensitivity(baselines: dict, used: Trials, tasks: dict[str, Any]) -> dict[str, Any]:
+    """task -> `analysis.sensitivity.sensitivity`, where the interference has an interval."""
+    told = [task for task, found in tasks.items() if found["interval"]]
+    by_metric = {m: arrays(baselines, used, m)[0] for m in METRICS} if told else {}
+    labels = arrays(baselines, {})[1]
+    made = {}
+    for task in told:
+        # What the candidates set is no arm's doing.
+        metrics = [m for m in METRICS if task == "embedding" or m != "recall_100"]
+        references = {
+            name: np.array([row[METRIC] for row in baselines[name][task].values()])
+            for name in ("bm25", "ceiling") if task in baselines[name]
+        }  # fmt: skip
+        special = SPECIALIST[task]
+        made[task] = sensitivity(
+            {m: by_metric[m][task] for m in metrics}, labels[task], (special, JOINT),
+            f"{special}-aa", references,
+        )  # fmt: skip
+    return made
 
 
 def facts(files: dict[str, dict]) -> dict[str, Any]:

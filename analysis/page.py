@@ -109,11 +109,11 @@ def by_seed_less(
     return [None if a is None or b is None else a - b for a, b in pairs]
 
 
-def with_holm(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_holm(rows: Iterable[dict[str, Any]], alpha: float = stats.ALPHA) -> list[dict[str, Any]]:
     """The rows that have a `p`; each gets `p_holm`, adjusted over all of them, and `detectable`.
 
-    That is the smallest effect that its test finds with 80 % power at Holm's first step, by the
-    row's `se` and `df`, or by its values over `seeds`.
+    That is the smallest effect that its test finds with 80 % power at Holm's first step of the
+    level alpha, by the row's `se` and `df`, or by its values over `seeds`.
     """
     tested = [row for row in rows if row.get("p") is not None]
     for row, p in zip(tested, stats.holm([row["p"] for row in tested]), strict=True):
@@ -122,7 +122,7 @@ def with_holm(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if se is None or df is None:
             n = len(row["seeds"])
             se, df = float(np.std(row["seeds"], ddof=1)) / math.sqrt(n), n - 1
-        row["detectable"] = stats.smallest_detectable_effect(se, df, stats.ALPHA / len(tested))
+        row["detectable"] = stats.smallest_detectable_effect(se, df, alpha / len(tested))
     return tested
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import scales
-from analysis import arm_table, figures, verdict_tables
+from analysis import arm_table, figures, sensitivity, verdict_tables
 from analysis.figures import TASKS, label, p_value, span
 from analysis.judge import JOINT, MOE, SPECIALIST, judge, load
 from analysis.page import notes, warnings, write_folder
@@ -48,7 +48,9 @@ I = 100 (specialist - joint) / specialist, in % of nDCG@10; below 0 the joint ar
 
 {won_back}
 
-### The instrument's own zero (A/A)
+### What the verdict hangs on
+
+{sensitivity}### The instrument's own zero (A/A)
 
 {aa}
 ## How to read it
@@ -232,6 +234,7 @@ def markdown(verdict: dict[str, Any], drawn: list[str]) -> str:
         + figures.picture("scores", drawn),
         effects=verdict_tables.effects_table(v["tasks"], "Joint-Single"),
         won_back=verdict_tables.won_back(v),
+        sensitivity=sensitivity.markdown(v),
         aa=verdict_tables.effects_table(v["aa"], "its twin"),
         level=f" of {v['alpha']:.4f}" if v["alpha"] else "",
         **{d: " (this run)" if d == v["decision"] else "" for d in DECISIONS},

@@ -20,9 +20,11 @@ from analysis.figures import (
 OTHER = [(t, m) for t in TASKS for m in METRICS if m != METRIC]
 OTHER.remove(("reranking", "recall_100"))  # the candidates set it, no arm changes it
 AGAINST = (
-    "The other arms against Joint-Single, in points of nDCG@10 with 95 % intervals; above 0 the "
-    "arm is the better one. Holm: p adjusted over all differences of the table. Detectable: the "
-    "smallest difference that this run would find with 80 % power at Holm's first step. Won back: "
+    "The other arms against Joint-Single, and Joint-MoE against those of its size, at the seeds "
+    "that both have, in points of nDCG@10 with 95 % intervals; above 0 the first is the better. "
+    "Holm: p adjusted over all differences of the table, to be held against this look's "
+    "level{level}. Detectable: the smallest difference found with 80 % power at Holm's first step. "
+    "Won back: "
     "what the arm is above Joint-Single as a share of that loss, told only where the loss's "
     "interval excludes 0, adjusted or not."
 )
@@ -97,17 +99,11 @@ def won_back(verdict: dict[str, Any]) -> str:
     text = "".join(f"- {TASKS[task]}: {back(f)}\n" for task, f in verdict["tasks"].items())
     rows = []
     for arm, row in verdict["arms"].items():
-        cells = []
-        for task in TASKS:
-            found = row["against_joint"].get(task)
-            cells += ["-"] * 4 if found is None else [
-                f"{found['difference']:+.2f} {span(found['interval'])}",
-                f"{p_value(found['p'])} ({p_value(found['p_holm'])})",
-                "-" if found["detectable"] is None else f"{found['detectable']:.2f}",
-                back(found),
-            ]  # fmt: skip
-        if row["against_joint"]:
-            rows.append([label(arm), *cells, f"{row['trainable_parameters']:,}"])
+        if of := row["against_joint"]:
+            rows.append(_against(label(arm), of, f"{row['trainable_parameters']:,}"))
+    for other in dict.fromkeys(row["against"] for row in verdict["moe_against"]):
+        of = {row["task"]: row for row in verdict["moe_against"] if row["against"] == other}
+        rows.append(_against(f"Joint-MoE − {label(other)}", of, "-"))
     if not rows:
         return text or "Not run.\n"
     head = [
@@ -115,4 +111,21 @@ def won_back(verdict: dict[str, Any]) -> str:
         for name in TASKS.values()
         for what in ("points", "p (Holm)", "detectable", "won back")
     ]
-    return f"{text}\n{AGAINST}\n\n{table(['', *head, 'trainable parameters'], rows)}"
+    level = f" of {verdict['alpha']:.4f}" if verdict["alpha"] else ""
+    made = table(["", "seeds", *head, "trainable parameters"], rows)
+    return f"{text}\n{AGAINST.format(level=level)}\n\n{made}"
+
+
+def _against(name: str, found: dict[str, dict[str, Any]], size: str) -> list[str]:
+    """A row: task -> a difference; `-` where there is none."""
+    cells = []
+    for task in TASKS:
+        row = found.get(task)
+        cells += ["-"] * 4 if row is None else [
+            f"{row['difference']:+.2f} {span(row['interval'])}",
+            f"{p_value(row['p'])} ({p_value(row['p_holm'])})",
+            "-" if row["detectable"] is None else f"{row['detectable']:.2f}",
+            back(row) if "won_back" in row else "-",
+        ]  # fmt: skip
+    seeds = {seed for row in found.values() for seed in row["seeds_compared"]}
+    return [name, str(len(seeds)), *cells, size]

@@ -149,14 +149,33 @@ def estimate(
     return Estimate(value, se, df, value - half, value + half, p)
 
 
+def paired(value: float, gradient: Mapping[str, float], arms: Arms, clusters: Clusters) -> Estimate:
+    """As `estimate`, where seed s stands for the same batches and initialisation in all arms: what
+    varies is sum_a g_a Y_a[s], a draw a seed, so what a seed does to all arms alike drops out.
+
+    Raises ValueError unless the arms have equally many seeds, which have to be the same ones.
+    """
+    if len({len(arms[name]) for name in gradient}) > 1:
+        raise ValueError(f"paired arms have {[len(arms[name]) for name in gradient]} seeds")
+    together = np.asarray(sum(g * arms[name] for name, g in gradient.items()))  # (S, Q)
+    return estimate(value, {"contrast": 1.0}, {"contrast": together}, clusters)
+
+
 def arm_mean(arms: Arms, clusters: Clusters, arm: str) -> Estimate:
     """Mean score of one arm, in score units (nDCG 0 to 1).
 
     arms: arm -> (S_a, Q). ValueError for a missing arm, misfit shapes, non-finite scores, one
-    cluster: also in the four functions below.
+    cluster: also in the five functions below.
     """
     y = _checked(arms, [arm])
     return estimate(float(y[arm].mean()), {arm: 1.0}, y, clusters)
+
+
+def above_reference(arms: Arms, clusters: Clusters, arm: str, reference: np.ndarray) -> Estimate:
+    """100 * (mean_arm - mean of reference), in points; reference (Q,) has no seeds, as BM25."""
+    y = _checked({**arms, BASE: np.asarray(reference)[None]}, [arm])
+    value = 100 * float(y[arm].mean() - y[BASE].mean())
+    return estimate(value, {arm: 100.0}, y, clusters, -100 * y[BASE][0])
 
 
 def arm_difference(arms: Arms, clusters: Clusters, arm: str, other: str) -> Estimate:
@@ -166,16 +185,20 @@ def arm_difference(arms: Arms, clusters: Clusters, arm: str, other: str) -> Esti
     return estimate(value, {arm: 100.0, other: -100.0}, y, clusters)
 
 
-def interference(arms: Arms, clusters: Clusters, specialist: str, joint: str) -> Estimate:
+def interference(
+    arms: Arms, clusters: Clusters, specialist: str, joint: str, by_seed: bool = False
+) -> Estimate:
     """I = 100 * (P - J) / P, in % of the specialist's mean P; J the joint arm's.
 
     u[s, q] = 100 * (J / P * Y_P[s, q] - Y_J[s, q]) / P. Also raises ValueError unless P > 0.
+    by_seed: by `paired`, not as independent arms.
     """
     y = _checked(arms, [specialist, joint])
     p, j = float(y[specialist].mean()), float(y[joint].mean())
     if p <= 0:
         raise ValueError(f"mean of {specialist!r} is {p}; a relative loss needs a positive mean")
-    return estimate(100 * (p - j) / p, {specialist: 100 * j / p**2, joint: -100 / p}, y, clusters)
+    of = paired if by_seed else estimate
+    return of(100 * (p - j) / p, {specialist: 100 * j / p**2, joint: -100 / p}, y, clusters)
 
 
 def gain_normalised(

@@ -257,10 +257,47 @@ def test_controls_and_twins(make: Make) -> None:
     assert verdict["arms"]["joint-3r"]["against_joint"]["embedding"]["difference"] > 0
     assert verdict["arms"]["emb-only-aa"]["against_joint"] == {}
     told = [d for row in verdict["arms"].values() for d in row["against_joint"].values()]
-    assert len(told) == 6 and [d["p_holm"] for d in told] == stats.holm([d["p"] for d in told])
+    assert len(told) == 6 and len(verdict["moe_against"]) == 4
+    told += verdict["moe_against"]  # one family
+    assert [d["p_holm"] for d in told] == stats.holm([d["p"] for d in told])
+    level = verdict["alpha"] / len(told)
+    for d in told:
+        least = stats.smallest_detectable_effect(d["se"], d["df"], level)
+        assert d["detectable"] == pytest.approx(least)
     text = report.markdown(verdict, [])
     assert "| Emb-Only (A/A) |" in text and "| its twin, nDCG@10 |" in text
     assert "threefold size" not in text
+
+
+@words_alone
+def test_arms_are_held_against_each_other_at_their_common_seeds(make: Make) -> None:
+    """Joint-Single scores 0.1 more at seeds that Joint-3r lacks: no part of their difference."""
+    folder = make((0.0, 0.0), arms=(*ARMS, "joint-3r"), seeds=6, noise=0.0)
+    for seed in (3, 4, 5):
+        (folder / "joint-3r" / f"seed{seed}.json").unlink()
+        path = folder / "joint-single" / f"seed{seed}.json"
+        trial = json.loads(path.read_text())
+        for scores in trial["scores"].values():
+            for row in scores.values():
+                row["ndcg_cut_10"] += 0.1
+        path.write_text(json.dumps(trial))
+    verdict = report.write(folder)
+    for task in report.TASKS:
+        assert verdict["tasks"][task]["interference"] < -5
+        for arm, seeds, gap in (("joint-3r", [0, 1, 2], 0.0), ("joint-moe", [*range(6)], -5.0)):
+            found = verdict["arms"][arm]["against_joint"][task]
+            assert found["seeds_compared"] == seeds
+            assert found["difference"] == pytest.approx(gap, abs=1e-9)
+
+
+@words_alone
+def test_arms_without_a_common_seed_are_not_held_against_each_other(make: Make) -> None:
+    folder = make(arms=(*ARMS, "joint-3r"), seeds=2)
+    (folder / "joint-moe" / "seed0.json").unlink()
+    (folder / "joint-3r" / "seed1.json").unlink()
+    verdict = report.write(folder)
+    assert verdict["moe_against"] == []
+    assert verdict["arms"]["joint-3r"]["against_joint"]["embedding"]["seeds_compared"] == [0]
 
 
 @words_alone

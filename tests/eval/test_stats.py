@@ -55,6 +55,25 @@ def test_each_arm_has_its_own_seed_variance():
     assert math.isnan(stats.arm_difference({"p": P, "m": third[:1]}, AB, "p", "m").se)
 
 
+def test_paired_by_hand():
+    # J is P - 0.1 at each seed and query, so the difference is 10 points whatever is drawn.
+    arms = {"p": P, "j": P - 0.1, "k": P[::-1] - 0.1}
+    e = stats.paired(10.0, {"p": 100.0, "j": -100.0}, arms, AB)
+    assert (e.value, e.se, e.p) == pytest.approx((10, 0, 0), abs=1e-9)
+    # With k's seeds the other way round it is 100 (P_s - P_s') + 10 = -10, 30: (20^2 / 2) * 2.
+    e = stats.paired(10.0, {"p": 100.0, "k": -100.0}, arms, AB)
+    assert (e.se, e.df) == pytest.approx((400**0.5, 1))
+    assert e.p == pytest.approx(2 * scipy_stats.t.sf(10 / 20, 1))
+    with pytest.raises(ValueError, match="2, 1"):
+        stats.paired(0.0, {"p": 1.0, "j": -1.0}, arms | {"j": P[:1]}, AB)
+
+
+def test_above_reference_by_hand():
+    # u - 100 b = 100 (.6, .6, .4, .4) - (50, 50, 30, 30): 10 everywhere, no query part; seeds .01.
+    e = stats.above_reference({"p": P}, AB, "p", np.array([0.5, 0.5, 0.3, 0.3]))
+    assert (e.value, e.se, e.df) == pytest.approx((10, 10, 1))
+
+
 def test_crossed_variance_is_the_two_way_anova():
     # Every query its own cluster: var(mean) = (MS_seed + MS_query - MS_interaction) / (S Q), the
     # textbook estimate for a two-way random layout with one observation a cell.
@@ -542,6 +561,22 @@ def test_false_support_where_the_joint_arm_spreads_more(factor):
     for name in ("embedding", "reranking"):
         intervals = [v["tasks"][name]["interval"] for v in found]
         assert 0.93 <= np.mean([low <= 0 <= high for low, high in intervals]) <= 0.98
+
+
+def test_paired_intervals_cover_and_are_narrower_where_arms_share_their_seeds():
+    rng, covered, ratios = np.random.default_rng(21), [], []
+    for _ in range(REPLICATES):
+        hard = rng.normal(0.5, 0.2, 200)
+        shared = rng.normal(0, 0.02, (6, 1))
+        arms = {a: hard + shared + rng.normal(0, 0.004, (6, 1)) + rng.normal(0, 0.05, (6, 200))
+                for a in ("p", "j")}  # fmt: skip
+        apart, together = (
+            stats.interference(arms, None, "p", "j", by_seed=paired) for paired in (False, True)
+        )
+        covered.append(together.low <= 0 <= together.high)
+        ratios.append(together.se / apart.se)
+    assert 0.93 <= np.mean(covered) <= 0.97  # binomial error 0.007
+    assert np.median(ratios) < 0.4  # sqrt(.004^2 / .02^2) = 0.2, and what the queries add
 
 
 @pytest.mark.parametrize("name", ["embedding", "reranking"])
