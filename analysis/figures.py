@@ -15,6 +15,7 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
 
 from analysis.bands import shade
+from eval.stats import PIVOT_BELOW, PROCEED_FROM
 
 Arms = Mapping[str, Mapping[int, dict]]  # arm -> seed -> trial as stored
 
@@ -77,7 +78,7 @@ def label(arm: str) -> str:
 def draw(verdict: dict[str, Any], arms: Arms) -> dict[str, Figure]:
     """What there is to draw, by its name of `NAMES`.
 
-    verdict: as `report.judge` returns it; arms: the trials, for their curves.
+    verdict: as `judge.judge` returns it; arms: the trials, for their curves.
     """
     with matplotlib.rc_context(STYLE):
         drawn = {"scores": scores(verdict), "curves": curves(arms), "routing": routing(arms)}
@@ -161,12 +162,13 @@ def _effect_panel(axes: Axes, effects: list[tuple[str, str, dict[str, Any]]]) ->
     low, high = axes.get_xlim()
     low, high = min(low, -2.5), max(high, 4.0)
     axes.set_xlim(low, high)
-    axes.axvspan(low, 1, color="#56B4E9", alpha=0.13, linewidth=0)
-    axes.axvspan(2, high, color="#E69F00", alpha=0.16, linewidth=0)
+    axes.axvspan(low, PIVOT_BELOW, color="#56B4E9", alpha=0.13, linewidth=0)
+    axes.axvspan(PROCEED_FROM, high, color="#E69F00", alpha=0.16, linewidth=0)
     axes.axvline(0, color="black", linewidth=0.6)
     # Aligned to their limits from outside, and kept apart where a wide axis puts these together.
     for x, side, off, text in (
-        (1, "right", -3, "under 1 %: pivot"), (2, "left", 3, "2 % or more: proceed")
+        (PIVOT_BELOW, "right", -3, f"under {PIVOT_BELOW:g} %: pivot"),
+        (PROCEED_FROM, "left", 3, f"{PROCEED_FROM:g} % or more: proceed"),
     ):  # fmt: skip
         axes.annotate(text, (x, 1), xycoords=axes.get_xaxis_transform(), xytext=(off, 2),
                       textcoords="offset points", ha=side, fontsize=7, color=GREY)  # fmt: skip

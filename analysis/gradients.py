@@ -27,7 +27,7 @@ from torch import Tensor
 from model.lora import adapted
 from model.unimoer import UniMoER
 from train.batches import TrainingData
-from train.loop import Callback
+from train.loop import Callback, strict
 from train.losses import LOSS_SCALE
 from train.step import task_loss
 from trials import Config
@@ -119,7 +119,8 @@ def task_gradient(
     scale = LOSS_SCALE.get(model.dtype, 1.0)
     for step in batches:
         loss = task_loss(task, model, data, step, PROBE_SEED) / len(batches)
-        grads = torch.autograd.grad(loss * scale, list(named.values()))
+        with strict():
+            grads = torch.autograd.grad(loss * scale, list(named.values()))
         for into, grad in zip(total, grads, strict=True):
             into += grad / scale
     return dict(zip(named, total, strict=True))

@@ -33,7 +33,11 @@ Trials = dict[str, dict[int, dict]]  # arm -> seed -> what its file holds
 
 
 def load(folder: Path) -> tuple[dict, Trials]:
-    """(baselines, arm -> seed -> trial), arms in the study's order; raises as `write`."""
+    """(baselines, arm -> seed -> trial), arms in the study's order.
+
+    Raises ValueError for missing baselines, a damaged file, or a trial that cannot be compared with
+    them or with the others: another base, other data, queries or config.
+    """
     baselines = read(folder / "baselines.json", "base", "data", "untrained")
     found: Trials = {}
     for path in trial_files(folder):

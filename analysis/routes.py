@@ -22,6 +22,9 @@ from eval import stats
 
 SHIFTS = ("task", "template", "content")
 KINDS = {"query": "queries", "document": "documents", "pair": "pairs"}
+# Whether it is the task or the form of the text that moves the weights: the first two are of one
+# task, the second and third of about one length.
+APART = (("query", "document"), ("document", "pair"), ("query", "pair"))
 BODY = """\
 ## Does routing follow the task?
 
@@ -37,7 +40,10 @@ between mean weights: of the two tasks (queries and documents against pairs); of
 without its template (`template`, the same words); of the bare pair and the document alone
 (`content`, no template in either). These are three comparisons, not parts of one another.
 
-{task}## Expert by expert
+{task}Retrieval holds queries and documents, reranking pairs: what tells the tasks may be the form
+of the text. Total variation between the mean weights of two kinds of text, in %:
+
+{apart}## Expert by expert
 
 Mean weight over layers and seeds, by the expert's name: each seed settles anew what a name is used
 for, so a mean near a third may be of seeds that differ (the spread tells). Dead: layers whose mean
@@ -49,7 +55,7 @@ the entropy of the weights.
 
 {depth}## Does routing follow the domain?
 
-Information on the domain of a text ({domains}), in bits, by kind of text; else as above.
+Information on the domain of a text, in bits, by kind of text; else as above.
 
 {domain}{places}## Along training
 
@@ -118,6 +124,17 @@ def summarise(trials: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "entropy": {
             t: means(lambda trial, t=t: float(np.mean(trial["entropy"][t]))) for t in TASKS
         },
+        "apart": {
+            f"{a} and {b}": means(
+                lambda trial, a=a, b=b: (
+                    0.5
+                    * float(
+                        np.mean(np.abs(np.subtract(trial["means"][a], trial["means"][b])).sum(-1))
+                    )
+                )
+            )
+            for a, b in APART
+        },
         "difference": over_seeds(
             [
                 float(np.mean(trial["shift"]["template"]) - np.mean(trial["shift"]["content"]))
@@ -177,7 +194,10 @@ def reading(v: dict[str, Any]) -> str:
             f"({task['by_chance']['mean'] / BIT:.5f} by chance), sure in "
             f"{100 * task['sure']:.0f} % of the layers and seeds; a linear reader of the weights "
             f"tells the task in {100 * found['decoded']['mean']:.0f} % of the texts (50 % by "
-            f"chance); the mean weights of the two tasks lie {100 * shift['task']:.1f} % apart"
+            f"chance); the mean weights of the two tasks lie {100 * shift['task']:.1f} % apart, "
+            "those of queries and documents, which are one task, "
+            f"{100 * found['apart']['query and document']['mean']:.1f} %, those of documents and "
+            f"pairs {100 * found['apart']['document and pair']['mean']:.1f} %"
         )
         if shift["template"] > 0:  # without a template there is nothing to take away
             text += (
@@ -238,7 +258,11 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
                     "between tasks"], task),
         experts=table(["arm", "expert", *KINDS.values(), "dead", "role (seeds)"], experts),
         layers=f"![layers](layers.png)\n\n*{LAYERS}*\n\n",
-        domains=f"{v['clusters']['embedding']} of them among the queries",
+        apart=table(
+            ["arm", *(f"{KINDS[a]} and {KINDS[b]}" for a, b in APART)],
+            [[label(arm), *(_scaled(row, 100, ".1f") for row in found["apart"].values())]
+             for arm, found in v["measured"].items()],
+        ),
         arms=compare.arms_section(v),
         depth=table(["arm", "layer", "information (bits)", "shift: task (%)",
                      "entropy, retrieval (nats)", "entropy, reranking"], depth),

@@ -44,10 +44,13 @@ OF_TASK = {"embedding": ("query", "document"), "reranking": ("pair",)}
 def inputs(evaluation: EvaluationSet, count: int) -> tuple[dict[str, list[list[int]]], list[str]]:
     """Token ids of each kind, `count` of each at most and text i from query i; their domains."""
     texts, tokenizer = evaluation.collection, evaluation.tokenizer
-    order = sorted(evaluation.queries, key=lambda query: random.Random(query).random())[:count]
+    # Published collections may judge documents that their corpus lacks.
+    judged = {q: {d: r for d, r in evaluation.qrels[q].items() if d in texts.corpus}
+              for q in evaluation.queries}  # fmt: skip
+    known = [q for q in evaluation.queries if judged[q]]
+    order = sorted(known, key=lambda query: random.Random(query).random())[:count]
     queries = [texts.queries[q] for q in order]
-    best = [max(evaluation.qrels[q], key=lambda d, q=q: evaluation.qrels[q][d]) for q in order]
-    documents = [texts.corpus[d] for d in best]
+    documents = [texts.corpus[max(judged[q], key=lambda d, q=q: judged[q][d])] for q in order]
     pairs = list(zip(queries, documents, strict=True))
     found = {
         "query": tokenizer.queries(queries),

@@ -41,14 +41,16 @@ choice settles a sensible setting for each arm and claims nothing about which is
 def write(folder: Path) -> dict[str, Any]:
     """Write choice.json and report.md into `folder` (runs/sweep/<setting>); return the choice.
 
-    Raises ValueError as `judge.load`, and if there is no trial.
+    Raises ValueError as `judge.load`, if there is no trial, or one of an arm that is not swept.
     """
     baselines, arms = judge.load(folder)
     if not arms:
         raise ValueError(f"{folder} has no trial yet: `make sweep` makes them")
     rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in experiments.ARMS}
     for name, trials in arms.items():
-        arm = next(a for a in experiments.ARMS if name.startswith(f"{a}-lr"))
+        arm = next((a for a in experiments.ARMS if name.startswith(f"{a}-lr")), None)
+        if arm is None:
+            raise ValueError(f"{folder / name} is of no arm of the sweep: move it away")
         rows[arm].append(_row(trials))
     chosen = {arm: {k: _best(found)[k] for k in SWEPT} for arm, found in rows.items() if found}
     files = {"baselines.json": baselines} | {

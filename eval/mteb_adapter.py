@@ -1,6 +1,7 @@
 """A saved model as `mteb` sees it, and a BEIR folder as tasks of its own.
 
-`mteb` (2.26) pulls in transformers and is of the development set: imported inside functions alone.
+`mteb` (2.26) pulls in transformers and is of the development set, so this module is imported inside
+functions alone.
 """
 
 import hashlib

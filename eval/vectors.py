@@ -115,7 +115,8 @@ def encode(
             f"dtype={dtype!r}, window={window}, rank={rank} of {world}: expected a dtype of "
             f"{DTYPES}, a window of at least 1 and 0 <= rank < world"
         )
-    if not 0 <= dimension <= (width := model.decoder.config.hidden_size):
+    width = model.decoder.config.hidden_size
+    if not 0 <= dimension <= width:
         raise ValueError(f"dimension={dimension}: expected 1 to {width}, or 0 for all")
     mine = f"{rank}-of-{world}"
     busy = f"another process encodes rank {mine} of it: wait for it, or give each its own RANK"

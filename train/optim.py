@@ -1,4 +1,4 @@
-"""AdamW, warmup and decay, clipping."""
+"""AdamW, warmup and decay."""
 
 import torch
 from torch import nn

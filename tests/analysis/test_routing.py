@@ -171,6 +171,20 @@ def test_without_its_template_a_pair_has_the_same_words(tiny_base: Path, tmp_pat
     assert ids["bare pair"] == ids["pair"] and len({len(row) for row in ids["document"]}) == 1
 
 
+def test_a_judged_document_that_the_corpus_lacks(tiny_base: Path, tmp_path: Path) -> None:
+    data = write_collection(tmp_path / "tiny")
+    config = tiny_config(tiny_base, data)
+    model, _ = build(config)
+    evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, without_states)
+    before, domains = routing.inputs(evaluation, 6)
+    gone = {"gone": 9}  # judged as the best
+    evaluation.qrels = {q: {**judged, **gone} for q, judged in evaluation.qrels.items()}
+    assert routing.inputs(evaluation, 6) == (before, domains)
+    evaluation.qrels[evaluation.queries[0]] = gone  # nothing else is judged: the query is left out
+    every = len(evaluation.queries)
+    assert len(routing.inputs(evaluation, every)[1]) == every - 1
+
+
 def test_a_model_without_a_router_has_no_routing(tiny_base: Path, tmp_path: Path) -> None:
     data = write_collection(tmp_path / "tiny")
     config = tiny_config(tiny_base, data)

@@ -81,6 +81,12 @@ def test_the_report(folder):
     assert "Emb-Only 0.001 and 0.1; Joint-Single 0.003 and 1" in said and "\nmissing: " in said
 
 
+def test_an_arm_that_is_not_swept(folder):
+    (folder / "emb-only-lr0.001-clip1").rename(folder / "older-arm")
+    with pytest.raises(ValueError, match="older-arm is of no arm of the sweep"):
+        sweep.write(folder)
+
+
 def test_without_a_trial(folder):
     for path in folder.glob("*/seed0.json"):
         path.unlink()
