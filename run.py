@@ -380,11 +380,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
-    try:
-        work = parallel.connected()(partial(COMMANDS[args.command], args))
-        return exit_status(work, NonFiniteLoss, parallel.LostProcess)
-    finally:
+    work = parallel.connected()(partial(COMMANDS[args.command], args))
+    status = exit_status(work, NonFiniteLoss, parallel.LostProcess)
+    if status == 0:  # after a failure the others may stand in a collective, and NCCL would wait too
         parallel.leave()
+    return status
 
 
 if __name__ == "__main__":

@@ -130,7 +130,8 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict, warps: int, stages: 
 
 
 def launches(shape: DecoderConfig, rank: int, card: Card) -> list[Launch]:
-    """What one layer launches, forward and backward, routed by text and by token; each once."""
+    """What one layer launches, forward and backward, without a router, routed by text and by token;
+    each once."""
     shape = replace(shape, num_hidden_layers=1, vocab_size=16)
     lora = lora_config((rank,) * 3)
     batch = pack([[1] * length for length in LENGTHS])
@@ -139,11 +140,10 @@ def launches(shape: DecoderConfig, rank: int, card: Card) -> list[Launch]:
         mock.patch("model.lora.has_matrix_units", lambda device: card.matrix_units),
         mock.patch("kernels.route.has_matrix_units", lambda device: card.matrix_units),
     ):
-        for per_token in (False, True):
-            router = RouterConfig(per_token=per_token)
+        for router in (None, RouterConfig(), RouterConfig(per_token=True)):
             model = Decoder(shape, lora, router, card.dtype, fused=True).train()
             hidden, routing = model(batch)
-            (hidden.float().sum() + routing[0].sum()).backward()
+            (hidden.float().sum() + sum(weights.sum() for weights in routing)).backward()
             with torch.no_grad():
                 model(batch)
         logits = torch.zeros(64, 3, requires_grad=True)

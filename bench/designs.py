@@ -375,6 +375,10 @@ def _clear(models: Sequence[nn.Module], device: str) -> None:
 def _step(model: nn.Module, batch: Packed, mode: str) -> Callable[[int], object]:
     """A forward pass, or forward and backward into the gradients of everything trainable."""
 
+    for group in model.modules():  # as `Decoder.serving`: no master is copied at every pass
+        if isinstance(group, LinearGroup) and group.adapted_names:
+            group.settle(mode != "train")
+
     @torch.no_grad()
     def forward(turn: int) -> None:
         model.eval()

@@ -102,6 +102,7 @@ def cases(shape: DecoderConfig, tokens: int, device: str, dtype: torch.dtype) ->
         outs = {"q_proj": h * k, "k_proj": g * k, "v_proj": g * k}
         group = LinearGroup(d, outs, lora_config(ranks), dtype)
     randomise(group)
+    group.settle(True)  # as served: no master is copied at every pass
     gates = draw(rows, 3, wide=True)
     a = [torch.cat([group.lora_A[name] for name in outs]).to(dtype)]
     w = torch.cat([group.weight(name) for name in outs])

@@ -10,6 +10,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -149,7 +150,7 @@ class Step:
 
     @torch.no_grad()
     def encode(self, texts: Texts) -> Tensor:
-        self.decoder.eval()
+        """Within the decoder's `serving`."""
         return F.normalize(self.pooled(texts, "embedding")[0], dim=-1).cpu()
 
 
@@ -217,7 +218,8 @@ def run(
     }  # fmt: skip
     for what, (call, tokens, parts) in work.items():
         predicted = costs.duration(parts, card)
-        probed = measure(call, device, seconds / 2)
+        with step.decoder.serving() if what == "encoding" else nullcontext():
+            probed = measure(call, device, seconds / 2)
         ratio = probed / predicted
         found[what] = {"tokens": tokens, "predicted": predicted, "probed": probed, "ratio": ratio}
     if device != "cpu":

@@ -218,16 +218,18 @@ class EvaluationSet:
         queries = model.embed_all(TextSet(asked), shared=True, **options)
         depth, rows = self.config.retrieval_depth, max(1, SCORES // WINDOW)
         ids, widths = Ids.of(self.documents), (None, *sizes)
+        queries = queries.to(model.device)
         best = [Best(truncate(queries, w), ids, depth + self._most, rows) for w in widths]
         name, first = "keys-of-base" if base else "keys", 0
         if keep and (before := keep.latest(name)):
             first = before[0]
             for found, keys in zip(best, before[1], strict=True):
-                found.keys, found.added = torch.from_numpy(keys), first
+                found.keys, found.added = torch.from_numpy(keys).to(model.device), first
         for start in range(first, len(self.documents), WINDOW):
             self._search(model, start, best, widths, options)
             if keep:
-                keep.advance(name, best[0].added, torch.stack([b.keys for b in best]).numpy())
+                keys = torch.stack([found.keys for found in best])
+                keep.advance(name, best[0].added, keys.cpu().numpy())
             trim_heap()
         return [  # one run at a time: each is a dict of queries x depth
             self.evaluate(self.qrels, cut(found.run(self.queries), self._excluded, depth))

@@ -1,11 +1,17 @@
 """Attention over packed sequences: no token sees another sequence, no pad token exists."""
 
+import inspect
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from kernels.segments import Segments
+
+# PyTorch up to 2.11 takes fewer heads of keys without being told.
+KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attention(
@@ -77,9 +83,12 @@ def packed_attention(
         return padded_attention(q, k, v, segments, causal=causal, window=window)
     reach = -1 if window is None else window - 1  # how far a token looks to its left
     longest = max(segments.sizes)
+    more: dict[str, Any] = {}
+    if KNOWS_GROUPS and q.shape[1] != k.shape[1]:
+        more["enable_gqa"] = True
     out = varlen_attn(
         q, k, v, segments.starts, segments.starts, longest, longest,
-        window_size=(reach, 0 if causal else reach), enable_gqa=q.shape[1] != k.shape[1],
+        window_size=(reach, 0 if causal else reach), **more,
     )  # fmt: skip
     assert isinstance(out, Tensor)  # a tuple where its auxiliary outputs are asked for
     return out

@@ -43,13 +43,15 @@ class Columns:
 def _gates(weights, index, expert, scale, row, inside, E: tl.constexpr, MODE: tl.constexpr):
     """(ROWS, BLOCK_P) gates w_i s_i of some rows, 0 in the padding."""
     if MODE == 0:
-        return tl.zeros((row.shape[0], 1), tl.float32) + scale[None, :]
-    at = row
-    if MODE == 1:
-        at = tl.load(index + row, mask=inside, other=0)
-    real = inside[:, None] & (expert >= 0)[None, :]
-    w = tl.load(weights + at[:, None] * E + expert[None, :], mask=real, other=0.0)
-    return w * scale[None, :]
+        gates = tl.zeros((row.shape[0], 1), tl.float32) + scale[None, :]
+    else:
+        at = row
+        if MODE == 1:
+            at = tl.load(index + row, mask=inside, other=0)
+        real = inside[:, None] & (expert >= 0)[None, :]
+        gates = tl.load(weights + at[:, None] * E + expert[None, :], mask=real, other=0.0)
+        gates *= scale[None, :]
+    return gates
 
 
 @triton.jit

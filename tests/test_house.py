@@ -94,6 +94,14 @@ def problems(name: str, source: str) -> list[str]:
                 found.append(f"{name}:{node.lineno}: torch.load without weights_only=True")
             if keywords.get("allow_pickle", "False") != "False":
                 found.append(f"{name}:{node.lineno}: allow_pickle")
+    for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
+        # Triton's compiler goes on behind an `if` whose branch returned, its interpreter does not.
+        if "triton.jit" in map(ast.unparse, function.decorator_list):
+            inner = [n for n in ast.walk(function) if isinstance(n, ast.Return)]
+            found += [
+                f"{name}:{n.lineno}: return inside a branch of a kernel"
+                for n in inner if n not in function.body
+            ]  # fmt: skip
     if (lines := len(source.splitlines())) > LINES:
         found.append(f"{name}: {lines} lines, more than {LINES}: it has two jobs")
     return found
@@ -143,6 +151,7 @@ def test_product_file(name: str) -> None:
         ("train/a.py", "np.load('x', allow_pickle=True)"),
         ("train/a.py", "try:\n    f()\nexcept:\n    pass"),
         ("train/a.py", "\n" * (LINES + 1)),
+        ("kernels/a.py", "@triton.jit\ndef f(x, M):\n    if M:\n        return x\n    return -x"),
     ],
 )
 def test_rules_catch(name: str, source: str) -> None:
@@ -162,6 +171,8 @@ def test_rules_catch(name: str, source: str) -> None:
         ("train/a.py", "torch.load('x', weights_only=True)\nnp.load('x')\njson.load(file)"),
         ("train/a.py", "try:\n    f()\nexcept OSError:\n    raise"),
         ("train/a.py", "\n" * LINES),
+        ("kernels/a.py", "@triton.jit\ndef f(x):\n    return x"),
+        ("kernels/a.py", "def f(x, M):\n    if M:\n        return x\n    return -x"),
     ],
 )
 def test_rules_allow(name: str, source: str) -> None:
