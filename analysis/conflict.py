@@ -36,12 +36,14 @@ Cosine of the embedding gradient with the reranking gradient on fixed probe text
 layers and projections as one vector, averaged over the probes along training: mean over seeds with
 its 95 % interval over seeds. Corrected: for the noise of the probe batches (Spearman, from halves
 of the probe set), in the probes whose reliability is 0.3 or more: how many these are, and the raw
-cosine of the same ones, stand behind it. Reliability: the mean where it exists, so it flatters the
-noisiest probes. Negative: the share of negative cosines over layers, projections, probes and seeds;
-50 % where the tasks have nothing to do with each other. Removed: the share of the norm that PCGrad
-would drop. Ratio: a / b of the norms, a the embedding gradient's, b the reranking gradient's, each
-task's loss at its weight of 1; similarity: 2 a b / (a² + b²), 1 where they are equal; both without
-the noise of the probe batches, in the probes of the corrected cosine.
+cosine of the same ones, stand behind it. Reliability: of either half of the probe set, the root of
+both tasks' own cosine between halves (all of it, which the raw cosine uses, measures better); the
+mean where it exists, so it flatters the noisiest probes. Negative: the share of negative cosines
+over layers, projections and probes; 0.5 where the tasks have nothing to do with each other.
+Removed: the share of the norm that PCGrad would drop. Ratio: a / b of the norms, a the embedding
+gradient's, b the reranking gradient's, each task's loss at its weight of 1; similarity: 2 a b / (a²
++ b²), 1 where they are equal; both without the noise of the probe batches, in the probes of the
+corrected cosine.
 Holm: over the {family} rows of this table and the next, which are not independent of each other:
 the gradient on W lies nearly whole across the frozen rows. Detectable: the smallest cosine that so
 many seeds with this spread find with 80 % power at Holm's first step; above 1 (of a difference: 2),
@@ -150,14 +152,14 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
             "raw": same["mean"],
         }
 
-    def conflicts(space: str, **where: Any) -> float:
-        """Share of negative cosines over layers, projections, probes and seeds."""
+    def conflicts(space: str, **where: Any) -> dict[str, Any]:
+        """Share of negative cosines over layers, projections and probes."""
         cosines = [
-            statistics(row["gram"])["cosine"]
-            for found in probes.values() for rows in found.values()
-            for row in pick(rows, space, **where)
+            [statistics(row["gram"])["cosine"] for rows in found.values()
+             for row in pick(rows, space, **where)]
+            for found in probes.values()
         ]  # fmt: skip
-        return float(np.mean([c < 0 for c in cosines if c is not None]))
+        return over_seeds([mean([c < 0 for c in of if c is not None]) for of in cosines])
 
     one = next(iter(probes.values()))[steps[-1]]
     layers = sorted({row["layer"] for row in one})
@@ -248,8 +250,9 @@ def reading(v: dict[str, Any]) -> str:
                 if least <= 1
                 else ("; with these seeds none could have been told from 0")
             )
-        share = 100 * found["spaces"]["w"]["conflicts"]
-        said.append(f"{text}; {share:.0f} % of the cosines are negative (50 % by chance).")
+        negative = found["spaces"]["w"]["conflicts"]
+        share = f"{100 * negative['mean']:.0f} % {span(negative['interval'], 100, '', 0)}"
+        said.append(f"{text}; {share} of the cosines are negative (50 % by chance).")
     sure = [row for row in v["between"] if row["difference"].get("p_holm", 1) <= stats.ALPHA]
     said += [
         f"In {label(row['arm'])} ({row['in']}) the cosine is "
@@ -336,7 +339,7 @@ def _tested(found: dict[str, Any]) -> list[str]:
 
 def _rest(row: dict[str, Any]) -> list[str]:
     """The cells beside the cosines."""
-    return [spread(row["reliability"]), f"{100 * row['conflicts']:.0f} %",
+    return [spread(row["reliability"]), spread(row["conflicts"]),
             *(spread(row[name]) for name in ("removed", "ratio", "similarity"))]  # fmt: skip
 
 

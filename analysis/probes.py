@@ -22,6 +22,7 @@ from analysis.page import (
     with_holm,
     write_folder,
 )
+from analysis.probing import PORTIONS
 
 NAMES = {
     "covered_terms": "covered query terms", "covered_share": "share of terms covered",
@@ -30,6 +31,7 @@ NAMES = {
     "exact": "a query bigram is there", "similarity": "similarity in the base",
     "nouns": "nouns in the query", "verbs": "verbs in the query", "relevant": "relevant",
 }  # fmt: skip
+COLUMNS = ("score", "selectivity", "bits saved", "seeds")
 HELD, RELEVANCE = "BM25 and its ingredients", "relevance"
 INGREDIENTS = ("covered_terms", "tf_sum", "idf_sum", "bm25")  # of BM25, and itself
 BODY = """\
@@ -39,13 +41,15 @@ Probes of {pairs:,} pairs of {queries} queries, tested on unseen queries: R² of
 for a yes or no ({yes}) the balanced accuracy of logistic regression. Selectivity: that score less
 the one on a control task, in which each document has one value at random under every query
 ({recurring:.0f} % of the pairs are of a document that recurs), or less chance (0, of accuracies
-0.5) where the control is below it. Bits saved: of each value, by the online code of the probe
-against the values' own distribution; 0 where the features say nothing. At the layer with the
-highest mean score (of the base all layers are probed, of an arm the adapted ones: those below are
-the base's); mean over seeds ± their standard deviation, with its 95 % interval; the base is one
-model.
+0.5) where the control is below it. Bits saved: of each value, by the online code of the probe (of
+{portions} % of the queries) against the values' own distribution; 0 where the features say nothing.
+At the layer with the highest mean score (of the base all layers are probed, of an arm the adapted
+ones: those below are the base's); mean over seeds ± their standard deviation, with its 95 %
+interval; the base is one model.
 
-{table}{picture}{tests}{ablation}{arms}"""
+{table}The same behind the last layer, which is what the heads read.
+
+{last}{picture}{tests}{ablation}{arms}"""
 TESTS = """Differences by seed, tested where there are several, with Holm's correction over this
 table. Scores at the best of the layers that an arm adapts, chosen on the same queries, of an arm by
 its mean over seeds, of the base, one model, by its one score among the same layers. p is of other
@@ -215,8 +219,16 @@ def reading(v: dict[str, Any]) -> str:
     return " ".join([*said, more] if more else said) or "There is nothing to compare yet."
 
 
+def _cells(row: dict[str, Any], view: str) -> list[str]:
+    """Of COLUMNS, at one layer."""
+    if view == "base":  # one model, whatever the seeds of the arms
+        row = {key: over_seeds(row[key]["seeds"][:1]) for key in row}
+    seeds = str(len(row["score"]["seeds"]))
+    return [*(spread(row[k]) for k in ("score", "selectivity", "saved_bits")), seeds]
+
+
 def markdown(v: dict[str, Any]) -> str:
-    rows, one = [], next(iter(v["probed"].values()))
+    rows, last, one = [], [], next(iter(v["probed"].values()))
     for arm, found in v["probed"].items():
         for view, properties in found["views"].items():
             if view == "base" and found is not one:
@@ -224,26 +236,24 @@ def markdown(v: dict[str, Any]) -> str:
             for name, of in properties.items():
                 if of["best"] is None:
                     continue
-                row = of["layers"][of["best"]]
-                if view == "base":  # one model, whatever the seeds of the arms
-                    row = {key: over_seeds(row[key]["seeds"][:1]) for key in row}
-                rows.append([
-                    "untrained base" if view == "base" else label(arm),
-                    "all layers" if view == "base" else view, NAMES[name],
-                    str(first_layer(found, of["layers"]) + of["best"]),
-                    *(spread(row[k]) for k in ("score", "selectivity", "saved_bits")),
-                    str(len(row["score"]["seeds"])),
-                ])  # fmt: skip
+                who = "untrained base" if view == "base" else label(arm)
+                where = "all layers" if view == "base" else view
+                layer = str(first_layer(found, of["layers"]) + of["best"])
+                rows.append([who, where, NAMES[name], layer,
+                             *_cells(of["layers"][of["best"]], view)])  # fmt: skip
+                if view in ("base", "model"):
+                    last.append([who, NAMES[name], *_cells(of["layers"][-1], view)])
     unsure = limits(v)
     unsure.insert(0, "Whether the model uses what a probe reads: that needs an intervention.")
     body = BODY.format(
         pairs=one["pairs"],
+        portions=", ".join(f"{100 * share:g}" for share in PORTIONS),
         queries=one["queries"],
         yes=", ".join(NAMES[name] for name in one["binary"]),
         recurring=100 * one["recurring"] / one["pairs"],
         arms=compare.arms_section(v),
-        table=table(["arm", "view", "property", "layer", "score", "selectivity", "bits saved",
-                     "seeds"], rows),
+        table=table(["arm", "view", "property", "layer", *COLUMNS], rows),
+        last=table(["arm", "property", *COLUMNS], last),
         tests=TESTS + claims_table(v["tests"], 3) if v["tests"] else "",
         picture=f"![probes](probes.png)\n\n*{CAPTION}*\n\n",
         ablation=ablation.markdown(v["ablated"]),

@@ -37,7 +37,10 @@ Holm's first step. Of the same queries BM25 has {bm25}; no order of its candidat
 
 {sizes}{picture}## Slopes
 
-How much I changes when the size doubles, in points of I, over the measurable sizes.
+How much I changes when the size doubles, in points of I, over the measurable sizes. I divides by a
+specialist that changes with the size itself: beside it the slopes of the loss as a share of what
+training gained the specialist over the untrained base, in points of %, and of the loss in points of
+nDCG@10, both uncorrected.
 
 {slopes}"""
 FREE = ("base", "revision", "dtype", "ranks", "learning_rate", "clip")  # of a base, or tuned
@@ -84,6 +87,7 @@ class Ladder:
 
     rows: slopes.Rows = field(default_factory=list)
     scores: slopes.Scores = field(default_factory=lambda: {task: {} for task in TASKS})
+    bases: slopes.Scores = field(default_factory=lambda: {task: {} for task in TASKS})
     labels: dict[str, list[str]] = field(default_factory=dict)
     files: dict[str, dict] = field(default_factory=dict)
 
@@ -107,6 +111,8 @@ def climb(folder: Path, arms: dict[str, dict[int, dict]], ladder: Ladder, place:
         for task in TASKS:
             ladder.rows.append(_row(size, task, here, y[task], ladder.labels[task], baselines))
             ladder.scores[task] |= {f"{arm} {size}": values for arm, values in y[task].items()}
+            untrained = baselines["untrained"][task].values()
+            ladder.bases[task][size] = np.array([row[METRIC] for row in untrained])
     for arm in arms:
         ladder.files |= {
             f"{place}/{arm}/seed{seed}.json".lstrip("/"): t for seed, t in arms[arm].items()
@@ -154,7 +160,7 @@ def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
         "seeds_planned": experiments.seeds(folder.parent.name, folder.name),
         "references": judge.references(baselines),
         "rows": rows,
-        "slopes": slopes.fits(rows, ladder.scores, ladder.labels),
+        "slopes": slopes.fits(rows, ladder.scores, ladder.labels, ladder.bases),
         "left_out": {other.name: odd for other, odd in beside.items() if odd},
         **judge.facts(files),
     }
@@ -224,6 +230,13 @@ def reading(v: dict[str, Any]) -> str:
             said.append(
                 f"Without the size that matters most ({least['size']}) the slope is "
                 f"{least['slope']:+.2f} {span(least['interval'])}."
+            )
+        if sure:
+            gain, points = row["other"]["gain"], row["other"]["points"]
+            said.append(
+                f"As a share of what training gained it is {gain['slope']:+.2f} "
+                f"{span(gain['interval'])}, in points of nDCG@10 {points['slope']:+.2f} "
+                f"{span(points['interval'])}."
             )
     lost = [row for row in v["rows"] if row.get("measurable") is False]
     if lost:
@@ -302,7 +315,9 @@ def markdown(v: dict[str, Any]) -> str:
          f"{row['slope']:+.2f} {span(row['interval'])}", p_value(row["p"]),
          p_value(row["p_holm"]), f"{row['detectable']:.2f}",
          "; ".join(f"{of['slope']:+.2f} {span(of['interval'])} ({of['size']})"
-                   for of in row["without"][:1]) or "-"]
+                   for of in row["without"][:1]) or "-",
+         *(f"{of['slope']:+.2f} {span(of['interval'])} (p {p_value(of['p'])})"
+           for of in row["other"].values())]
         for row in v["slopes"]
     ]  # fmt: skip
     top = [
@@ -314,6 +329,8 @@ def markdown(v: dict[str, Any]) -> str:
         "Holm p",
         "detectable",
         "flattest without one size",
+        "gain-normalised",
+        "nDCG@10",
     ]
     bm25 = v["references"]["bm25"]
     drawn = any(row["interval"] for row in v["rows"] if not row.get("missing"))

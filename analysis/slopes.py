@@ -51,8 +51,14 @@ def main_family(rows: Rows) -> str:
     return max(counts, key=lambda family: counts[family]) if counts else ""
 
 
-def fits(rows: Rows, scores: Scores, labels: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """A line for each axis and task where two sizes or more are measurable, Holm by axis."""
+def fits(
+    rows: Rows, scores: Scores, labels: dict[str, list[str]], bases: Scores
+) -> list[dict[str, Any]]:
+    """A line for each axis and task where two sizes or more are measurable, Holm by axis.
+
+    bases: task -> size -> (Q,) scores of the untrained base. Under `other` stand the slopes of the
+    gain-normalised loss and of that in points: I divides by a specialist that changes with size.
+    """
     found = []
     for axis, (_, key, _) in AXES.items():
         family: list[dict[str, Any]] = []
@@ -70,6 +76,11 @@ def fits(rows: Rows, scores: Scores, labels: dict[str, list[str]]) -> list[dict[
                 "slope": e.value, "interval": e.interval, "p": e.p, "se": e.se, "df": e.df,
                 "middle": [float(np.mean(at)), middle], "range": [min(at), max(at)],
                 "without": _without(line, key, scores[task], labels[task]),
+                "other": {
+                    form: {"slope": of.value, "interval": of.interval, "p": of.p}
+                    for form in ("gain", "points")
+                    for of in [slope(line, key, scores[task], labels[task], form, bases[task])]
+                },
             })  # fmt: skip
         found += with_holm(family)
     return found
@@ -87,25 +98,45 @@ def _without(
     return sorted(found, key=lambda row: math.copysign(1, whole) * row["slope"])
 
 
-def slope(rows: Rows, key: str, y: dict[str, np.ndarray], labels: list[str]) -> stats.Estimate:
-    """Least-squares slope of I over x = log2(size): sum_k c_k I_k.
+def loss(form: str, p: float, j: float, b: float) -> tuple[float, float, float, float]:
+    """What the joint arm's mean j lacks of the specialist's p, and its derivatives by p, j and b.
 
-    c_k = (x_k - mean x) / sum (x - mean x)^2. With I_k = 100 (1 - J_k / P_k) its gradient is
-    100 c_k J_k / P_k^2 for the specialist and -100 c_k / P_k for the joint arm; arms of all sizes
-    answer the same queries.
+    form: `relative`, I = 100 (p - j) / p; `gain`, 100 (p - j) / (p - b), of what training gained
+    over the untrained base's b; `points`, 100 (p - j).
+    """
+    if form == "points":
+        return 100 * (p - j), 100.0, -100.0, 0.0
+    if form == "gain":
+        share = (p - j) / (p - b)
+        scale = 100 / (p - b)
+        return 100 * share, scale * (1 - share), -scale, scale * share
+    return 100 * (p - j) / p, 100 * j / p**2, -100 / p, 0.0
+
+
+def slope(
+    rows: Rows, key: str, y: dict[str, np.ndarray], labels: list[str],
+    form: str = "relative", bases: dict[str, np.ndarray] | None = None,
+) -> stats.Estimate:  # fmt: skip
+    """Least-squares slope of a `loss` L over x = log2(size): sum_k c_k L_k, with
+    c_k = (x_k - mean x) / sum (x - mean x)^2; arms of all sizes answer the same queries.
 
     Args:
-        rows: with `size`, `interference`, `task` and the key of the size.
-        y: "<arm> <size>" -> (S, Q).
+        rows: with `size`, `task` and the key of the size.
+        y: "<arm> <size>" -> (S, Q). bases: size -> (Q,), the untrained base's, for `gain`.
     """
     x = np.array([math.log2(row[key]) for row in rows])
     c = (x - x.mean()) / float(((x - x.mean()) ** 2).sum())
     gradient: dict[str, float] = {}
+    value, fixed = 0.0, np.zeros(len(labels))
     for weight, row in zip(c.tolist(), rows, strict=True):
         special = f"{stats.SPECIALIST[row['task']]} {row['size']}"
         joint = f"{judge.JOINT} {row['size']}"
-        p, j = float(y[special].mean()), float(y[joint].mean())
-        gradient[special] = 100 * weight * j / p**2
-        gradient[joint] = -100 * weight / p
-    value = float(sum(w * row["interference"] for w, row in zip(c.tolist(), rows, strict=True)))
-    return stats.estimate(value, gradient, y, labels)
+        base = np.zeros(len(labels)) if bases is None else bases[row["size"]]
+        made, by_p, by_j, by_b = loss(
+            form, *(float(of.mean()) for of in (y[special], y[joint], base))
+        )
+        value += weight * made
+        gradient |= {special: weight * by_p, joint: weight * by_j}
+        if by_b:
+            fixed = fixed + weight * by_b * base
+    return stats.estimate(value, gradient, y, labels, fixed)

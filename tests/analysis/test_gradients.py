@@ -126,8 +126,8 @@ def test_conflict_is_found_in_the_layers_it_was_planted_in() -> None:
     found = summarise({0: [(1, rows)], 1: [(1, rows)]})
     cosines = [found["layers"][layer]["cosine"]["mean"] for layer in ("0", "1", "2")]
     assert cosines == pytest.approx([0.5, math.cos(math.radians(89)), -(3**0.5) / 2])
-    assert found["spaces"]["w"]["conflicts"] == pytest.approx(1 / 3)
-    assert [found["layers"][layer]["conflicts"] for layer in ("0", "1", "2")] == [0, 0, 1]
+    assert found["spaces"]["w"]["conflicts"]["mean"] == pytest.approx(1 / 3)
+    assert [found["layers"][layer]["conflicts"]["mean"] for layer in ("0", "1", "2")] == [0, 0, 1]
     assert found["layers"]["2"]["removed"]["mean"] == pytest.approx(-cosines[2])
     assert found["layers"]["2"]["ratio"]["mean"] == pytest.approx(1)
     assert found["cells"]["2"]["q_proj"]["cosine"]["mean"] == pytest.approx(cosines[2])

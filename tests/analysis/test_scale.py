@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import experiments
-from analysis import overview, scale
+from analysis import overview, scale, slopes
 from eval import stats
 from tests.analysis.made import Maker
 
@@ -75,6 +76,32 @@ def test_the_slope_is_the_least_squares_line(tmp_path: Path) -> None:
     # First the one without which least of the fall is left: here it becomes a rise.
     assert found["slopes"][0]["slope"] < 0 < max(ends)
     assert left == pytest.approx(sorted(ends, reverse=True))
+
+
+@pytest.mark.parametrize("form", ["relative", "gain", "points"])
+def test_the_derivatives_of_a_loss_are_its_differences(form: str) -> None:
+    at, step = [0.5, 0.4, 0.2], 1e-6
+    value, *slopes_of = slopes.loss(form, *at)
+    assert value == pytest.approx({"relative": 20, "gain": 100 / 3, "points": 10}[form])
+    for i, expected in enumerate(slopes_of):
+        more, less = ([x + s * step * (k == i) for k, x in enumerate(at)] for s in (1, -1))
+        found = (slopes.loss(form, *more)[0] - slopes.loss(form, *less)[0]) / (2 * step)
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_slopes_of_the_loss_in_other_units(tmp_path: Path) -> None:
+    """Least-squares lines through the same means, each in its unit."""
+    found = scale.study(
+        folder := make(tmp_path, {8: 9.0, 16: 6.0, 30: 1.0}), *scale.judge.load(folder)
+    )
+    rows = [row for row in found["rows"] if row["task"] == "embedding" and not row.get("missing")]
+    [line] = [row for row in found["slopes"] if row["task"] == "embedding"]
+    x = [math.log2(row["parameters"]) for row in rows]
+    for form, unit in (("gain", lambda r: r["specialist"] - r["base"]), ("points", lambda r: 1.0)):
+        y = [100 * (r["specialist"] - r["joint"]) / unit(r) for r in rows]
+        assert line["other"][form]["slope"] == pytest.approx(np.polyfit(x, y, 1)[0])
+        low, high = line["other"][form]["interval"]
+        assert low < line["other"][form]["slope"] < high < 0
 
 
 def test_the_interval_of_the_slope_covers(tmp_path: Path) -> None:
