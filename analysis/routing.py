@@ -94,12 +94,12 @@ def information(
     _, ids = np.unique(np.asarray(labels), return_inverse=True)
     rng = np.random.default_rng(seed)
     w = w / w.sum(-1, keepdims=True)  # an always-on expert weighs 1 beside the others' simplex
-    share = np.bincount(ids) / len(ids)
+    sizes = np.bincount(ids)
+    share = sizes / len(ids)
 
     def value(of: np.ndarray) -> float:
-        sums = np.zeros((len(share), w.shape[1]))
-        np.add.at(sums, of, w)
-        means = sums / np.bincount(of)[:, None]
+        sums = [np.bincount(of, column, len(share)) for column in w.T]
+        means = np.stack(sums, 1) / sizes[:, None]
         return float(entropy(w.mean(0)) - (share * entropy(means)).sum())
 
     found = value(ids)

@@ -21,6 +21,29 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same bits on every run
 
+
+def patch_the_language_once() -> None:
+    """Triton's interpreter puts its own functions into the language at every launch and at every
+    call of an inner function, and takes them out again: a quarter of these tests' time. In a
+    process that only interprets they can stay."""
+    from triton import language  # after the variable that it reads
+    from triton.runtime import interpreter
+
+    first, done = interpreter._patch_lang, set()
+
+    def patch(kernel):
+        seen = set(map(id, kernel.__globals__.values()))
+        if (key := (id(language) in seen, id(language.core) in seen)) not in done:
+            done.add(key)
+            first(kernel)
+        return interpreter._LangPatchScope()  # with nothing to restore
+
+    interpreter._patch_lang = patch
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_the_language_once()
+
 # Files that take a minute or more, each on one worker: begun first, they leave none idle at last.
 LONG = (
     "train/test_parallel.py", "test_run_study.py", "test_run.py", "bench/test_bench.py",

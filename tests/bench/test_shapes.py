@@ -11,6 +11,7 @@ from bench import designs, ops, serving, tables
 from bench.shapes import SHAPES, lora_parameters, parameters
 from model.config import DecoderConfig
 from model.packed import pack
+from model.transformer import Decoder
 
 TINY = DecoderConfig("qwen3", 32, 48, 2, 4, 2, 16, 128, 1e-6, 1e4)
 RANKS = (4, 3, 9)
@@ -100,7 +101,13 @@ def test_flops_by_hand() -> None:
     assert designs.flops(TINY, [2, 3], True) == 2 * (4 * weights * 5 + 3.5 * attention)
 
 
-def test_designs() -> None:
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours without its kernels, which Triton's interpreter would run: here it is the table."""
+    monkeypatch.setattr(designs, "Decoder", lambda *a, fused, **k: Decoder(*a, fused=False, **k))
+
+
+def test_designs(plain: None) -> None:
     rows = designs.measure("tiny", 24, True, "cpu", torch.float32, RANKS, 2, shape=ONE)
     found = {(row["design"], row["mode"]) for row in rows}
     names = {design.name for design in designs.DESIGNS}
@@ -109,7 +116,7 @@ def test_designs() -> None:
     assert tables.designs_table(rows).count("| tiny |") == len(rows)
 
 
-def test_a_design_that_does_not_fit_beside_ours(monkeypatch) -> None:
+def test_a_design_that_does_not_fit_beside_ours(monkeypatch, plain: None) -> None:
     """A row says so, and the others are measured."""
 
     def refuse(*about) -> None:
