@@ -5,9 +5,10 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from analysis import ablation, order, probing, representation, routing
 from analysis.judge import read
 from eval.provenance import made_by
 from model.files import write_json
@@ -16,17 +17,15 @@ from model.weights import revision
 from train.trial import Workbench
 from trials import Config
 
-# name -> (model, evaluation set, training data of both tasks when called, the trial's config and
-# place) -> what <arm>/<name>-seed<k>.json holds
-MEASURES = {
-    "routing": lambda model, evaluation, data, config, place: routing.measure(
-        model, evaluation, config.measured
-    ),
-    "representation": representation.measure,
-    "probing": probing.measure,
-    "ablation": ablation.measure,
-    "order": order.measure,
-}
+# Each a module of `analysis` with measure(model, evaluation set, training data of both tasks when
+# called, the trial's config and place) -> what <arm>/<name>-seed<k>.json holds. They are imported
+# when they are needed: scikit-learn alone takes a second.
+MEASURES = ("routing", "representation", "probing", "ablation", "order")
+
+
+def measure(name: str, *of: Any) -> dict[str, Any] | None:
+    assert name in MEASURES, name
+    return import_module(f"analysis.{name}").measure(*of)
 
 
 def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
@@ -54,7 +53,7 @@ def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
     model = UniMoER.from_pretrained(saved, bench.device, kernels="torch")
     both = replace(config, tasks=("embedding", "reranking"))
     data = partial(bench.training, model, both)
-    found = MEASURES[name](model, bench.evaluation(model, config), data, config, place)
+    found = measure(name, model, bench.evaluation(model, config), data, config, place)
     if found is not None:
         seconds = {"measure": time.perf_counter() - started}
         write_json(path, {**made, **of, "seconds": seconds, **found})
@@ -62,6 +61,6 @@ def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
 
 def _beside(place: Path) -> dict[str, str]:
     """arm -> what its model is, of the arms that a representation is held against."""
-    before = representation.before(place.parent.name)
+    before = import_module("analysis.representation").before(place.parent.name)
     folders = {arm: place.parent.parent / arm / f"{place.name}.model" for arm in before}
     return {arm: revision(folder) for arm, folder in folders.items() if folder.exists()}

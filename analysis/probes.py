@@ -22,7 +22,6 @@ from analysis.page import (
     with_holm,
     write_folder,
 )
-from analysis.probing import PORTIONS
 
 NAMES = {
     "covered_terms": "covered query terms", "covered_share": "share of terms covered",
@@ -228,6 +227,8 @@ def _cells(row: dict[str, Any], view: str) -> list[str]:
 
 
 def markdown(v: dict[str, Any]) -> str:
+    from analysis.probing import PORTIONS  # with scikit-learn, which takes a second to import
+
     rows, last, one = [], [], next(iter(v["probed"].values()))
     for arm, found in v["probed"].items():
         for view, properties in found["views"].items():

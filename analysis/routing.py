@@ -12,6 +12,7 @@ next to nothing of the task: what routing does is I(Z; Y), what could be read of
 import random
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from model.prefix import TextSet
 from model.router import TASKS
 from model.texts import in_batches
 from model.unimoer import UniMoER
+from trials import Config
 
 SHUFFLES = 2000  # at the least
 # And so many for each layer: Holm's first step over all layers and 9 seeds needs p <= .05 / (9 L).
@@ -195,11 +197,13 @@ def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.abs(a - b).sum(-1) / 2
 
 
-def measure(model: UniMoER, evaluation: EvaluationSet, count: int) -> dict[str, Any] | None:
-    """The summary of a trained model on `count` texts of each kind; None without a router."""
+def measure(
+    model: UniMoER, evaluation: EvaluationSet, data: object, config: Config, place: Path
+) -> dict[str, Any] | None:
+    """The summary of a trained model on `measured` texts of each kind; None without a router."""
     if not model.routers():
         return None
-    ids, domains = inputs(evaluation, count)
+    ids, domains = inputs(evaluation, config.measured)
     weights = {kind: weigh(model, ids[kind], task) for kind, task in KINDS.items()}
     assert model.config.lora is not None
     found = summarise(weights, domains, model.config.lora.experts)

@@ -1,17 +1,15 @@
 """Attention over packed sequences: no token sees another sequence, no pad token exists."""
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from kernels.segments import Segments
-
-# PyTorch up to 2.11 takes fewer heads of keys without being told.
-KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attention(
@@ -68,6 +66,17 @@ def _window_mask(length: int, causal: bool, window: int, device: torch.device) -
     return seen & (distance >= 0) if causal else seen
 
 
+@functools.cache
+def _varlen(grouped: bool) -> tuple[Callable[..., Any], dict[str, bool]]:
+    """PyTorch's variable-length attention and how it is told of fewer heads of keys than of
+    queries: up to 2.11 it takes them as they are. Its import takes the compiler in, two seconds,
+    so it waits for a card."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    told = grouped and "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return varlen_attn, {"enable_gqa": True} if told else {}
+
+
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, window: int | None = None
 ) -> Tensor:
@@ -83,12 +92,10 @@ def packed_attention(
         return padded_attention(q, k, v, segments, causal=causal, window=window)
     reach = -1 if window is None else window - 1  # how far a token looks to its left
     longest = max(segments.sizes)
-    more: dict[str, Any] = {}
-    if KNOWS_GROUPS and q.shape[1] != k.shape[1]:
-        more["enable_gqa"] = True
+    varlen_attn, options = _varlen(q.shape[1] != k.shape[1])
     out = varlen_attn(
         q, k, v, segments.starts, segments.starts, longest, longest,
-        window_size=(reach, 0 if causal else reach), **more,
+        window_size=(reach, 0 if causal else reach), **options,
     )  # fmt: skip
     assert isinstance(out, Tensor)  # a tuple where its auxiliary outputs are asked for
     return out

@@ -4,11 +4,10 @@ A layer is put together when it runs and falls apart again. Experts, routers and
 stay whole in every process, as `model.parallel` wants them; the embedding matrix and the norms too.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from model import parallel
 from model.lora import LinearGroup
@@ -27,6 +26,10 @@ def shard(decoder: Decoder) -> None:
     """
     if parallel.world() == 1:
         return
+    # A second to import, and few jobs share a base out.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     groups = [module for module in decoder.modules() if isinstance(module, LinearGroup)]
     if any(group.dropped for group in groups):
         raise ValueError("compact() dropped what training needs: shard a model that has it")
@@ -48,11 +51,11 @@ def renew(decoder: Decoder) -> None:
     """Write the experts into the borders of the rows that this process keeps."""
     for group in decoder.modules():
         if isinstance(group, LinearGroup) and group.sharded and group.adapted_names:
-            assert isinstance(group.bordered, DTensor)
+            local = cast(Any, group.bordered).to_local()  # a DTensor
             rows, world = group.layout.shape[0], parallel.world()
             # FSDP2 cuts as torch.chunk does.
             start = parallel.rank() * -(-rows // world)
-            _write(group, group.bordered.to_local(), start)
+            _write(group, local, start)
 
 
 def _write(group: LinearGroup, mine: Tensor, start: int) -> None:

@@ -537,22 +537,22 @@ sys.exit(run.main(words))
 """
 
 
-@pytest.mark.parametrize(
-    "when", ["the baselines", "an evaluation", "the saving of a model", "the report"]
-)
 def test_killed_beside_the_training_it_ends_with_the_same_numbers(
-    done, words, setting, tmp_path, cache, when
+    done, words, setting, tmp_path, cache
 ):
+    """Four times, each further on than the last."""
     line = words(tmp_path / "runs")
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(
-        [sys.executable, "-c", DEADLY, when, *line],
-        cwd=ROOT, env=environment, capture_output=True, check=False,
-    )  # fmt: skip
-    assert killed.returncode == -9, killed.stderr.decode()
     folder = tmp_path / "runs" / "kill_gate" / setting
-    there = {path.name for path in folder.rglob("*.json")} if folder.exists() else set()
-    assert ("seed0.json" in there) == (when == "the report")
+    for when in ("the baselines", "an evaluation", "the saving of a model", "the report"):
+        killed = subprocess.run(
+            [sys.executable, "-c", DEADLY, when, *line],
+            cwd=ROOT, env=environment, capture_output=True, check=False,
+        )  # fmt: skip
+        assert killed.returncode == -9, killed.stderr.decode()
+        there = {path.name for path in folder.rglob("*.json")} if folder.exists() else set()
+        assert ("baselines.json" in there) == (when != "the baselines")
+        assert ("seed0.json" in there) == (when == "the report")
     assert run.main(line) == 0
     assert_same_numbers(folder, done)
     assert len(snapshot(folder)) == len(snapshot(done))
@@ -727,7 +727,12 @@ def test_dtypes():
 
 
 def test_python_m_run():
+    """Without what only some commands need, each of which takes a second or more to import."""
     done = subprocess.run(
-        [sys.executable, "-m", "run", "list"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-X", "importtime", "-m", "run", "list"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0 and done.stdout.startswith("kill_gate: "), done.stderr
+    taken = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    late = {"sklearn", "umap", "torch._dynamo", "torch.distributed.fsdp", "mteb", "transformers"}
+    assert "torch" in taken and not late & taken

@@ -133,7 +133,7 @@ def test_a_look_into_a_model_is_kept(
         assert found["texts"]["pair"] == 10 and len(found["means"]["pair"]) == 1
     assert found["seconds"]["measure"] > 0 and found["device"].startswith(device_name("cpu"))
     assert len(found["sources"]) == 64 and found["sources"] != sources()  # analysis counts too
-    monkeypatch.setattr(measures, "MEASURES", {"routing": forbidden})
+    monkeypatch.setattr(measures, "measure", forbidden)
     assert go("routing", "joint-moe") == folder
     # Of other texts, or of another model than the one that lies there now, it is made again.
     kept = (folder / "joint-moe" / "routing-seed0.json").read_text()

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from sklearn.cluster import k_means
 
 from model.layers import DecoderLayer
 from model.packed import segment_mean
@@ -25,6 +24,8 @@ def fit_pilots(model: UniMoER, data: TrainingData) -> None:
     Raises:
         ValueError: a task has no training texts, or fewer than there are pilots.
     """
+    from sklearn.cluster import k_means  # a second to import, and few arms have pilots
+
     assert model.config.lora is not None
     first = model.config.lora.first_layer
     layer = model.decoder.layers[first]

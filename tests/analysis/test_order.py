@@ -8,7 +8,6 @@ import pytest
 
 import experiments
 from analysis import order, reports
-from analysis.measures import MEASURES
 from eval import order as evaluated
 from eval.collections import load
 from eval.protocol import EvaluationSet, without_states
@@ -127,7 +126,7 @@ def test_the_arms_differ_in_the_head_and_in_routing_alone() -> None:
         # the same trials as the kill gate's, which are trained once
         assert pointwise == experiments.config("kill_gate", f"joint-{kind}", "small", 1)
     study = experiments.EXPERIMENTS["pointwise_vs_listwise"]
-    assert reports.REPORTS[study.report] is order and MEASURES["order"] is order.measure
+    assert reports.REPORTS[study.report] is order and study.measures == ("order",)
 
 
 def test_measured_of_a_saved_model(tiny_base: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Routing statistics where the answer is known: it reads the task, or it cannot."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,15 @@ from analysis import routes, routing
 from eval.collections import load
 from eval.protocol import EvaluationSet, without_states
 from tests.train.tiny import build, tiny_config, write_collection
+from trials import Config
 
 EXPERTS = ("embedding", "reranking", "shared")
 N, LAYERS = 80, 2
 DOMAINS = [f"m{i % 4}" for i in range(N)]
+
+
+def measure(model, evaluation: EvaluationSet, config: Config, count: int) -> dict | None:
+    return routing.measure(model, evaluation, None, replace(config, measured=count), Path())
 
 
 def weights(**means: tuple[float, float, float]) -> dict[str, np.ndarray]:
@@ -132,7 +138,7 @@ def test_weights_of_a_model_are_those_of_its_texts(
     config = tiny_config(tiny_base, data, **row)
     model, _ = build(config)
     evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, without_states)
-    found = routing.measure(model, evaluation, 6)
+    found = measure(model, evaluation, config, 6)
     assert found is not None and found["texts"] == dict.fromkeys(routing.KINDS, 6)
     assert len(found["means"]["pair"]) == 2 and found["first_layer"] == 2
     ids, _ = routing.inputs(evaluation, 6)
@@ -152,7 +158,7 @@ def test_a_router_that_reads_the_task_and_one_that_cannot(
     )
     model, _ = build(config)
     evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, without_states)
-    found = routing.measure(model, evaluation, 8)
+    found = measure(model, evaluation, config, 8)
     assert found is not None and len(found["task"]) == 2
     for row, read in zip(found["task"], found["decoded"], strict=True):
         assert row["nats"] == pytest.approx(bits * math.log(2), abs=1e-6)
@@ -190,4 +196,4 @@ def test_a_model_without_a_router_has_no_routing(tiny_base: Path, tmp_path: Path
     config = tiny_config(tiny_base, data)
     model, _ = build(config)
     evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, without_states)
-    assert routing.measure(model, evaluation, 4) is None
+    assert measure(model, evaluation, config, 4) is None
