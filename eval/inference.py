@@ -40,7 +40,10 @@ def power(effect: float, se: float, df: float, alpha: float = ALPHA) -> float:
     """
     if se <= 0 or df <= 0 or not 0 < alpha < 1:
         raise ValueError(f"need se > 0, df > 0, 0 < alpha < 1; found {se}, {df}, {alpha}")
-    critical, shift = stats.t.isf(alpha / 2, df), abs(effect) / se
+    return _power(abs(effect) / se, float(stats.t.isf(alpha / 2, df)), df)
+
+
+def _power(shift: float, critical: float, df: float) -> float:
     far = np.nan_to_num(stats.nct.cdf(-critical, df, shift))  # scipy: NaN where it is under 1e-16
     return float(stats.nct.sf(critical, df, shift) + far)
 
@@ -49,8 +52,9 @@ def smallest_detectable_effect(se: float, df: float, alpha: float, target: float
     """The effect, in the unit of se, at which `power` reaches target; 0 when se is 0."""
     if not se > 0:  # 0, or NaN
         return se
-    high = 2 * float(stats.t.isf(alpha / 2, df) + stats.t.isf(1 - target, df))
-    found = optimize.root_scalar(lambda x: power(x, 1.0, df, alpha) - target, bracket=(0, high))
+    critical = float(stats.t.isf(alpha / 2, df))
+    high = 2 * (critical + float(stats.t.isf(1 - target, df)))
+    found = optimize.root_scalar(lambda x: _power(x, critical, df) - target, bracket=(0, high))
     return se * float(found.root)
 
 

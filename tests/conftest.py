@@ -46,9 +46,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 # Files that take a minute or more, each on one worker: begun first, they leave none idle at last.
 LONG = (
-    "train/test_parallel.py", "test_run_study.py", "test_run.py", "bench/test_bench.py",
-    "eval/test_rag.py", "model/test_fused.py", "bench/test_compiled.py", "eval/test_stats.py",
-    "model/test_trie.py", "analysis/test_representation.py",
+    "test_run.py", "train/test_parallel.py", "model/test_fused.py", "bench/test_bench.py",
+    "test_run_study.py", "model/test_trie.py", "kernels/test_fused.py", "eval/test_stats.py",
+    "analysis/test_representation.py", "eval/test_rag.py", "analysis/test_overview.py",
+    "eval/test_collections.py", "eval/test_benchmarks.py", "bench/test_compiled.py",
 )  # fmt: skip
 
 

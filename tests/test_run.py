@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -34,13 +35,14 @@ from eval.protocol import EvaluationSet, without_states
 from experiments import Config
 from model import processor
 from model.unimoer import UniMoER
+from tests.processes import Child
 from tests.train.tiny import TEST, tiny_config, write_collection
 from train.mining import Settings, mine
 from train.negatives import mined_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ["emb-only", "joint-moe"]
-STEPS = 40
+STEPS = 16
 FIELDS = {
     "layers": 4,
     "adapter_layers": 2,
@@ -48,7 +50,7 @@ FIELDS = {
     "lora_dropout": 0.1,
     "router_noise": 0.3,
     "steps": STEPS,
-    "checkpoint_every": 7,
+    "checkpoint_every": 3,
 }
 RESULT = {
     "schema", "arm", "seed", "config", "base", "data", "git", "sources", "versions", "device",
@@ -266,7 +268,8 @@ def test_what_is_finished_is_skipped(copy, words, tmp_path, cache, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("field", "file"), [("temperature=0.5", "baselines.json"), ("steps=41", "emb-only/seed0")]
+    ("field", "file"),
+    [("temperature=0.5", "baselines.json"), (f"steps={STEPS + 1}", "emb-only/seed0")],
 )
 def test_another_config_is_an_error_that_names_the_field(
     copy, words, tmp_path, cache, monkeypatch, capsys, field, file
@@ -475,8 +478,9 @@ def test_stopped_around_the_storing_of_a_result(
 def test_killed_twice_it_ends_with_the_same_numbers(done, words, setting, tmp_path):
     """SIGKILL in the first trial's training, then in the second's; each past a checkpoint."""
     folder = tmp_path / "runs" / "kill_gate" / setting
+    kept = str(tmp_path / "cache")
     environment = os.environ | {
-        "UNIMOER_CACHE": str(tmp_path / "cache"),
+        "UNIMOER_CACHE": kept,
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     command = [sys.executable, "-m", "run", *words(tmp_path / "runs")]
@@ -486,20 +490,17 @@ def test_killed_twice_it_ends_with_the_same_numbers(done, words, setting, tmp_pa
         return log.read_bytes().count(b"\n") if log.exists() else 0
 
     def start_and_kill(arm: str, after: int) -> None:
-        with open(tmp_path / "output", "wb") as output:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=output
-            )
+        process = Child(tmp_path / "output", run.main, words(tmp_path / "runs"), UNIMOER_CACHE=kept)
         while steps(arm) < after:
-            assert process.poll() is None, (tmp_path / "output").read_text()
+            assert process.code is None, process.text
             time.sleep(0.002)
         process.kill()
-        assert process.wait() == -9, "it ended before it was killed"
+        assert process.code == -9, "it ended before it was killed"
 
-    start_and_kill("emb-only", 10)
+    start_and_kill("emb-only", 6)
     assert not (folder / "emb-only" / "seed0.json").exists()
     assert (folder / "emb-only" / "seed0.checkpoint").exists()
-    start_and_kill("joint-moe", 10)
+    start_and_kill("joint-moe", 6)
     first = read(folder, "emb-only")
     assert not (folder / "joint-moe" / "seed0.json").exists()
     finished = subprocess.run(
@@ -512,29 +513,24 @@ def test_killed_twice_it_ends_with_the_same_numbers(done, words, setting, tmp_pa
     assert left == {"seed0.json", "seed0.model"}
 
 
-DEADLY = """
-import os, signal, sys
-import run, train.trial
+def deadly(when: str, words: list[str]) -> int:
+    """`run.main` that dies of SIGKILL. In a process of its own."""
+    replace = os.replace
 
-when, *words = sys.argv[1:]
-replace = os.replace
+    def die(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
+    def die_at_the_model(source, target) -> None:
+        die() if ".model" in str(target) else replace(source, target)
 
-def die_at_the_model(source, target):
-    die() if ".model" in str(target) else replace(source, target)
-
-if when == "the baselines":
-    run.run_baselines = die
-elif when == "an evaluation":
-    train.trial._scores = die
-elif when == "the saving of a model":
-    os.replace = die_at_the_model
-elif when == "the report":
-    run.reports.write = die
-sys.exit(run.main(words))
-"""
+    place, name, instead = {
+        "the baselines": (run, "run_baselines", die),
+        "an evaluation": (train.trial, "_scores", die),
+        "the saving of a model": (os, "replace", die_at_the_model),
+        "the report": (reports, "write", die),
+    }[when]
+    setattr(place, name, instead)
+    return run.main(words)
 
 
 def test_killed_beside_the_training_it_ends_with_the_same_numbers(
@@ -542,14 +538,11 @@ def test_killed_beside_the_training_it_ends_with_the_same_numbers(
 ):
     """Four times, each further on than the last."""
     line = words(tmp_path / "runs")
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     folder = tmp_path / "runs" / "kill_gate" / setting
     for when in ("the baselines", "an evaluation", "the saving of a model", "the report"):
-        killed = subprocess.run(
-            [sys.executable, "-c", DEADLY, when, *line],
-            cwd=ROOT, env=environment, capture_output=True, check=False,
-        )  # fmt: skip
-        assert killed.returncode == -9, killed.stderr.decode()
+        kept = os.environ["UNIMOER_CACHE"]
+        killed = Child(tmp_path / "output", deadly, when, line, UNIMOER_CACHE=kept)
+        assert killed.wait() == -9, killed.text
         there = {path.name for path in folder.rglob("*.json")} if folder.exists() else set()
         assert ("baselines.json" in there) == (when != "the baselines")
         assert ("seed0.json" in there) == (when == "the report")

@@ -170,7 +170,7 @@ def test_a_rival_with_another_loss_is_refused(base, bench, monkeypatch):
         training.run(bench, str(base), settings=SETTINGS, **SMALL)
 
 
-def test_corpora_of_growing_size(base, bench):
+def test_corpora_of_growing_size(base, bench, monkeypatch):
     rows = corpus.run(bench, str(base), layers=2, counts=(12, 30), window=8)
     model = UniMoER(encoding.config(str(base), 2, "float32", 512))
     for row, count in zip(rows, (12, 30), strict=True):
@@ -180,11 +180,12 @@ def test_corpora_of_growing_size(base, bench):
         assert row["tokens"] == sum(map(len, model.tokenizer.documents(texts)))
         assert 0 < row["loaded_bytes"] <= row["peak_bytes"] and row["seconds"] > 0
     assert f"| 30 | {rows[1]['tokens']:,} | " in tables.corpus_table(rows)
+    monkeypatch.setattr(corpus.sys, "executable", "/bin/false")
     with pytest.raises(ValueError, match="encoding 3 texts ended with an error"):
         corpus.run(bench, "nowhere/at/all", counts=(3,))
 
 
-def test_indexes_of_growing_size():
+def test_indexes_of_growing_size(monkeypatch):
     texts = index.Drawn(50)
     assert texts[3:5] == [texts[3], texts[4]] and texts[3] != texts[4]
     assert {len(text.split()) for text in texts} == {index.WORDS}
@@ -198,6 +199,7 @@ def test_indexes_of_growing_size():
     assert index.growth(rows, "peak_bytes") > index.growth(rows, "kept_bytes") > 4 * index.WORDS
     assert 0 < rows[1]["own_bytes"] < rows[1]["peak_bytes"] - rows[1]["before_bytes"]
     assert "| 10,000 | " in tables.index_table(rows)
+    monkeypatch.setattr(index.sys, "executable", "/bin/false")
     with pytest.raises(ValueError, match="indexing 0 documents ended with an error"):
         index.run(counts=(0,))
 

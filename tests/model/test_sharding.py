@@ -1,8 +1,5 @@
 """model/sharding.py: each process keeps its share and computes what a whole model computes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,23 +7,17 @@ import pytest
 from model import parallel, sharding
 from model.lora import LinearGroup
 from model.unimoer import UniMoER
+from tests.model import sharded
+from tests.processes import ranks
 from tests.train.tiny import tiny_config
 from train.trial import model_config
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.mark.parametrize("processes", [3])
-def test_shards_compute_what_the_whole_computes(tiny_base: Path, processes: int):
+def test_shards_compute_what_the_whole_computes(tiny_base: Path, tmp_path: Path):
     """Three: the rows do not divide evenly."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words = [*torchrun, "--nproc-per-node", str(processes), "-m", "tests.model.sharded"]
-    done = subprocess.run(
-        [*words, str(tiny_base)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("agrees") == processes
+    job = ranks(3, tmp_path, sharded.main, str(tiny_base))
+    codes, text = [rank.wait() for rank in job], "".join(rank.text for rank in job)
+    assert codes == [0] * 3 and text.count("agrees") == 3, text
 
 
 def test_one_process_keeps_everything(tiny_base: Path):

@@ -133,7 +133,7 @@ def test_a_line_says_how_many_tokens_its_step_read(tiny, collection, tmp_path):
     """As the decoder counts them, in one part or in many."""
     logs = []
     for cached in (0, 32):
-        model, data = build(replace(tiny, cached_tokens=cached), collection)
+        model, data = build(replace(tiny, cached_tokens=cached, steps=3), collection)
         read: list[int] = []
 
         def count(module, args, *, read: list[int] = read):

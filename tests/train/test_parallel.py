@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from eval.protocol import EvaluationSet
 from model import parallel
 from model.prefix import TextSet
 from model.unimoer import UniMoER
+from tests.processes import ranks
 from train import step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,11 +36,25 @@ def words(base: Path, data: Path, runs: Path, **changes) -> list[str]:
     return made
 
 
-def launch(processes: int, arguments: list[str]) -> subprocess.Popen:
+def by_torchrun(processes: int, arguments: list[str]) -> str:
+    """What a job prints that ended well."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", str(processes), "-m", "run", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(torchrun, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+    job = subprocess.run(
+        torchrun, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stdout
+    return job.stdout
+
+
+def by_itself(processes: int, arguments: list[str], folder: Path) -> str:
+    """The same of ranks that are forked, which begin at once."""
+    job = ranks(processes, folder, run.main, arguments)
+    codes = [rank.wait() for rank in job]
+    text = "".join(rank.text for rank in job)
+    assert codes == [0] * processes, text
+    return text
 
 
 def found(runs: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -75,9 +89,10 @@ def single(tiny_base: Path, tiny_data: Path, tmp_path_factory) -> Path:
 def test_processes_train_like_one(tiny_base, tiny_data, tmp_path, single, processes, changes):
     """Also with gradients in parts (`cached_tokens`) and with the base in shards."""
     arguments = words(tiny_base, tiny_data, tmp_path, **changes)
-    job = launch(processes, arguments)
-    output = job.communicate(timeout=300)[0]
-    assert job.returncode == 0, output
+    if changes:
+        output = by_itself(processes, arguments, tmp_path / "output")
+    else:
+        output = by_torchrun(processes, arguments)
     assert output.count("joint-moe seed 0 ") == 1  # rank 0 speaks for all
     assert found(tmp_path)[0]["processes"] == processes
     assert_alike(single, tmp_path)
@@ -90,27 +105,8 @@ def test_widths_and_pseudo_queries_over_processes(tiny_base, tiny_data, tmp_path
         "matryoshka": [8, 16], "rerank_head": "pseudo_query", "embedding_pooling": "last",
     }  # fmt: skip
     assert run.main(words(tiny_base, tiny_data, tmp_path / "one", **changes)) == 0
-    job = launch(2, words(tiny_base, tiny_data, tmp_path / "two", **changes))
-    output = job.communicate(timeout=300)[0]
-    assert job.returncode == 0, output
+    by_itself(2, words(tiny_base, tiny_data, tmp_path / "two", **changes), tmp_path / "output")
     assert_alike(tmp_path / "one", tmp_path / "two")
-
-
-def start_each(processes: int, arguments: list[str]) -> list[subprocess.Popen]:
-    """A job as Slurm starts one, without `torchrun`, which ends the others by itself."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    job = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": processes,
-           "OMP_NUM_THREADS": 1}  # fmt: skip
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return [
-        subprocess.Popen([sys.executable, "-m", "run", *arguments], cwd=ROOT, **pipes, env={
-            **os.environ, **{key: str(value) for key, value in job.items()},
-            "RANK": str(rank), "LOCAL_RANK": str(rank),
-        })
-        for rank in range(processes)
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("shard", [False, True])
@@ -120,20 +116,19 @@ def test_a_killed_process_ends_the_job_and_one_process_finishes_it(
     """The other says what happened, also where FSDP notices first."""
     steps = {"steps": 60, "checkpoint_every": 1}
     arguments = words(tiny_base, tiny_data, tmp_path / "runs", **steps, shard=shard)
-    survivor, killed = start_each(2, arguments)
+    survivor, killed = ranks(2, tmp_path / "output", run.main, arguments)
     log = tmp_path / "runs/kill_gate"
     deadline = time.monotonic() + 200
     try:
         while not any(log.glob("*/joint-moe/seed0.checkpoint/*")) and time.monotonic() < deadline:
-            assert survivor.poll() is None, survivor.communicate()[0]
+            assert survivor.code is None, survivor.text
             time.sleep(0.02)
         killed.kill()
-        output = survivor.communicate(timeout=100)[0]
+        code, output = survivor.wait(100), survivor.text
     finally:
         for process in (survivor, killed):
             process.kill()
-            process.communicate()
-    assert survivor.returncode == 2 and "Traceback" not in output, output
+    assert code == 2 and "Traceback" not in output, output
     assert "rank 0 of 2 lost another process of the job" in output
     assert not any(log.glob("*/joint-moe/seed0.json")), "it was to be killed amid its steps"
     if not shard:
@@ -152,9 +147,8 @@ def test_scores_that_one_process_began_are_finished_by_two(
     with pytest.raises(KeyboardInterrupt):
         run.main(words(tiny_base, tiny_data, tmp_path / "runs"))
     (piece,) = tmp_path.glob("runs/kill_gate/*/joint-moe/seed0.json.part/retrieval.json")
-    job = launch(2, words(tiny_base, tiny_data, tmp_path / "runs"))
-    output = job.communicate(timeout=200)[0]
-    assert job.returncode == 0, output
+    arguments = words(tiny_base, tiny_data, tmp_path / "runs")
+    output = by_itself(2, arguments, tmp_path / "output")
     assert "test embedding" not in output, "retrieval was there"
     assert_alike(single, tmp_path / "runs")
     assert not piece.parent.exists()
