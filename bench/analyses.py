@@ -10,7 +10,8 @@ import experiments
 from analysis.cka import BATCH as CKA_BATCH
 from analysis.figures import table
 from analysis.subspace import BATCH
-from bench.roofline import DOCUMENT, PAIR, QUERY, memory
+from bench.costs import COLLECTIONS, batches
+from bench.roofline import memory
 from bench.shapes import SHAPES, lora_parameters
 from model.config import DecoderConfig
 from model.lora import LoRAConfig
@@ -61,17 +62,15 @@ def count(shape: DecoderConfig, checkpointing: bool) -> dict[str, float]:
     c = experiments.config("gradient_conflict", "joint-moe", "full", 0)
     d, layers = shape.hidden_size, shape.num_hidden_layers
     adapters = 4 * sum(RANKS) * lora_parameters(shape)  # fp32
-    embedding = c.embedding_batch * (QUERY + (1 + c.hard_negatives) * DOCUMENT)
-    reranking = c.reranking_batch * c.group_size * PAIR
+    counts = COLLECTIONS["stdlib"]
+    tokens = sum(tokens for tokens, _ in batches(c, counts).values())
     per_token = saved_per_token(shape, checkpointing)
     once = saved_per_token(shape) if checkpointing else 0.0  # the layer that is run again
     widest = max(d, shape.intermediate_size, shape.num_attention_heads * shape.head_dim)
     return {
         "weights, 16 bit, with experts": memory(shape, RANKS)["one"],
         "masters, their gradients, Adam's moments": 4 * adapters,
-        "activations of a step (both tasks)": (embedding + reranking) * (
-            per_token * layers + once
-        ),
+        "activations of a step (both tasks)": tokens * (per_token * layers + once),
         "gradients of the probes": GRADIENTS * adapters,
         "one linear's inner products, fp64": 8 * (
             2 * GRADIENTS * 2 * max(RANKS) * widest + widest * d
@@ -79,7 +78,7 @@ def count(shape: DecoderConfig, checkpointing: bool) -> dict[str, float]:
         "CKA, one layer and batch": 8 * (2 * CKA_BATCH * d + 3 * CKA_BATCH**2),
         # Two halves of each task, and the values and vectors of the one that is taken apart
         "STIR, covariances of one layer": 8 * (6 * d * d + BATCH * d),
-        "features of one batch of texts": 4 * layers * (CARD_BUDGET // DOCUMENT) * d,
+        "features of one batch of texts": 4 * layers * (CARD_BUDGET // counts.document) * d,
     }  # fmt: skip
 
 

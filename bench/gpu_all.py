@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from analysis.figures import table
-from bench.costs import COLLECTIONS
-from bench.plan import fitting, make_plan
+from bench import costs
+from bench.shapes import SHAPES
 from bench.timing import stem
 from eval.machine import device_name
 from model import bases
@@ -50,8 +50,9 @@ class Step:
 
 def memory_settings(memory: float) -> list[str]:
     """Of the kill gate, so that it fits a card of so many bytes by what `make plan` predicts."""
-    plan = make_plan(bases.DEFAULT, SCALE, DATA, COLLECTIONS[DATA], seeds=1)
-    option, _ = fitting(plan, memory)
+    arms = costs.arms(SCALE, bases.DEFAULT, DATA)
+    shape, counts = SHAPES[bases.DEFAULT], costs.COLLECTIONS[DATA]
+    option, _ = costs.fitting(shape, arms["joint-moe"], counts, memory)
     checkpointing = option is None or option.checkpointing  # more cannot be asked for
     return ["--set", "checkpointing=true"] if checkpointing else []
 

@@ -16,7 +16,7 @@ import torch
 import experiments
 from analysis.figures import table
 from bench import costs, probe
-from bench.costs import COLLECTIONS, Counts, Option
+from bench.costs import COLLECTIONS, MARGIN, Counts, Option
 from bench.model import RESULTS
 from bench.roofline import BANDWIDTH, CARDS, GEMM, LAUNCH, Card
 from bench.shapes import parameters, shape_of
@@ -30,7 +30,6 @@ from scales import SCALES
 from trials import WIDTHS, Config, parts
 
 SCALE, DATA = "full", "msmarco"  # what bench/results/plan.md is about
-MARGIN = 0.85  # of a card's memory; the rest is for the allocator and batches above the mean
 LINK = 300e9  # bytes/s of gradients between two cards, each way (NVLink of an A100), assumed
 TOKEN = 40  # bytes of a token id in a list: a pointer and an int
 # Bytes of BM25's index a document of 56 words, at its peak, on disk, and of a process that maps it:
@@ -95,17 +94,6 @@ def make_plan(base: str, scale: str, data: str, counts: Counts, seeds: int) -> P
     return Plan(base, shape, configs, costs.cut(counts, joint), seeds)
 
 
-def fitting(plan: Plan, memory: float, count: int = 1) -> tuple[Option | None, float]:
-    """The fastest way in which the largest arm fits cards of so many bytes, and the bytes that it
-    needs; None and the smallest need if there is none."""
-    needs = {
-        option: costs.needed(costs.memory(plan.shape, plan.joint, plan.counts, option, count))
-        for option in costs.options(plan.joint)
-    }
-    found = next((option for option, need in needs.items() if need <= MARGIN * memory), None)
-    return found, min(needs.values()) if found is None else needs[found]
-
-
 def estimate(plan: Plan, offer: Offer, ratios: dict[str, float] | None = None) -> dict:
     """How it fits a card, and how long all trials take.
 
@@ -115,10 +103,10 @@ def estimate(plan: Plan, offer: Offer, ratios: dict[str, float] | None = None) -
         option: the first that fits, None if none does. bytes: what that one needs, or the smallest
         one. seconds: of training, retrieval and reranking; {} where nothing fits.
     """
-    option, need = fitting(plan, offer.card.memory, offer.count)
+    shape, counts, found = plan.shape, plan.counts, {}
+    option, need = costs.fitting(shape, plan.joint, counts, offer.card.memory, offer.count)
     if option is None:
         return {"option": None, "bytes": need, "seconds": {}}
-    shape, counts, found = plan.shape, plan.counts, {}
     for what, work in costs.kill_gate(shape, plan.configs, counts, option, plan.seeds).items():
         ratio = (ratios or {}).get("training" if what == "training" else "encoding", 1.0)
         found[what] = ratio * costs.duration(work, offer.card) / offer.count

@@ -6,12 +6,10 @@ its ops, or its launches where the host needs longer for those.
 
 from dataclasses import dataclass
 
-import experiments
 from bench.serving import RANKS
-from bench.shapes import SHAPES, lora_parameters, parameters
+from bench.shapes import lora_parameters, parameters
 from kernels.segments import CHUNK
 from model.config import DecoderConfig
-from model.texts import CARD_BUDGET
 
 BYTES = 2  # of a value, fp16 or bf16
 GEMM, BANDWIDTH = 0.7, 0.85  # what is attained of the data sheet's peak, assumed
@@ -252,34 +250,3 @@ def memory(shape: DecoderConfig, ranks: tuple[int, ...] = RANKS) -> dict[str, fl
     )
     one = base_bytes + BYTES * sum(ranks) * lora_parameters(shape) + 4 * routers
     return {"two": 2 * base_bytes, "one": one, "saved": 1 - one / (2 * base_bytes)}
-
-
-# Mean tokens of the stdlib collection's queries, documents and pairs, cut at 256 tokens
-QUERY, DOCUMENT, PAIR = 13, 96, 120
-POOL, QUERIES = 1731, 1657  # of its test split
-
-
-def kill_gate_minutes(card: Card, name: str = "smollm2-135m") -> dict[str, float]:
-    """Minutes of `make kill-gate SCALE=full`: four arms, three seeds, all layers adapted.
-
-    Training and evaluation by the roofline of `ours`; loading and BM25 are not in it.
-    """
-    shape, train, test = SHAPES[name], 0.0, 0.0
-    for arm in experiments.ARMS:
-        c = experiments.config("kill_gate", arm, "full", 0)
-        batches = {
-            "embedding": c.embedding_batch * (QUERY + (1 + c.hard_negatives) * DOCUMENT),
-            "reranking": c.reranking_batch * c.group_size * PAIR,
-        }
-        tokens = {
-            "embedding": POOL * DOCUMENT + QUERIES * QUERY,
-            "reranking": (c.reranking_queries or QUERIES) * c.candidates * PAIR,
-        }
-        for task in c.tasks:
-            step = predict(shape, "ours", card, True, batches[task], DOCUMENT, c.ranks)
-            train += c.steps * step["seconds"]
-            batch = predict(shape, "ours", card, False, CARD_BUDGET, DOCUMENT, c.ranks)
-            test += tokens[task] / batch["rate"]
-    seeds = experiments.EXPERIMENTS["kill_gate"].seeds
-    return {"training": seeds * train / 60, "evaluation": seeds * test / 60,
-            "total": seeds * (train + test) / 60}  # fmt: skip

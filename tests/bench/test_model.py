@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import model, roofline
-from bench.roofline import CARDS, Card, Layer, Op, gemm, kill_gate_minutes, memory, predict, seconds
+from bench.roofline import CARDS, Card, Layer, Op, gemm, memory, predict, seconds
 from bench.shapes import SHAPES
 from model.config import DecoderConfig
 
@@ -63,13 +63,6 @@ def test_every_design_is_slower_on_a_slower_card_and_with_more_tokens() -> None:
             for tokens in (16384, 32768)
         )
         assert 1.8 < two / one < 2.01
-
-
-def test_the_kill_gate_fits_a_quarter_of_an_hour() -> None:
-    for card in (A100, H100):
-        found = kill_gate_minutes(card)
-        assert found["total"] == pytest.approx(found["training"] + found["evaluation"])
-        assert 1 < found["total"] < 10
 
 
 def test_the_page(tmp_path, monkeypatch, capsys) -> None:
