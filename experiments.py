@@ -48,7 +48,7 @@ ARMS = {
 }
 
 # Fields of a scale that an arm may change, by its row of TUNED or its `steps_factor`.
-BY_ARM = ("steps", "learning_rate", "clip")
+TUNED_FIELDS = ("steps", "learning_rate", "clip")
 
 SIZED = ("emb-only", "rank-only", "joint-single")
 
@@ -365,7 +365,7 @@ def seeds(experiment: str, setting: str) -> int:
 def plain(experiment: str, scale: str, **overrides) -> Config:
     """The Config of the baselines, the same whatever arms decide. `overrides` (base, ...) win."""
     made = _scaled(experiment, scale, **overrides)
-    return replace(made, **{name: getattr(Config(), name) for name in (*BY_ARM, "probes")})
+    return replace(made, **{name: getattr(Config(), name) for name in (*TUNED_FIELDS, "probes")})
 
 
 def size_of(experiment: str, arm: str, scale: str) -> dict[str, Any]:

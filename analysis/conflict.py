@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from analysis import compare, judge
-from analysis.conflict_figures import CAPTIONS, NAMES, draw_along, draw_heat
+from analysis.conflict_figures import CAPTIONS, SPACE_NAMES, draw_along, draw_heat
 from analysis.figures import label, p_value, span, table
 from analysis.gradients import SPACES, pooled, statistics
 from analysis.page import (
@@ -212,7 +212,7 @@ def between(measured: dict[str, dict[str, Any]], reference: str) -> list[dict[st
     for arm, found in measured.items():
         if arm == reference:
             continue
-        sides = [(NAMES[s], row["cosine"], base["spaces"][s]["cosine"])
+        sides = [(SPACE_NAMES[s], row["cosine"], base["spaces"][s]["cosine"])
                  for s, row in found["spaces"].items()]  # fmt: skip
         theirs = base["spaces"]["w"]["cosine"]
         sides += [(f"expert {name}", row, theirs) for name, row in found["experts"].items()]
@@ -263,7 +263,7 @@ def reading(v: dict[str, Any]) -> str:
     if v["between"] and not sure:
         on = [f"{_plain(row['difference']['detectable'])} for {label(row['arm'])}"
               for row in v["between"]
-              if row["in"] == NAMES["w"] and "detectable" in row["difference"]]  # fmt: skip
+              if row["in"] == SPACE_NAMES["w"] and "detectable" in row["difference"]]  # fmt: skip
         seen = f"; on W what could have been seen is {', '.join(on)}" if on else ""
         said.append(f"No arm's cosine can be told from {label(v['reference'])}'s{seen}.")
     said.append(compare.reading(v))
@@ -275,8 +275,8 @@ def markdown(v: dict[str, Any]) -> str:
     for arm, found in v["gradients"].items():
         for space, row in found["spaces"].items():
             rows.append([
-                label(arm), NAMES[space], *_tested(row["cosine"]), _corrected(row["corrected"]),
-                *_rest(row),
+                label(arm), SPACE_NAMES[space], *_tested(row["cosine"]),
+                _corrected(row["corrected"]), *_rest(row),
             ])  # fmt: skip
         for expert, cosine in found["experts"].items():
             rows.append([label(arm), f"induced on W, expert {expert}", *_tested(cosine), *"-" * 6])
@@ -363,8 +363,3 @@ def _known(values: list[float | None]) -> str:
 
 def _plain(value: float | None) -> str:
     return "-" if value is None else f"{value:.{2 if value >= 0.1 else 3}f}"
-
-
-def summary(v: dict[str, Any]) -> str:
-    """The reading, for a terminal."""
-    return f"{v['experiment']} {v['setting']}: {reading(v)}"

@@ -21,7 +21,7 @@ CAPTIONS = {
     "heat": "Cosine between the tasks' gradients (induced on W) by layer and projection, "
     "averaged over the probes along training, mean over seeds; orange: conflict, blue: agreement.",
 }
-NAMES = {
+SPACE_NAMES = {
     "ab": "(A, B), as trained",
     "w": "the induced gradient on W",
     "along": "of it, along the frozen rows",

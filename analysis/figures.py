@@ -19,7 +19,7 @@ from eval.stats import PIVOT_BELOW, PROCEED_FROM
 
 Arms = Mapping[str, Mapping[int, dict]]  # arm -> seed -> trial as stored
 
-NAMES = ("scores", "curves", "routing")
+FIGURES = ("scores", "curves", "routing")
 WIDTH = 6.8  # inches: both columns
 TASKS = {"embedding": "retrieval", "reranking": "reranking"}  # a task -> its name in the text
 METRIC = "ndcg_cut_10"  # what decides
@@ -76,7 +76,7 @@ def label(arm: str) -> str:
 
 
 def draw(verdict: dict[str, Any], arms: Arms) -> dict[str, Figure]:
-    """What there is to draw, by its name of `NAMES`.
+    """What there is to draw, by its name of `FIGURES`.
 
     verdict: as `judge.judge` returns it; arms: the trials, for their curves.
     """

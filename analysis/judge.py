@@ -24,7 +24,7 @@ JOINT, MOE = "joint-single", "joint-moe"
 NEEDED = (*SPECIALIST.values(), JOINT)  # without all of these there is no verdict
 RIVALS = (MOE, "joint-2r", "joint-3r", "uniform-moe", "oracle-moe")  # may win back the loss
 # What the arms of the rule may differ in; in all else they have to agree to be compared.
-BY_ARM = ("tasks", "experts", "ranks", "router", "router_noise", "expert_dropout", "task_prior",
+MAY_DIFFER = ("tasks", "experts", "ranks", "router", "router_noise", "expert_dropout", "task_prior",
           "always_on", "learning_rate", "clip", "seed")  # fmt: skip
 ORIGIN = ("commit", "sources", "device", "versions")  # one of each, or the report warns
 
@@ -61,7 +61,7 @@ def load(folder: Path) -> tuple[dict, Trials]:
         _comparable(whole, path, first[path.parent.name], ("seed",))
     rule = [first[arm] for arm in (*NEEDED, MOE) if arm in found]
     for path in rule[1:]:
-        _comparable(whole, path, rule[0], BY_ARM)
+        _comparable(whole, path, rule[0], MAY_DIFFER)
     order = dict.fromkeys([*planned(folder), *found])
     return baselines, {arm: dict(sorted(found[arm].items())) for arm in order if arm in found}
 

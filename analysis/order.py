@@ -22,7 +22,7 @@ from trials import Config
 __all__ = ["measure", "summary", "write"]
 ORDERS, QUERIES = 4, 50  # a list is read once for each order, without prefix states
 POINTWISE = "pointwise"
-NAMES = {mode: "by pseudo-query" if mode == "e2rank" else mode for mode in MODES}
+MODE_NAMES = {mode: "by pseudo-query" if mode == "e2rank" else mode for mode in MODES}
 TEXT = """## Order and speed
 
 {queries} queries, their BM25 candidates in {orders} random orders: nDCG@10 × 100 as the mean over
@@ -151,7 +151,7 @@ def section(found: dict[str, dict[str, Any]], gain: dict[str, Any] | None) -> Se
 def gained(gain: dict[str, Any] | None) -> str:
     if gain is None:
         return "Not told: it takes both arms of pointwise and of another way, and several clusters."
-    by_mode = ", ".join(f"{points:+.2f} ({NAMES[m]})" for m, points in gain["by_mode"].items())
+    by_mode = ", ".join(f"{points:+.2f} ({MODE_NAMES[m]})" for m, points in gain["by_mode"].items())
     told = []
     for mode, row in gain["against"].items():
         sure = (
@@ -160,7 +160,7 @@ def gained(gain: dict[str, Any] | None) -> str:
             if row["interval"]
             else ""
         )
-        told.append(f"{NAMES[mode]} {row['difference']:+.2f}{sure}")
+        told.append(f"{MODE_NAMES[mode]} {row['difference']:+.2f}{sure}")
     return (
         f"On reranking MoE adds to a single LoRA, in points: {by_mode}. Against pointwise: "
         f"{'; '.join(told)} (these differences of differences are a family of their own)."
@@ -187,10 +187,11 @@ def reading(found: dict[str, dict[str, Any]], gain: dict[str, Any] | None) -> st
     for mode, row in (gain or {"against": {}})["against"].items():
         if row["p_holm"] is None:
             continue
-        more = mode if row["difference"] > 0 else POINTWISE
+        more, less = (mode, POINTWISE) if row["difference"] > 0 else (POINTWISE, mode)
         said.append(
-            f"Routing adds more {NAMES[more]} than {NAMES[POINTWISE if more == mode else mode]}."
+            f"Routing adds more {MODE_NAMES[more]} than {MODE_NAMES[less]}."
             if row["p_holm"] <= stats.ALPHA
-            else f"Whether routing adds more pointwise or {NAMES[mode]} cannot be told from chance."
+            else f"Whether routing adds more pointwise or {MODE_NAMES[mode]} cannot be told from "
+            "chance."
         )
     return " ".join(said)

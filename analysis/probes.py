@@ -23,7 +23,7 @@ from analysis.page import (
     write_folder,
 )
 
-NAMES = {
+PROPERTY_NAMES = {
     "covered_terms": "covered query terms", "covered_share": "share of terms covered",
     "tf_sum": "sum of TF", "idf_sum": "sum of IDF", "bm25": "BM25",
     "bigrams": "share of query bigrams", "length": "document length (ln)",
@@ -183,7 +183,7 @@ def reading(v: dict[str, Any]) -> str:
     said = []
     base = next(iter(v["probed"].values()))
     held = [
-        f"{NAMES[name]} at layer {first_layer(base, of['layers']) + of['best']} "
+        f"{PROPERTY_NAMES[name]} at layer {first_layer(base, of['layers']) + of['best']} "
         f"({of['layers'][of['best']]['score']['mean']:.2f})"
         for name in INGREDIENTS
         if (of := base["views"]["base"][name])["best"] is not None
@@ -203,7 +203,8 @@ def reading(v: dict[str, Any]) -> str:
             up, down = max(gains, key=lambda n: gains[n]), min(gains, key=lambda n: gains[n])
             said.append(
                 f"Against the same layers of the base, {label(arm)}'s pairs gain most R² on "
-                f"{NAMES[up]} ({gains[up]:+.2f}) and least on {NAMES[down]} ({gains[down]:+.2f})."
+                f"{PROPERTY_NAMES[up]} ({gains[up]:+.2f}) and least on {PROPERTY_NAMES[down]} "
+                f"({gains[down]:+.2f})."
             )
         for what in (HELD, RELEVANCE):
             rows = [row for row in v["tests"] if row["arm"] == arm and
@@ -240,17 +241,17 @@ def markdown(v: dict[str, Any]) -> str:
                 who = "untrained base" if view == "base" else label(arm)
                 where = "all layers" if view == "base" else view
                 layer = str(first_layer(found, of["layers"]) + of["best"])
-                rows.append([who, where, NAMES[name], layer,
+                rows.append([who, where, PROPERTY_NAMES[name], layer,
                              *_cells(of["layers"][of["best"]], view)])  # fmt: skip
                 if view in ("base", "model"):
-                    last.append([who, NAMES[name], *_cells(of["layers"][-1], view)])
+                    last.append([who, PROPERTY_NAMES[name], *_cells(of["layers"][-1], view)])
     unsure = limits(v)
     unsure.insert(0, "Whether the model uses what a probe reads: that needs an intervention.")
     body = BODY.format(
         pairs=one["pairs"],
         portions=", ".join(f"{100 * share:g}" for share in PORTIONS),
         queries=one["queries"],
-        yes=", ".join(NAMES[name] for name in one["binary"]),
+        yes=", ".join(PROPERTY_NAMES[name] for name in one["binary"]),
         recurring=100 * one["recurring"] / one["pairs"],
         arms=compare.arms_section(v),
         table=table(["arm", "view", "property", "layer", *COLUMNS], rows),
@@ -280,7 +281,7 @@ def draw(v: dict[str, Any]) -> Figure:
                 _line(axes, found, "model", name, colour, figures.DASHES[at % 3], label(arm))
             _line(axes, first, "base", name, figures.GREY, ":", "untrained base")
             unit = " (acc.)" if name in first["binary"] else ""
-            axes.set_title(NAMES[name] + unit, fontsize=7)
+            axes.set_title(PROPERTY_NAMES[name] + unit, fontsize=7)
             axes.tick_params(labelsize=7)
         for axes, name in zip(grid[::wide], names[::wide], strict=False):
             axes.set_ylabel("accuracy" if name in first["binary"] else "R²")
@@ -300,8 +301,3 @@ def _line(axes, found: dict[str, Any], view: str, name: str, colour, dash, text:
               markersize=2, linewidth=1, label=text)  # fmt: skip
     shade(axes, at, rows, colour)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-
-
-def summary(v: dict[str, Any]) -> str:
-    """The reading, for a terminal."""
-    return f"{v['experiment']} {v['setting']}: {reading(v)}"

@@ -1,6 +1,7 @@
 """Which report an experiment has, and its writing."""
 
 from pathlib import Path
+from typing import Any
 
 import experiments
 from analysis import (
@@ -20,7 +21,7 @@ from analysis import (
 )
 from model.files import write_text
 
-REPORTS = {  # each has write(folder) and summary(what it wrote)
+REPORTS = {  # each has write(folder), and reading or summary of what it wrote
     "verdict": report,
     "sweep": sweep,
     "pilot": pilot,
@@ -42,7 +43,14 @@ def write(experiment: str, folder: Path, tables: bool = False) -> str:
     tables: tables.tex beside it.
     """
     kind = REPORTS[experiments.EXPERIMENTS[experiment].report]
-    found = kind.summary(kind.write(folder))
+    found = summary(kind, kind.write(folder))
     if tables:
         write_text(folder / "tables.tex", overview.latex((folder / "report.md").read_text()))
     return found
+
+
+def summary(kind: Any, found: dict[str, Any]) -> str:
+    """What a report says, for a terminal."""
+    if hasattr(kind, "summary"):
+        return kind.summary(found)
+    return f"{found['experiment']} {found['setting']}: {kind.reading(found)}"

@@ -41,7 +41,7 @@ from model.unimoer import UniMoER
 from train.batches import TrainingData
 from trials import Config
 
-KINDS = {"document": "embedding", "pair": "reranking"}  # -> the task that sees it
+TASK_OF_KIND = {"document": "embedding", "pair": "reranking"}  # -> the task that sees it
 OTHERS = ("emb-only", "rank-only", "joint-single")  # whose features an arm is held against
 MAPPED = 1000  # texts of each kind on a plane
 Views = dict[str, dict[str, Tensor]]  # kind -> view -> (layers, n, D)
@@ -73,7 +73,7 @@ def _measure(
     experts = model.config.lora.experts
     views: Views = {}
     energy: dict[str, dict] = {}
-    for kind, task in KINDS.items():
+    for kind, task in TASK_OF_KIND.items():
         place_of = {view: folder / f"{kind}-{view}.npy" for view in ("model", "base", "uniform")}
         with crosstalk(model) as energy[kind]:
             views[kind] = {"model": features(model, ids[kind], task, place_of["model"])}
@@ -98,7 +98,7 @@ def _measure(
         "linears": linears(model),
         "crosstalk": energies(energy),
         "maps": {name: {view: plane(views, view, name) for view in ("model", "uniform", "base")
-                        if view in views["pair"]} for name in MAPS},
+                        if view in views["pair"]} for name in MAP_METHODS},
     }  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def overlaps(views: Views) -> list[dict[str, Any]]:
     """
     rows = []
     for layer in range(len(views["pair"]["model"])):
-        e, r = ((views[kind]["model"][layer], views[kind]["base"][layer]) for kind in KINDS)
+        e, r = ((views[kind]["model"][layer], views[kind]["base"][layer]) for kind in TASK_OF_KIND)
         a, b = (with_.mean(0) - without.mean(0) for with_, without in (e, r))
         size = (a.norm() * b.norm()).item()
         rows.append({**stir(e, r), "direction": (a @ b).item() / size if size > 0 else None})
@@ -289,12 +289,12 @@ def umap(x: np.ndarray) -> np.ndarray:
         torch.set_num_threads(threads)  # its compiler sets OpenMP's number for the whole process
 
 
-MAPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"t-SNE": tsne, "UMAP": umap}
+MAP_METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"t-SNE": tsne, "UMAP": umap}
 
 
 def plane(views: Views, view: str, method: str) -> dict[str, list[list[float]]]:
     """A map of the last layer: kind -> (n, 2), documents and pairs in one."""
     rows = {kind: of[view][-1][:MAPPED].numpy() for kind, of in views.items()}
-    found = MAPS[method](np.concatenate(list(rows.values()))).round(3)
+    found = MAP_METHODS[method](np.concatenate(list(rows.values()))).round(3)
     parts = np.split(found, np.cumsum([len(x) for x in rows.values()])[:-1])
     return {kind: part.tolist() for kind, part in zip(rows, parts, strict=True)}

@@ -6,7 +6,7 @@ from typing import Any
 from analysis import judge
 from analysis.figures import label
 from analysis.page import by_seed_less, over_seeds, with_holm
-from analysis.representation_figures import KINDS
+from analysis.representation_figures import KIND_NAMES
 
 SPECIALISTS = ("emb-only", "rank-only")
 UNROUTED = "uniform-moe"  # as many experts, and no routing
@@ -33,7 +33,7 @@ def claims(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             rows.append({"arm": arm, "what": what, "difference": over_seeds(values)})
 
     for arm, found in measured.items():
-        for kind, text in KINDS.items():
+        for kind, text in KIND_NAMES.items():
             near = [found["arms"][kind].get(other, {}).get("by_seed") for other in SPECIALISTS]
             if all(near):
                 what = f"CKA with Emb-Only less with Rank-Only, {text}"

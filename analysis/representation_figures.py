@@ -12,9 +12,9 @@ from analysis import figures
 from analysis.bands import shade
 from analysis.figures import label
 
-KINDS = {"document": "documents (embedding)", "pair": "pairs (reranking)"}
+KIND_NAMES = {"document": "documents (embedding)", "pair": "pairs (reranking)"}
 NAMED = ("embedding", "reranking", "shared")  # experts, each in its colour in every panel
-MAPS = {"tsne": "t-SNE", "umap": "UMAP"}
+MAP_NAMES = {"tsne": "t-SNE", "umap": "UMAP"}
 CAPTIONS = {
     "layers": "CKA with the untrained base by layer: mean over seeds with its 95 % interval.",
     "experts": "CKA of two experts of one model, each alone on the same texts, by layer: mean over "
@@ -28,14 +28,14 @@ CAPTIONS = {
         name: f"{method} of the features behind the last layer, first seed: documents and pairs in "
         "one map for each view; equal weights: the same model with all experts on alike. "
         "Distances between clusters and their sizes mean little in a map."
-        for name, method in MAPS.items()
+        for name, method in MAP_NAMES.items()
     },
 }
 
 
 def draw_layers(v: dict[str, Any]) -> Figure:
     """CKA with the base by layer, a panel a kind of text, a line an arm."""
-    titles = {kind: text.capitalize() for kind, text in KINDS.items()}
+    titles = {kind: text.capitalize() for kind, text in KIND_NAMES.items()}
     figure, panels = _by_layer(v, titles, lambda found, kind: [
         [x for x in row if x is not None] for row in found["base"][kind]
     ])  # fmt: skip
@@ -49,10 +49,10 @@ def draw_experts(v: dict[str, Any]) -> Figure:
     with matplotlib.rc_context(figures.STYLE):
         size = (figures.WIDTH, 0.7 + 1.5 * len(arms))
         figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(len(arms), len(KINDS), sharex=True, sharey=True, squeeze=False)
+        grid = figure.subplots(len(arms), len(KIND_NAMES), sharex=True, sharey=True, squeeze=False)
         for row, (arm, found) in zip(grid, arms.items(), strict=True):
             row[0].set_ylabel(f"{label(arm)}\nCKA")
-            for axes, kind in zip(row, KINDS, strict=True):
+            for axes, kind in zip(row, KIND_NAMES, strict=True):
                 for at, (pair, rows) in enumerate(found["experts"][kind].items()):
                     x = [found["first_layer"] + i for i in range(len(rows))]
                     known = [[value for value in values if value is not None] for values in rows]
@@ -63,7 +63,7 @@ def draw_experts(v: dict[str, Any]) -> Figure:
                               label=pair.replace(" | ", " with "))  # fmt: skip
                     shade(axes, x, known, colour)
                     axes.set_xticks(x)
-        for axes, text in zip(grid[0], KINDS.values(), strict=True):
+        for axes, text in zip(grid[0], KIND_NAMES.values(), strict=True):
             axes.set_title(text.capitalize(), fontweight="bold")
         for axes in grid[-1]:
             axes.set_xlabel("layer")
@@ -156,10 +156,10 @@ def draw_maps(measured: dict[str, dict[int, dict[str, Any]]], method: str) -> Fi
         for axes in grid[len(maps) :]:
             axes.axis("off")
         for axes, (text, found) in zip(grid, maps, strict=False):
-            for at, kind in enumerate(KINDS):
+            for at, kind in enumerate(KIND_NAMES):
                 x = np.array(found[kind])
                 axes.plot(x[:, 0], x[:, 1], "o^"[at], color=figures.EXPERTS[at], markersize=2,
-                          markeredgewidth=0, alpha=0.7, label=KINDS[kind])  # fmt: skip
+                          markeredgewidth=0, alpha=0.7, label=KIND_NAMES[kind])  # fmt: skip
             axes.set_title(text, fontweight="bold", fontsize=7)
             axes.set_xticks([])
             axes.set_yticks([])

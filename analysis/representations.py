@@ -20,8 +20,8 @@ from analysis.page import (
 from analysis.representation_claims import SPECIALISTS, UNROUTED, claims
 from analysis.representation_figures import (
     CAPTIONS,
-    KINDS,
-    MAPS,
+    KIND_NAMES,
+    MAP_NAMES,
     draw_experts,
     draw_layers,
     draw_maps,
@@ -107,7 +107,7 @@ def write(folder: Path) -> dict[str, Any]:
     found["tests"] = claims(found["measured"])
     drawn = {"layers": draw_layers(found), "spectra": draw_spectra(measured),
              "stir": draw_stir(found),
-             **{name: draw_maps(measured, MAPS[name]) for name in MAPS}}  # fmt: skip
+             **{name: draw_maps(measured, MAP_NAMES[name]) for name in MAP_NAMES}}  # fmt: skip
     if any(of["pairs"] for of in found["measured"].values()):
         drawn["experts"] = draw_experts(found)
     write_folder(folder, {"representation.json": found}, markdown(found), drawn)
@@ -127,24 +127,24 @@ def summarise(of: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "base": {
             kind: [[trial["cka"][kind]["model | base"][i] for trial in trials]
                    for i in range(len(first["cka"][kind]["model | base"]))]
-            for kind in KINDS
+            for kind in KIND_NAMES
         },
         "arms": {
             kind: {arm: by_seed([trial["cka_arms"][kind].get(arm, [None])[-1]
                                   for trial in trials])
                    for arm in {a: 0 for trial in trials for a in trial["cka_arms"][kind]}}
-            for kind in KINDS
+            for kind in KIND_NAMES
         },
         "views": {
             kind: {name: over_seeds([trial["cka"][kind][name][-1] for trial in trials])
                    for name in first["cka"][kind]}
-            for kind in KINDS
+            for kind in KIND_NAMES
         },
         "experts": {  # by layer, the seeds' values
             kind: {name: [list(at) for at in zip(*(trial["cka"][kind][name] for trial in trials),
                                                  strict=True)]
                    for name in pairs}
-            for kind in KINDS
+            for kind in KIND_NAMES
         },
         "spectra": {
             expert: {name: over_seeds([
@@ -187,17 +187,17 @@ def _crosstalk(rows: list[dict[str, Any]], expert: str) -> float:
 
 def reading(v: dict[str, Any]) -> str:
     said = []
-    for kind in KINDS:
+    for kind in KIND_NAMES:
         last = [mean(found["base"][kind][-1]) for found in v["measured"].values()]
         alike = [value for value in last if value is not None]
         if alike:
             said.append(
                 f"Behind the last layer the arms lie at CKA {_range(alike)} with the base on "
-                f"{KINDS[kind].split()[0]}."
+                f"{KIND_NAMES[kind].split()[0]}."
             )
     for arm, found in v["measured"].items():
         near = {
-            other: [found["arms"][kind].get(other, NONE)["mean"] for kind in KINDS]
+            other: [found["arms"][kind].get(other, NONE)["mean"] for kind in KIND_NAMES]
             for other in SPECIALISTS
         }
         if arm in near or None in (value for values in near.values() for value in values):
@@ -210,8 +210,9 @@ def reading(v: dict[str, Any]) -> str:
         values = {o: " and ".join(f"{value:.2f}" for value in near[o]) for o in near}
         said.append(
             f"{label(arm)} is nearer to {label(first)} (CKA {values[first]} on "
-            f"{' and '.join(text.split()[0] for text in KINDS.values())}) than to {label(second)} "
-            f"({values[second]}){', which cannot be told from chance' if unsure else ''}."
+            f"{' and '.join(text.split()[0] for text in KIND_NAMES.values())}) than to "
+            f"{label(second)} ({values[second]})"
+            f"{', which cannot be told from chance' if unsure else ''}."
         )
     shared = [
         f"{found['stir'][-1]['stir']['mean']:.2f} in {label(arm)}"
@@ -267,14 +268,14 @@ def _range(values: list[float]) -> str:
 def markdown(v: dict[str, Any]) -> str:
     models, views, spectra, pairs, crosstalk, stir = [], [], [], [], [], []
     for arm, found in v["measured"].items():
-        for kind, text in KINDS.items():
+        for kind, text in KIND_NAMES.items():
             with_base = spread(over_seeds(found["base"][kind][-1]))
             others = [spread(found["arms"][kind].get(other, NONE)) for other in
                       ("emb-only", "rank-only", "joint-single")]  # fmt: skip
             models.append([label(arm), text, with_base, *others])
         for name in found["views"]["pair"]:
             if "model" not in name:
-                cells = [spread(found["views"][kind][name]) for kind in KINDS]
+                cells = [spread(found["views"][kind][name]) for kind in KIND_NAMES]
                 views.append([label(arm), name.replace(" | ", " with "), *cells])
         for expert, row in found["spectra"].items():
             spectra.append([label(arm), expert, *map(spread, row.values())])
@@ -304,7 +305,7 @@ def markdown(v: dict[str, Any]) -> str:
         models=table(["arm", "texts", "base", "Emb-Only", "Rank-Only", "Joint-Single"], models),
         layers=_picture("layers"),
         tests=TESTS + claims_table(v["tests"]) if v["tests"] else "",
-        views=table(["arm", "experts", *KINDS.values()], views) if views else none,
+        views=table(["arm", "experts", *KIND_NAMES.values()], views) if views else none,
         experts=_picture("experts") if any(of["pairs"] for of in v["measured"].values()) else "",
         spectra=table(["arm", "expert", "norm", "effective rank", "stable rank"], spectra),
         pairs=table(["arm", "experts", "read", "by chance", "write", "by chance", "cosine of ΔW"],
@@ -316,15 +317,10 @@ def markdown(v: dict[str, Any]) -> str:
         overlap=_picture("stir"),
         subspaces=subspaces.markdown(v["measured"], label),
         arms=compare.arms_section(v),
-        maps="".join(_picture(name) for name in MAPS),
+        maps="".join(_picture(name) for name in MAP_NAMES),
     )  # fmt: skip
     return frame(v, reading(v), body, unsure)
 
 
 def _picture(name: str) -> str:
     return f"![{name}]({name}.png)\n\n*{CAPTIONS[name]}*\n\n"
-
-
-def summary(v: dict[str, Any]) -> str:
-    """The reading, for a terminal."""
-    return f"{v['experiment']} {v['setting']}: {reading(v)}"

@@ -21,7 +21,7 @@ from analysis.page import (
 from eval import stats
 
 SHIFTS = ("task", "template", "content")
-KINDS = {"query": "queries", "document": "documents", "pair": "pairs"}
+KIND_NAMES = {"query": "queries", "document": "documents", "pair": "pairs"}
 # Whether it is the task or the form of the text that moves the weights: the first two are of one
 # task, the second and third of about one length.
 APART = (("query", "document"), ("document", "pair"), ("query", "pair"))
@@ -116,7 +116,7 @@ def summarise(trials: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "shuffles": first["shuffles"],
         "task": told(lambda trial: trial["task"]),
         "decoded": means(lambda trial: float(np.mean(trial["decoded"]))),
-        "domain": {kind: told(lambda trial, k=kind: trial["domain"][k]) for kind in KINDS},
+        "domain": {kind: told(lambda trial, k=kind: trial["domain"][k]) for kind in KIND_NAMES},
         "shift": {
             name: means(lambda trial, of=name: float(np.mean(trial["shift"][of])))
             for name in first["shift"]
@@ -175,7 +175,7 @@ def _domains(trials: list[dict[str, Any]]) -> dict[str, Any]:
             "texts": row["texts"],
             **{kind: [over_seeds([t["domains"][name][kind][e] for t in trials])
                       for e in range(len(row[kind]))]
-               for kind in KINDS},
+               for kind in KIND_NAMES},
         }
         for name, row in trials[0].get("domains", {}).items()
         if all(name in t.get("domains", {}) for t in trials)
@@ -227,10 +227,10 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
         for at, name in enumerate(found["experts"]):
             roles = [f"{t} {n}" for t, n in found["roles"][name].items() if n]
             experts.append([
-                label(arm), name, *(spread(found["weights"][kind][at]) for kind in KINDS),
+                label(arm), name, *(spread(found["weights"][kind][at]) for kind in KIND_NAMES),
                 f"{100 * found['dead'][name]:.0f} %", ", ".join(roles) or "-",
             ])  # fmt: skip
-        for kind, text in KINDS.items():
+        for kind, text in KIND_NAMES.items():
             domain.append([label(arm), text, *_told(found["domain"][kind])])
     depth = [
         [label(arm), str(found["first_layer"] + i), _scaled(row["nats"], 1 / BIT, ".4f"),
@@ -240,7 +240,7 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
     domains = [
         [label(arm), name, str(row["texts"]), text, *map(spread, row[kind])]
         for arm, found in v["measured"].items() for name, row in found["domains"].items()
-        for kind, text in KINDS.items()
+        for kind, text in KIND_NAMES.items()
     ]  # fmt: skip
     one = next(iter(v["measured"].values()))
     unsure = limits(v)
@@ -256,10 +256,10 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
         task=table([*head, "read off (%)", "shift: task (%)", "template (%)", "content (%)",
                     "entropy, retrieval (nats)", "entropy, reranking", "variance within a task",
                     "between tasks"], task),
-        experts=table(["arm", "expert", *KINDS.values(), "dead", "role (seeds)"], experts),
+        experts=table(["arm", "expert", *KIND_NAMES.values(), "dead", "role (seeds)"], experts),
         layers=f"![layers](layers.png)\n\n*{LAYERS}*\n\n",
         apart=table(
-            ["arm", *(f"{KINDS[a]} and {KINDS[b]}" for a, b in APART)],
+            ["arm", *(f"{KIND_NAMES[a]} and {KIND_NAMES[b]}" for a, b in APART)],
             [[label(arm), *(_scaled(row, 100, ".1f") for row in found["apart"].values())]
              for arm, found in v["measured"].items()],
         ),
@@ -292,10 +292,10 @@ def draw(v: dict[str, Any], measured: dict[str, dict[int, dict[str, Any]]]) -> F
     with matplotlib.rc_context(figures.STYLE):
         size = (figures.WIDTH, 1.7 * len(measured) + 0.4)
         figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(len(measured), len(KINDS), sharey=True, squeeze=False)
+        grid = figure.subplots(len(measured), len(KIND_NAMES), sharey=True, squeeze=False)
         for line, (arm, trials) in zip(grid, measured.items(), strict=True):
             first = next(iter(trials.values()))
-            for axes, (kind, text) in zip(line, KINDS.items(), strict=True):
+            for axes, (kind, text) in zip(line, KIND_NAMES.items(), strict=True):
                 w = np.array([trial["means"][kind] for trial in trials.values()])  # (S, layers, E)
                 at = first["first_layer"] + np.arange(w.shape[1])
                 for e, name in enumerate(first["experts"]):
@@ -312,8 +312,3 @@ def draw(v: dict[str, Any], measured: dict[str, dict[int, dict[str, Any]]]) -> F
             axes.set_xlabel("layer")
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         return figure
-
-
-def summary(v: dict[str, Any]) -> str:
-    """The reading, for a terminal."""
-    return f"{v['experiment']} {v['setting']}: {reading(v)}"

@@ -35,7 +35,7 @@ BY_LAYER = 200
 BLOCK = 50  # shuffles at once, which bounds memory
 DOMAINS = 6  # whose weights are kept
 # kind of input -> the task whose forward pass sees it
-KINDS = {
+TASK_OF_KIND = {
     "query": "embedding",
     "document": "embedding",
     "pair": "reranking",
@@ -142,7 +142,7 @@ def roles(by_task: dict[str, np.ndarray], experts: Sequence[str]) -> dict[str, s
 def summarise(
     weights: dict[str, np.ndarray], domains: Sequence[str], experts: Sequence[str]
 ) -> dict[str, Any]:
-    """Every statistic of the weights (n, layers, E) of each kind in `KINDS`; by layer in lists."""
+    """Every statistic of the weights (n, layers, E) of each kind of text; by layer in lists."""
     of_task = {t: np.concatenate([weights[k] for k in OF_TASK[t]]) for t in TASKS}
     # As many texts of each task, so that the label's entropy is ln 2.
     size = min(map(len, of_task.values()))
@@ -209,7 +209,7 @@ def measure(
     if not model.routers():
         return None
     ids, domains = inputs(evaluation, config.measured)
-    weights = {kind: weigh(model, ids[kind], task) for kind, task in KINDS.items()}
+    weights = {kind: weigh(model, ids[kind], task) for kind, task in TASK_OF_KIND.items()}
     assert model.config.lora is not None
     found = summarise(weights, domains, model.config.lora.experts)
     return {"first_layer": model.config.lora.first_layer, **found}

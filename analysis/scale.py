@@ -388,8 +388,3 @@ def _panel(axes: Axes, v: dict[str, Any], axis: str, task: str) -> None:
     axes.set_xticks([math.log2(n) for n in ticks], names)
     note = " (labels: layers)" if key == "parameters" and len(bases) < 2 else ""
     axes.set_xlabel(f"{text}{note}")
-
-
-def summary(v: dict[str, Any]) -> str:
-    """The reading, for a terminal."""
-    return f"{v['experiment']} {v['setting']}: {reading(v)}"

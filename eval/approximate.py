@@ -11,7 +11,7 @@ from torch import Tensor
 from eval.retrieval import ABSENT, Ids, to_keys
 from eval.vectors import Vectors
 
-KINDS = ("flat", "ivf")
+INDEXES = ("flat", "ivf")
 TRAINING = 64  # vectors for each list that k-means sees; FAISS wants 39 at least
 
 
@@ -27,8 +27,8 @@ def build(vectors: Vectors, kind: str, memory: float, lists: int = 0) -> faiss.I
     Raises:
         ValueError: an unknown kind, more lists than documents, or an index larger than `memory`.
     """
-    if kind not in KINDS:
-        raise ValueError(f"index {kind!r}: expected exact or one of {KINDS}")
+    if kind not in INDEXES:
+        raise ValueError(f"index {kind!r}: expected exact or one of {INDEXES}")
     count, width = vectors.documents, vectors.dimension
     lists = lists or max(1, min(round(4 * count**0.5), count // 39))
     if kind == "ivf" and lists > count:

@@ -6,6 +6,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from eval.metrics import evaluate, mean
 from eval.protocol import EvaluationSet
@@ -16,13 +17,10 @@ METRIC = "ndcg_cut_10"
 
 
 def kendall_tau(first: Sequence[str], second: Sequence[str]) -> float:
-    """Of two orders of the same n >= 2 documents: the share of pairs that both put the same way
-    round, minus the share of the others; 1 for equal orders, -1 for opposite ones."""
+    """Of two orders of the same n >= 2 documents; 1 for equal ones, -1 for opposite ones."""
     at = {document: i for i, document in enumerate(second)}
     assert at.keys() == set(first) and len(at) == len(first) > 1
-    places = np.array([at[document] for document in first])
-    row, column = np.triu_indices(len(places), 1)
-    return float(np.sign(places[column] - places[row]).mean())
+    return float(stats.kendalltau(range(len(at)), [at[document] for document in first])[0])
 
 
 def sensitivity(model: UniMoER, evaluation: EvaluationSet, orders: int) -> dict[str, Any]:

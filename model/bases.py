@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from huggingface_hub import errors, snapshot_download
@@ -51,7 +50,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 SOURCE = "SOURCE.json"
 
 # llama.cpp's names of the tensors of the Llama family, and Hugging Face's
-NAMES = {
+GGUF_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -120,6 +119,8 @@ def convert_gguf(path: Path, folder: Path) -> None:
     Raises ValueError for another architecture or tokenizer, for a tensor that has no Hugging
     Face name, and for a weight that float16 cannot hold.
     """
+    import gguf  # for the default base alone
+
     reader = gguf.GGUFReader(path)
     meta = {key: field.contents() for key, field in reader.fields.items()}
     keys = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
@@ -130,7 +131,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     tensors = {}
     for tensor in reader.tensors:
         place = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
-        if place is None or place[2] not in NAMES:
+        if place is None or place[2] not in GGUF_NAMES:
             raise ValueError(f"{tensor.name} in {path} has no place in a Llama model")
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         if place[2] in heads:
@@ -140,7 +141,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
         if not torch.isfinite(half).all():
             raise ValueError(f"{tensor.name} in {path} has values that float16 cannot hold")
         layer = f"model.layers.{place[1]}." if place[1] else ""
-        tensors[f"{layer}{NAMES[place[2]]}.weight"] = half
+        tensors[f"{layer}{GGUF_NAMES[place[2]]}.weight"] = half
     weights.save(tensors, folder / "model.safetensors", {"format": "pt"})
     _write_json(folder / "config.json", _config(meta, tied="lm_head.weight" not in tensors))
     _tokenizer(meta).save(str(folder / "tokenizer.json"))
@@ -190,6 +191,8 @@ def _config(meta: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def _tokenizer(meta: dict[str, Any]) -> Tokenizer:
+    from gguf import TokenType
+
     tokens, kinds = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     vocab = {token: number for number, token in enumerate(tokens)}
@@ -200,7 +203,7 @@ def _tokenizer(meta: dict[str, Any]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, kinds, strict=True):
-        if kind == gguf.TokenType.CONTROL:
+        if kind == TokenType.CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
     return tokenizer
 

@@ -207,7 +207,7 @@ def test_every_experiment_goes_from_data_to_its_report(
 ) -> None:
     """With a seed each: intervals are missing and said to be."""
     # It compiles itself for half a minute, and is run in analysis/test_representation.py.
-    monkeypatch.setitem(representation.MAPS, "UMAP", lambda x: x[:, :2])
+    monkeypatch.setitem(representation.MAP_METHODS, "UMAP", lambda x: x[:, :2])
     folder = go(experiment, *arms)
     reports.REPORTS.update(real)
     assert reports.write(experiment, folder, tables=True)

@@ -12,7 +12,7 @@ import torch
 import experiments
 from analysis import gradients
 from analysis.conflict import between, pick, summarise, write
-from analysis.conflict_figures import NAMES
+from analysis.conflict_figures import SPACE_NAMES
 from analysis.gradients import HALVES, PAIRS, conflict, pooled, statistics
 from analysis.page import over_seeds
 from eval import stats
@@ -153,7 +153,7 @@ def test_arms_are_compared_at_the_same_seed() -> None:
     base = summarise({seed: [(1, planted({0: 90}))] for seed in (1, 2, 3)})
     arm = summarise({seed: [(1, planted({0: 50 + 10 * seed}))] for seed in (0, 1, 2, 3)})
     rows = between({"joint-single": base, "joint-moe": arm}, "joint-single")
-    assert [row["in"] for row in rows] == list(NAMES.values())
+    assert [row["in"] for row in rows] == list(SPACE_NAMES.values())
     expected = [math.cos(math.radians(x)) for x in (60, 70, 80)]
     for row in rows:
         assert row["arm"] == "joint-moe"

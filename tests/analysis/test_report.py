@@ -17,7 +17,7 @@ from trials import Config
 QUERIES, CLUSTERS = 60, 12
 METRICS = ("ndcg_cut_10", "map", "recip_rank", "recall_100")
 ARMS = ("emb-only", "rank-only", "joint-single", "joint-moe")
-FIGURES = [f"{name}.{kind}" for name in figures.NAMES for kind in ("png", "svg")]
+FIGURES = [f"{name}.{kind}" for name in figures.FIGURES for kind in ("png", "svg")]
 Make = Callable[..., Path]
 
 

@@ -367,12 +367,12 @@ def test_routing_is_held_against_uniform_weights_and_sharing_against_the_special
     assert len(found) == 5
 
 
-@pytest.mark.parametrize("method", representation.MAPS)
+@pytest.mark.parametrize("method", representation.MAP_METHODS)
 def test_a_map_keeps_clusters_apart_and_torch_s_threads(method: str) -> None:
     """Two far groups stay two; the number of threads decides torch's rounding."""
     x = np.concatenate([normal(30, 8).numpy(), 50 + normal(30, 8, seed=1).numpy()])
     before = torch.get_num_threads()
-    made = representation.MAPS[method](x.astype(np.float32))
+    made = representation.MAP_METHODS[method](x.astype(np.float32))
     assert torch.get_num_threads() == before and made.shape == (60, 2)
     first, second = made[:30], made[30:]
     gap = np.linalg.norm(first.mean(0) - second.mean(0))

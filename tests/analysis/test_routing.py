@@ -29,14 +29,14 @@ def weights(**means: tuple[float, float, float]) -> dict[str, np.ndarray]:
     return {
         kind: rng.dirichlet(200 * np.array(means.get(kind.replace(" ", "_"), (1 / 3,) * 3)) + 1e-9,
                             (N, LAYERS))
-        for kind in routing.KINDS
+        for kind in routing.TASK_OF_KIND
     }  # fmt: skip
 
 
 def test_a_router_that_reads_the_task_carries_all_of_it() -> None:
     one = {"embedding": (1.0, 0.0, 0.0), "reranking": (0.0, 1.0, 0.0)}
     found = routing.summarise(
-        {kind: np.tile(one[task], (N, LAYERS, 1)) for kind, task in routing.KINDS.items()},
+        {kind: np.tile(one[task], (N, LAYERS, 1)) for kind, task in routing.TASK_OF_KIND.items()},
         DOMAINS, EXPERTS,
     )  # fmt: skip
     for row in found["task"]:
@@ -100,7 +100,7 @@ def test_weights_that_differ_a_little_are_read_off_and_sure() -> None:
         rng = np.random.default_rng(seed)
         made = {
             kind: np.array(apart.get(kind, (1 / 3,) * 3)) + rng.normal(0, 0.001, (N, 4, 3))
-            for kind in routing.KINDS
+            for kind in routing.TASK_OF_KIND
         }
         trials[seed] = {"first_layer": 2, **routing.summarise(made, DOMAINS, EXPERTS)}
     found = routes.summarise(trials)
@@ -113,7 +113,7 @@ def test_nothing_is_sure_without_information() -> None:
     trials = {}
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        made = {kind: rng.dirichlet((5, 5, 5), (N, 4)) for kind in routing.KINDS}
+        made = {kind: rng.dirichlet((5, 5, 5), (N, 4)) for kind in routing.TASK_OF_KIND}
         trials[seed] = {"first_layer": 2, **routing.summarise(made, DOMAINS, EXPERTS)}
     found = routes.summarise(trials)
     assert found["task"]["sure"] == 0 and abs(found["decoded"]["mean"] - 0.5) < 0.06
@@ -139,7 +139,7 @@ def test_weights_of_a_model_are_those_of_its_texts(
     model, _ = build(config)
     evaluation = EvaluationSet(load(str(data)), model.tokenizer, config, without_states)
     found = measure(model, evaluation, config, 6)
-    assert found is not None and found["texts"] == dict.fromkeys(routing.KINDS, 6)
+    assert found is not None and found["texts"] == dict.fromkeys(routing.TASK_OF_KIND, 6)
     assert len(found["means"]["pair"]) == 2 and found["first_layer"] == 2
     ids, _ = routing.inputs(evaluation, 6)
     alone = [routing.weigh(model, [row], "reranking")[0] for row in ids["pair"]]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import experiments
-from analysis import overview, scale, slopes
+from analysis import overview, reports, scale, slopes
 from eval import stats
 from tests.analysis.made import Maker
 
@@ -227,7 +227,7 @@ def test_published_bases_that_take_each_other_in_are_not_stale(whole: None, tmp_
     settings = sorted((tmp_path / "scale_study").iterdir())
 
     def report(experiment: str, folder: Path) -> str:
-        return scale.summary(scale.write(folder))
+        return reports.summary(scale, scale.write(folder))
 
     for _ in range(2):  # the first report is written before the second setting has one
         for setting in settings:

@@ -29,7 +29,7 @@ def real(tmp_path_factory) -> tuple[Tensor, Vectors, Ids]:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("kind", approximate.KINDS)
+@pytest.mark.parametrize("kind", approximate.INDEXES)
 @pytest.mark.parametrize("k", [1, 6, 150, 1000])
 def test_all_of_it_is_the_exact_answer(tmp_path, kind, dtype, k):
     """A flat index, and lists that are all looked at; hundreds of ties, by the same rule."""

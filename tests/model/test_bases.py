@@ -84,7 +84,7 @@ def write_gguf(path, values=None, arch="llama", extra=None):
     meta |= {"eos_token_id": 2, "unk_token_id": 0, "pad_token_id": 2}
     for name, value in meta.items():
         getattr(writer, f"add_{name}")(value)
-    theirs = {name: other for other, name in bases.NAMES.items()}
+    theirs = {name: other for other, name in bases.GGUF_NAMES.items()}
     for name, value in (values or truth()).items():
         layer = name.removeprefix("model.layers.").split(".")[0]
         inner = name.startswith("model.layers.")
