@@ -320,7 +320,7 @@ def test_what_is_claimed_is_tested_over_seeds() -> None:
     pair = {"outputs_overlap": over_seeds([0.25, 0.26, 0.27]),
             "outputs_by_chance": over_seeds([0.26, 0.26, 0.26])}  # fmt: skip
     measured: Any = {
-        "emb-only": {"arms": {kind: {} for kind in representations.KINDS}, "pairs": {}},
+        "emb-only": {"arms": {kind: {} for kind in representations.KIND_NAMES}, "pairs": {}},
         "joint-moe": {
             "at": [0, 1, 2],
             "arms": {"document": cka, "pair": far},
@@ -342,7 +342,7 @@ def test_what_is_claimed_is_tested_over_seeds() -> None:
 def test_routing_is_held_against_uniform_weights_and_sharing_against_the_specialists() -> None:
     """By seed: 0.10 and 0.12 below Uniform-MoE's, whose first seed the other lacks; 0.2 below and
     0.1 above the specialists' STIR."""
-    none: Any = {kind: {} for kind in representations.KINDS}
+    none: Any = {kind: {} for kind in representations.KIND_NAMES}
 
     def arm(seeds: list[int], overlap: list[float] | None, stir: list[float | None]) -> Any:
         row = {} if overlap is None else {"a | b": {
