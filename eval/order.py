@@ -20,7 +20,8 @@ def kendall_tau(first: Sequence[str], second: Sequence[str]) -> float:
     """Of two orders of the same n >= 2 documents; 1 for equal ones, -1 for opposite ones."""
     at = {document: i for i, document in enumerate(second)}
     assert at.keys() == set(first) and len(at) == len(first) > 1
-    return float(stats.kendalltau(range(len(at)), [at[document] for document in first])[0])
+    found: Any = stats.kendalltau(range(len(at)), [at[document] for document in first])
+    return float(found.statistic)
 
 
 def sensitivity(model: UniMoER, evaluation: EvaluationSet, orders: int) -> dict[str, Any]:
