@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import experiments
-from analysis import judge
+from analysis import forest, judge
 from analysis.figures import TASKS, p_value, percent, span, table
+from analysis.page import save_figure
 from model.files import write_text
 from trials import parts
 
@@ -20,11 +21,18 @@ When does sharing one model between retrieval and reranking hurt, where, and doe
 Under each section: which sources made its trials, and where. Of other sources or another processor
 the same arm scores a little otherwise.
 
-{sections}{missing}
+{sections}{missing}{records}
 ## What it took
 
 {cost}
 {collections}"""
+RECORDS = """
+## Interference, record by record
+
+![interference]({setting}-interference.png)
+
+*{caption}*
+"""
 COLLECTIONS = """
 ## On other collections
 
@@ -35,8 +43,9 @@ first step; `sources`: what made the trials.
 {table}"""
 
 
-def markdown(setting: str, readings: Mapping[str, str], runs: Path) -> str:
-    """readings: experiment -> what its report concludes; experiments without one are missing."""
+def markdown(setting: str, readings: Mapping[str, str], runs: Path, drawn: bool = False) -> str:
+    """readings: experiment -> what its report concludes; experiments without one are missing.
+    drawn: whether the picture of `forest` lies beside the page."""
     sections = []
     for name, text in readings.items():
         first, *rest = [" ".join(line.split()) for line in text.splitlines()]
@@ -49,6 +58,7 @@ def markdown(setting: str, readings: Mapping[str, str], runs: Path) -> str:
     missing = f"\nNot run in this setting: {', '.join(absent)}.\n" if absent else ""
     return PAGE.format(
         setting=setting, missing=missing, sections="\n".join(sections),
+        records=RECORDS.format(setting=setting, caption=forest.CAPTION) if drawn else "",
         cost=cost([runs / name / setting for name in readings]),
         collections=collections(runs, setting),
     )  # fmt: skip
@@ -129,7 +139,10 @@ def write(runs: Path, setting: str, report: Callable[[str, Path], str]) -> dict[
         if judge.trial_files(folder := runs / name / setting)
     }
     if readings:
-        write_text(runs / f"{setting}.md", markdown(setting, readings, runs))
+        records = forest.entries(runs, setting)
+        if drawn := len(records) > 1:
+            save_figure(runs / f"{setting}-interference", forest.draw(records))
+        write_text(runs / f"{setting}.md", markdown(setting, readings, runs, drawn))
     return readings
 
 

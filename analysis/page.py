@@ -70,16 +70,23 @@ def write_folder(
     (part / "report.md").write_text(page, encoding="utf-8")
     for name, content in data.items():
         (part / name).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    with matplotlib.rc_context(figures.STYLE):
-        for name, figure in drawn.items():
-            figure.savefig(part / f"{name}.png", metadata={"Software": None})
-            figure.savefig(part / f"{name}.svg", metadata={"Date": None})
+    for name, figure in drawn.items():
+        save_figure(part / name, figure)
     for path in sorted(part.iterdir()):
         os.replace(path, folder / path.name)
     part.rmdir()
     for name in set(shown).difference(drawn):
         for kind in ("png", "svg"):
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """<path>.png and <path>.svg, each whole or not at all; the same figure gives the same bytes."""
+    with matplotlib.rc_context(figures.STYLE):
+        for kind, made in (("png", "Software"), ("svg", "Date")):
+            part = path.with_name(f".{path.name}.part.{kind}")
+            figure.savefig(part, metadata={made: None})
+            os.replace(part, path.with_name(f"{path.name}.{kind}"))
 
 
 def mean(values: Iterable[float | None]) -> float | None:

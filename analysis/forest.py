@@ -1,0 +1,89 @@
+"""Interference in every record of a setting, side by side: what agrees and how sure each is."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import figures, judge
+from analysis.figures import TASKS
+from eval.stats import ALPHA, PIVOT_BELOW, PROCEED_FROM
+
+CAPTION = (
+    "Interference I in each record of the kill gate (by collection, with its seeds) and of the "
+    "scale study (by layers): 95 % interval over seeds and queries; orange: told from none after "
+    "the correction of its own record; open: the task is not measurable there. Grey: the same "
+    "paired by seed, which was not declared and decides nothing. Shaded: under 1 %, pivot, and 2 % "
+    "or more, proceed. Records have trials in common, and no correction over records is made."
+)
+WIDEST = 40.0  # % either way; an interval beyond is cut
+
+
+def entries(runs: Path, setting: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """name -> task -> interference, interval, measurable, sure, and paired where it is known."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    gates = [judge.read(p) for p in sorted(runs.glob(f"kill_gate/{setting}*/verdict.json"))]
+    ladder = runs / "scale_study" / setting / "scale.json"
+    sizes = judge.read(ladder)["rows"] if ladder.exists() else []
+    sizes = [row for row in sizes if not row.get("missing")]
+    bases = {Path(v["base"]["name"]).name for v in gates} | {row["name"] for row in sizes}
+
+    def named(base: str, name: str) -> str:
+        return f"{base}, {name}" if len(bases) > 1 else name
+
+    for verdict in gates:
+        name = f"{verdict['data']['name']}, {verdict['seeds']} seeds"
+        name = named(Path(verdict["base"]["name"]).name, name)
+        for task, row in verdict["tasks"].items():
+            paired = verdict.get("sensitivity", {}).get(task, {}).get("ways", {}).get("paired", {})
+            entry = {k: row[k] for k in ("interference", "interval", "measurable")}
+            entry |= {"sure": row["p_holm"] is not None and row["p_holm"] <= verdict["alpha"]}
+            _add(found, name, task, entry | {"paired": paired.get("interval")})
+    for row in sizes:
+        layers = "all layers" if row["layers"] is None else f"{row['layers']} layers"
+        entry = {k: row[k] for k in ("interference", "interval", "measurable")}
+        entry |= {"sure": row.get("p_holm", 1.0) <= ALPHA, "paired": None}
+        name = named(row["name"], f"{layers}, rank {row['rank']}, {row['seeds']} seeds")
+        _add(found, name, row["task"], entry)
+    return found
+
+
+def _add(found: dict, name: str, task: str, entry: dict[str, Any]) -> None:
+    if entry["interval"] is not None:
+        found.setdefault(name, {})[task] = entry
+
+
+def draw(found: dict[str, dict[str, dict[str, Any]]]) -> Figure:
+    """A panel a task, a row a record."""
+    with matplotlib.rc_context(figures.STYLE):
+        size = (figures.WIDTH, 0.2 * len(found) + 0.75)
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(1, len(TASKS), sharey=True)
+        for axes, (task, title) in zip(panels, TASKS.items(), strict=True):
+            _panel(axes, [rows.get(task) for rows in found.values()])
+            axes.set_title(title.capitalize(), fontweight="bold")
+            axes.set_xlabel("interference (%)")
+            axes.tick_params(axis="y", length=0)
+        panels[0].set_yticks(range(len(found)), list(found))
+        panels[0].set_ylim(len(found) - 0.4, -0.6)
+        return figure
+
+
+def _panel(axes: Axes, rows: list[dict[str, Any] | None]) -> None:
+    for at, row in enumerate(rows):
+        if row is None:
+            continue
+        colour = figures.COLOURS["joint-single" if row["sure"] else "emb-only"]
+        axes.plot(row["interval"], [at, at], color=colour, linewidth=1.2)
+        axes.plot(row["interference"], at, "o", color=colour, markersize=4.2,
+                  mfc=colour if row["measurable"] else "white")  # fmt: skip
+        if row["paired"]:
+            axes.plot(row["paired"], [at + 0.25] * 2, color=figures.GREY, linewidth=0.8)
+    low, high = axes.get_xlim()
+    low, high = max(low, -WIDEST), min(high, WIDEST)
+    axes.set_xlim(low, high)
+    axes.axvspan(low, PIVOT_BELOW, color="#56B4E9", alpha=0.13, linewidth=0)
+    axes.axvspan(PROCEED_FROM, high, color="#E69F00", alpha=0.16, linewidth=0)
+    axes.axvline(0, color="black", linewidth=0.6, zorder=0)
