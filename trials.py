@@ -224,7 +224,7 @@ class Experiment:
     report: what is made of the trials, a key of analysis.reports.REPORTS.
 
     by_scale: scale -> the arms that take the place of `arms` there. measures: what is measured of
-    every trained model, keys of analysis.measures.MEASURES. contrasts: (arm, against, task, what it
+    every trained model, of analysis.measures.MEASURES. contrasts: (arm, against, task, what it
     would show), the differences that are tested; none: every arm against `reference`. paired:
     (arm, against) whose runs of one seed see the same batches and begin alike, or the one where the
     other ended, so that their scores are compared seed by seed.

@@ -24,34 +24,37 @@ WIDEST = 40.0  # % either way; an interval beyond is cut
 def entries(runs: Path, setting: str) -> dict[str, dict[str, dict[str, Any]]]:
     """name -> task -> interference, interval, measurable, sure, and paired where it is known."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    gates = [judge.read(p) for p in sorted(runs.glob(f"kill_gate/{setting}*/verdict.json"))]
+    paths = sorted(runs.glob(f"kill_gate/{setting}*/verdict.json"))
+    gates = {path.parent.name: judge.read(path) for path in paths}
     ladder = runs / "scale_study" / setting / "scale.json"
     sizes = judge.read(ladder)["rows"] if ladder.exists() else []
     sizes = [row for row in sizes if not row.get("missing")]
-    bases = {Path(v["base"]["name"]).name for v in gates} | {row["name"] for row in sizes}
+    bases = {Path(v["base"]["name"]).name for v in gates.values()} | {row["name"] for row in sizes}
 
     def named(base: str, name: str) -> str:
         return f"{base}, {name}" if len(bases) > 1 else name
 
-    for verdict in gates:
+    for place, verdict in gates.items():
         name = f"{verdict['data']['name']}, {verdict['seeds']} seeds"
         name = named(Path(verdict["base"]["name"]).name, name)
         for task, row in verdict["tasks"].items():
             paired = verdict.get("sensitivity", {}).get(task, {}).get("ways", {}).get("paired", {})
             entry = {k: row[k] for k in ("interference", "interval", "measurable")}
             entry |= {"sure": row["p_holm"] is not None and row["p_holm"] <= verdict["alpha"]}
-            _add(found, name, task, entry | {"paired": paired.get("interval")})
+            _add(found, name, place, task, entry | {"paired": paired.get("interval")})
     for row in sizes:
         layers = "all layers" if row["layers"] is None else f"{row['layers']} layers"
         entry = {k: row[k] for k in ("interference", "interval", "measurable")}
         entry |= {"sure": row.get("p_holm", 1.0) <= ALPHA, "paired": None}
         name = named(row["name"], f"{layers}, rank {row['rank']}, {row['seeds']} seeds")
-        _add(found, name, row["task"], entry)
+        _add(found, name, row["size"], row["task"], entry)
     return found
 
 
-def _add(found: dict, name: str, task: str, entry: dict[str, Any]) -> None:
+def _add(found: dict, name: str, place: str, task: str, entry: dict[str, Any]) -> None:
+    """place: tells records of one name apart."""
     if entry["interval"] is not None:
+        name = f"{name} ({place})" if task in found.get(name, {}) else name
         found.setdefault(name, {})[task] = entry
 
 

@@ -23,6 +23,7 @@ SPECIALIST = stats.SPECIALIST
 JOINT, MOE = "joint-single", "joint-moe"
 NEEDED = (*SPECIALIST.values(), JOINT)  # without all of these there is no verdict
 RIVALS = (MOE, "joint-2r", "joint-3r", "uniform-moe", "oracle-moe")  # may win back the loss
+SAME_SIZE = ("joint-3r", "uniform-moe", "oracle-moe")  # about Joint-MoE's parameters, other routing
 # What the arms of the rule may differ in; in all else they have to agree to be compared.
 MAY_DIFFER = ("tasks", "experts", "ranks", "router", "router_noise", "expert_dropout", "task_prior",
           "always_on", "learning_rate", "clip", "seed")  # fmt: skip
@@ -170,7 +171,7 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
     beside = [
         {"arm": MOE, "against": arm, "task": task}
         | _difference(y[task], labels[task], used, MOE, arm)
-        for arm in RIVALS[1:]
+        for arm in SAME_SIZE
         for task in ready
         if {MOE, arm} <= y[task].keys() and set(used[MOE]) & set(used[arm])
     ]
@@ -302,7 +303,10 @@ def _against(
     """An arm's difference to the joint arm, and what it wins back where that can be told."""
     back, three = None, (SPECIALIST[task], JOINT, arm)
     if arm in RIVALS and found["interval"] and found["interval"][0] > 0:
-        back = stats.won_back(_at_common_seeds(y, used, *three), labels, *three)
+        both = _at_common_seeds(y, used, *three)
+        loss = stats.arm_difference(both, labels, *three[:2])  # at these seeds too
+        if loss.low > 0:
+            back = stats.won_back(both, labels, *three)
     return {
         **_difference(y, labels, used, arm, JOINT),
         "won_back": back and back.value,

@@ -142,6 +142,9 @@ def write(runs: Path, setting: str, report: Callable[[str, Path], str]) -> dict[
         records = forest.entries(runs, setting)
         if drawn := len(records) > 1:
             save_figure(runs / f"{setting}-interference", forest.draw(records))
+        else:
+            for kind in ("png", "svg"):
+                (runs / f"{setting}-interference.{kind}").unlink(missing_ok=True)
         write_text(runs / f"{setting}.md", markdown(setting, readings, runs, drawn))
     return readings
 

@@ -20,13 +20,12 @@ from analysis.figures import (
 OTHER = [(t, m) for t in TASKS for m in METRICS if m != METRIC]
 OTHER.remove(("reranking", "recall_100"))  # the candidates set it, no arm changes it
 AGAINST = (
-    "The other arms against Joint-Single, and Joint-MoE against those of its size, at the seeds "
-    "that both have, in points of nDCG@10 with 95 % intervals; above 0 the first is the better. "
+    "The other arms against Joint-Single, and Joint-MoE against those of about its size, at the "
+    "seeds that both have, in points of nDCG@10 with 95 % intervals; above 0 the first is better. "
     "Holm: p adjusted over all differences of the table, to be held against this look's "
     "level{level}. Detectable: the smallest difference found with 80 % power at Holm's first step. "
-    "Won back: "
-    "what the arm is above Joint-Single as a share of that loss, told only where the loss's "
-    "interval excludes 0, adjusted or not."
+    "Won back: what the arm is above Joint-Single as a share of that loss, told only where the "
+    "loss's interval excludes 0, of all seeds and of these, adjusted or not."
 )
 
 

@@ -68,9 +68,9 @@ def _window_mask(length: int, causal: bool, window: int, device: torch.device) -
 
 @functools.cache
 def _varlen(grouped: bool) -> tuple[Callable[..., Any], dict[str, bool]]:
-    """PyTorch's variable-length attention and how it is told of fewer heads of keys than of
-    queries: up to 2.11 it takes them as they are. Its import takes the compiler in, two seconds,
-    so it waits for a card."""
+    """PyTorch's variable-length attention, and the option that allows fewer heads of keys than of
+    queries: up to PyTorch 2.11 there is none and it is allowed. The import pulls the compiler in,
+    two seconds, so it waits for a card."""
     from torch.nn.attention.varlen import varlen_attn
 
     told = grouped and "enable_gqa" in inspect.signature(varlen_attn).parameters

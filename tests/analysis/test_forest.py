@@ -23,7 +23,7 @@ def runs(tmp_path: Path) -> Path:
     gate("small", "one", sensitivity=ways)
     gate("small-two", "two", tasks={"embedding": task(None, None)})  # one seed
     gate("smoke", "else")
-    size = {"task": "reranking", "layers": 8, "rank": 16, "name": "tiny", "seeds": 3}
+    size = {"size": "8l", "task": "reranking", "layers": 8, "rank": 16, "name": "tiny", "seeds": 3}
     rows = [size | task(0.04, [1.0, 5.0]), {"size": "12l", "task": "reranking", "missing": True}]
     _write(tmp_path / "scale_study" / "small" / "scale.json", {"rows": rows})
     return tmp_path
@@ -42,6 +42,13 @@ def test_entries(runs: Path) -> None:
     assert [one[t]["sure"] for t in ("embedding", "reranking")] == [False, True]
     assert size["reranking"]["sure"] and "embedding" not in size
     assert one["embedding"]["paired"] == [2.0, 4.0] and one["reranking"]["paired"] is None
+
+
+def test_two_records_of_one_name_both_stand(runs: Path) -> None:
+    first = (runs / "kill_gate" / "small" / "verdict.json").read_text()
+    _write(runs / "kill_gate" / "small-on-one" / "verdict.json", json.loads(first))
+    found = forest.entries(runs, "small")
+    assert list(found)[:2] == ["one, 3 seeds", "one, 3 seeds (small-on-one)"]
 
 
 def test_several_bases_are_named(runs: Path) -> None:

@@ -56,10 +56,17 @@ def test_null_by_hand() -> None:
     runs = np.repeat(np.array([0.5, 0.5, 0.4, 0.4])[:, None], 12, axis=1)
     made = null(runs, LABELS)
     assert made is not None
-    assert (made["runs"], made["splits"]) == (4, 6)
+    assert (made["runs"], made["groups"], made["splits"]) == (4, [2, 2], 3)
     assert made["proceed"] == pytest.approx(1 / 6) and made["told"] == pytest.approx(1 / 3)
     assert made["largest"] == pytest.approx(25)
     assert null(runs[:3], LABELS) is None
+
+
+def test_of_many_splits_some_are_drawn() -> None:
+    runs = np.random.default_rng(1).normal(0.5, 0.01, (14, 12))
+    made = null(runs, LABELS)
+    assert made is not None and made["splits"] == sensitivity.MOST  # of 1,716
+    assert made == null(runs, LABELS)
 
 
 def test_null_is_calibrated() -> None:

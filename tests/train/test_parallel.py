@@ -1,4 +1,5 @@
-"""Several processes through torchrun, over gloo: the losses, parameters and scores of one."""
+"""Several processes over gloo, some of them through torchrun: the losses, parameters and scores of
+one."""
 
 import json
 import os
@@ -17,7 +18,7 @@ from eval.protocol import EvaluationSet
 from model import parallel
 from model.prefix import TextSet
 from model.unimoer import UniMoER
-from tests.processes import ranks
+from tests.processes import Command, environments, ranks
 from train import step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +52,11 @@ def by_torchrun(processes: int, arguments: list[str]) -> str:
 def by_itself(processes: int, arguments: list[str], folder: Path) -> str:
     """The same of ranks that are forked, which begin at once."""
     job = ranks(processes, folder, run.main, arguments)
-    codes = [rank.wait() for rank in job]
+    try:
+        codes = [rank.wait() for rank in job]
+    finally:
+        for rank in job:
+            rank.kill()
     text = "".join(rank.text for rank in job)
     assert codes == [0] * processes, text
     return text
@@ -116,7 +121,13 @@ def test_a_killed_process_ends_the_job_and_one_process_finishes_it(
     """The other says what happened, also where FSDP notices first."""
     steps = {"steps": 60, "checkpoint_every": 1}
     arguments = words(tiny_base, tiny_data, tmp_path / "runs", **steps, shard=shard)
-    survivor, killed = ranks(2, tmp_path / "output", run.main, arguments)
+    if shard:  # the real command, to its end
+        survivor, killed = (
+            Command(tmp_path / f"rank{told['RANK']}.txt", *arguments, **told)
+            for told in environments(2)
+        )
+    else:
+        survivor, killed = ranks(2, tmp_path / "output", run.main, arguments)
     log = tmp_path / "runs/kill_gate"
     deadline = time.monotonic() + 200
     try:
