@@ -42,7 +42,7 @@ class Child:
     def wait(self, seconds: float = JOINS) -> int:
         self._process.join(seconds)
         if (code := self.code) is None:
-            self.kill()  # or the session would wait for it at its end
+            self.kill()  # or pytest would wait for it at its end
             raise AssertionError(f"it still ran after {seconds} s: {self.text}")
         return code
 
