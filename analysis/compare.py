@@ -31,7 +31,8 @@ an expert carried under 1 % of the weight in more than half of the layers.
 
 {scores}## {differences_title}
 
-In points of nDCG@10 with 95 % intervals over seeds and queries; above 0 the arm is the better one.
+In points of nDCG@10 with 95 % intervals over seeds and queries, at the seeds that both arms have;
+above 0 the arm is the better one.
 Holm: p adjusted over all {family} differences of this table. Detectable: the smallest difference
 that this run would find with 80 % power at Holm's first step.
 
@@ -121,18 +122,16 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
     for arm, other, task, shows in _pairs(study, y):
         if len(set(labels[task])) < 2:
             continue
-        both = [s for s in arms[arm] if s in arms[other]]
-        at = {a: [list(arms[a]).index(s) for s in both] for a in (arm, other)}
-        paired = y[task][arm][at[arm]] - y[task][other][at[other]]
-        if pairs := (arm, other) in study.paired and len(both) > 1:
-            e = stats.arm_mean({arm: 100 * paired}, labels[task], arm)
-        else:
-            e = stats.arm_difference(y[task], labels[task], arm, other)
+        both = judge.at_common_seeds(y[task], arms, arm, other)
+        if not len(both[arm]):
+            continue
+        pairs = (arm, other) in study.paired and len(both[arm]) > 1
+        e = stats.arm_difference(both, labels[task], arm, other, by_seed=pairs)
         differences.append({
             "arm": arm, "against": other, "task": task, "shows": shows, "paired": pairs,
             "difference": e.value, "interval": e.interval,
             "p": e.p if e.interval else None, "se": e.se if e.interval else None, "df": e.df,
-            "by_seed": (100 * paired.mean(axis=1)).tolist(),
+            "by_seed": (100 * (both[arm] - both[other]).mean(axis=1)).tolist(),
         })  # fmt: skip
     with_holm(differences)
     for row in differences:

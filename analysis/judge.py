@@ -282,7 +282,7 @@ def _difference(
     y: stats.Arms, labels: list[str], used: Trials, arm: str, other: str
 ) -> dict[str, Any]:
     """An arm less another at the seeds that both have: what the others score is no part of it."""
-    both = _at_common_seeds(y, used, arm, other)
+    both = at_common_seeds(y, used, arm, other)
     e = stats.arm_difference(both, labels, arm, other)
     return {
         **{"difference": e.value, "interval": e.interval, "p": e.p if e.interval else None},
@@ -292,7 +292,8 @@ def _difference(
     }
 
 
-def _at_common_seeds(y: stats.Arms, used: Trials, *arms: str) -> dict[str, np.ndarray]:
+def at_common_seeds(y: stats.Arms, used: Trials, *arms: str) -> dict[str, np.ndarray]:
+    """The scores of some arms at the seeds that all of them have. used: the trials behind y."""
     common = set.intersection(*(set(used[arm]) for arm in arms))
     return {a: y[a][[at for at, seed in enumerate(used[a]) if seed in common]] for a in arms}
 
@@ -303,7 +304,7 @@ def _against(
     """An arm's difference to the joint arm, and what it wins back where that can be told."""
     back, three = None, (SPECIALIST[task], JOINT, arm)
     if arm in RIVALS and found["interval"] and found["interval"][0] > 0:
-        both = _at_common_seeds(y, used, *three)
+        both = at_common_seeds(y, used, *three)
         loss = stats.arm_difference(both, labels, *three[:2])  # at these seeds too
         if loss.low > 0:
             back = stats.won_back(both, labels, *three)

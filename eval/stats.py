@@ -178,11 +178,13 @@ def above_reference(arms: Arms, clusters: Clusters, arm: str, reference: np.ndar
     return estimate(value, {arm: 100.0}, y, clusters, -100 * y[BASE][0])
 
 
-def arm_difference(arms: Arms, clusters: Clusters, arm: str, other: str) -> Estimate:
-    """100 * (mean_arm - mean_other), in points (0.01 nDCG)."""
+def arm_difference(
+    arms: Arms, clusters: Clusters, arm: str, other: str, by_seed: bool = False
+) -> Estimate:
+    """100 * (mean_arm - mean_other), in points (0.01 nDCG). by_seed: as of `interference`."""
     y = _checked(arms, [arm, other])
-    value = 100 * float(y[arm].mean() - y[other].mean())
-    return estimate(value, {arm: 100.0, other: -100.0}, y, clusters)
+    value, of = 100 * float(y[arm].mean() - y[other].mean()), paired if by_seed else estimate
+    return of(value, {arm: 100.0, other: -100.0}, y, clusters)
 
 
 def interference(

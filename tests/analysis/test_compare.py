@@ -97,6 +97,24 @@ def test_under_the_null_at_most_a_few_comparisons_are_sure(
     assert false <= 8
 
 
+def test_what_one_arm_scores_at_a_seed_that_the_other_lacks_is_no_difference(made: Maker) -> None:
+    made.arm("task", SAME, seeds=2)
+    made.arm("uniform", SAME)  # with all three
+    before = differences(compare.compare(made.folder, *compare.judge.load(made.folder)))
+    path = made.folder / "sparsegen" / "seed2.json"
+    trial = json.loads(path.read_text())
+    for rows in trial["scores"].values():
+        for row in rows.values():
+            row["ndcg_cut_10"] += 0.2
+    path.write_text(json.dumps(trial))
+    after = differences(compare.compare(made.folder, *compare.judge.load(made.folder)))
+    same = ("difference", "interval", "p", "by_seed")
+    for task in ("embedding", "reranking"):
+        one, other = before["task", task], after["task", task]
+        assert [one[k] for k in same] == [other[k] for k in same]
+        assert before["uniform", task]["difference"] != after["uniform", task]["difference"]
+
+
 def test_missing_arms_and_seeds_are_shown_as_missing(made: Maker) -> None:
     made.arm("task", SAME, seeds=2)
     found = compare.write(made.folder)
