@@ -23,7 +23,7 @@ SPECIALIST = stats.SPECIALIST
 JOINT, MOE = "joint-single", "joint-moe"
 NEEDED = (*SPECIALIST.values(), JOINT)  # without all of these there is no verdict
 RIVALS = (MOE, "joint-2r", "joint-3r", "uniform-moe", "oracle-moe")  # may win back the loss
-SAME_SIZE = ("joint-3r", "uniform-moe", "oracle-moe")  # about Joint-MoE's parameters, other routing
+SAME_SIZE = ("joint-3r", "uniform-moe")  # controls with about Joint-MoE's parameters but no routing
 # What the arms of the rule may differ in; in all else they have to agree to be compared.
 MAY_DIFFER = ("tasks", "experts", "ranks", "router", "router_noise", "expert_dropout", "task_prior",
           "always_on", "learning_rate", "clip", "seed")  # fmt: skip

@@ -10,12 +10,11 @@ from typing import Any
 import scales
 from analysis import arm_table, figures, sensitivity, verdict_tables
 from analysis.figures import TASKS, label, p_value, span
-from analysis.judge import JOINT, MOE, SPECIALIST, judge, load
+from analysis.judge import JOINT, MOE, SAME_SIZE, SPECIALIST, judge, load
 from analysis.page import notes, warnings, write_folder
 from eval import stats
 from trials import parts
 
-SAME_SIZE = ("joint-3r", "uniform-moe")  # controls with Joint-MoE's parameters but no routing
 DECISIONS = ("proceed", "pivot", "more_seeds", "inconclusive")
 PAGE = """# {title}
 
