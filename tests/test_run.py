@@ -716,7 +716,21 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path):
 
 def test_dtypes():
     assert processor.resolve_dtype("float16", "cpu") == "float16"
-    assert processor.resolve_dtype("auto", "cpu") in ("bfloat16", "float16", "float32")
+    assert processor.resolve_dtype("auto", "cpu") in ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize(
+    ("multiplied", "half", "expected"),
+    [(True, 0.5, "bfloat16"), (True, 2.0, "float32"), (False, 0.5, "float32")],
+)
+def test_auto_takes_bfloat16_where_it_is_faster(multiplied, half, expected, monkeypatch):
+    """There are processors with instructions for it that run it at half the speed of float32."""
+    took = {torch.float32: 1.0, torch.bfloat16: half}
+    monkeypatch.setattr(processor, "_multiplies_bfloat16", lambda: multiplied)
+    monkeypatch.setattr(processor, "_seconds", lambda pair: took[pair[0].dtype])
+    processor._bfloat16_is_faster.cache_clear()
+    assert processor.resolve_dtype("auto", "cpu") == expected
+    processor._bfloat16_is_faster.cache_clear()
 
 
 def test_python_m_run():
