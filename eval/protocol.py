@@ -168,11 +168,12 @@ class EvaluationSet:
         """The tokenized texts of a task, made when first needed; the model is not kept."""
         if task not in self._sets:
             c, tokenizer = self.collection, self.tokenizer
+            spread = partial(parallel.spread, device=model.device)
             if task == "embedding":
                 ids = tokenizer.queries([c.queries[q] for q in self.queries])
-                ids += tokenizer.documents([c.corpus[d] for d in self.documents])
+                ids += spread(tokenizer.documents, [c.corpus[d] for d in self.documents])
             else:
-                ids = tokenizer.pairs([(c.queries[q], c.corpus[d]) for q, d in self.pairs])
+                ids = spread(tokenizer.pairs, [(c.queries[q], c.corpus[d]) for q, d in self.pairs])
             self._sets[task] = self._states(model)(ids, f"{self.config.split} {task}")
         return self._sets[task]
 
@@ -242,8 +243,8 @@ class EvaluationSet:
     ) -> None:  # fmt: skip
         """Encode the documents of a window and add them to what was found, at each width."""
         texts = [self.collection.corpus[d] for d in self.documents[start : start + WINDOW]]
-        ids = TextSet(self.tokenizer.documents(texts))
-        vectors = model.embed_all(ids, shared=True, **options)
+        ids = parallel.spread(self.tokenizer.documents, texts, model.device)
+        vectors = model.embed_all(TextSet(ids), shared=True, **options)
         for found, width in zip(best, widths, strict=True):
             found.add(truncate(vectors, width))
 

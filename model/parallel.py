@@ -5,9 +5,10 @@ joined others, and inside `alone`, there is one process of rank 0 and everything
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -163,6 +164,27 @@ def together(rows: Tensor, device: torch.device) -> Tensor:
             add([there])
             part.copy_(there)
     return rows
+
+
+def spread(
+    tokenize: Callable[[Sequence[Any]], list[list[int]]], texts: Sequence[Any], device: torch.device
+) -> list[list[int]]:
+    """`tokenize(texts)`, of which each process has made every n-th.
+
+    tokenize: makes of each text its token ids (below 2^31), whatever the other texts are.
+    """
+    mine = tokenize(texts[rank() :: world()])
+    if world() == 1:
+        return mine
+    lengths = torch.zeros(len(texts), dtype=torch.int64)
+    lengths[rank() :: world()] = torch.tensor([len(ids) for ids in mine], dtype=torch.int64)
+    sizes = together(lengths, device).tolist()
+    whole = torch.zeros(sum(sizes), dtype=torch.int32)
+    rows = whole.split(sizes)
+    for row, ids in zip(rows[rank() :: world()], mine, strict=True):
+        row.copy_(torch.tensor(ids, dtype=torch.int32))
+    together(whole, device)
+    return [row.tolist() for row in rows]
 
 
 @torch.no_grad()
