@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis import compare, judge
+from analysis import compare, judge, roles
 from analysis.conflict_figures import CAPTIONS, SPACE_NAMES, draw_along, draw_heat
 from analysis.figures import label, p_value, span, table
 from analysis.gradients import SPACES, pooled, statistics
@@ -34,7 +34,10 @@ BODY = """\
 
 Cosine of the embedding gradient with the reranking gradient on fixed probe texts, all adapted
 layers and projections as one vector, averaged over the probes along training: mean over seeds with
-its 95 % interval over seeds. Corrected: for the noise of the probe batches (Spearman, from halves
+its 95 % interval over seeds. The probe texts are training texts, so a model has learnt from more of
+them with every probe. Experts are told by their roles, which a learned router deals anew with each
+seed: a task's own is the one that its texts give more weight than the other's do, over the last
+quarter of the steps. Corrected: for the noise of the probe batches (Spearman, from halves
 of the probe set), in the probes whose reliability is 0.3 or more: how many these are, and the raw
 cosine of the same ones, stand behind it. Reliability: of either half of the probe set, the root of
 both tasks' own cosine between halves (all of it, which the raw cosine uses, measures better); the
@@ -92,7 +95,7 @@ def write(folder: Path) -> dict[str, Any]:
         for arm in found["gradients"].values()
         for row in (
             *(space["cosine"] for space in arm["spaces"].values()),
-            *arm["experts"].values(),
+            *(expert["cosine"] for expert in arm["experts"].values()),
         )
     ]
     rows += [row["difference"] for row in found["between"]]
@@ -103,11 +106,15 @@ def write(folder: Path) -> dict[str, Any]:
 
 
 def _watched(trials: dict[int, dict]) -> dict[int, list[tuple[int, Rows]]]:
-    """seed -> (steps done, rows) of each probe."""
-    found = {
-        seed: [(line["step"] + 1, line["gradients"]) for line in t["curve"] if "gradients" in line]
-        for seed, t in trials.items()
-    }
+    """seed -> (steps done, rows) of each probe, the experts by their roles."""
+    found = {}
+    for seed, trial in trials.items():
+        names = {"all": "all", **roles.of_trial(trial)}
+        found[seed] = [
+            (line["step"] + 1,
+             [{**row, "expert": names[row["expert"]]} for row in line["gradients"]])
+            for line in trial["curve"] if "gradients" in line
+        ]  # fmt: skip
     return {seed: probes for seed, probes in found.items() if probes}
 
 
@@ -136,16 +143,16 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
         values = [mean([row[i] for row in by_step]) for i in range(len(probes))]
         return by_seed(values)
 
-    def corrected(space: str) -> dict[str, Any]:
+    def corrected(space: str, expert: str) -> dict[str, Any]:
         """Over the probes that have one, with the raw cosine of the same probes."""
-        fixed, raw = curve(space, "corrected"), curve(space, "cosine")
+        fixed, raw = curve(space, "corrected", expert), curve(space, "cosine", expert)
         known = [[None if f is None else r for f, r in zip(*rows, strict=True)]
                  for rows in zip(fixed, raw, strict=True)]  # fmt: skip
         count = sum(value is not None for row in fixed for value in row)
         at = [step for step, row in zip(steps, fixed, strict=True) if set(row) != {None}]
         same = over_seeds([mean([row[i] for row in known]) for i in range(len(probes))])
         return {
-            **averaged(space, "corrected"),
+            **averaged(space, "corrected", expert),
             "probes": count,
             "of": len(steps) * len(probes),
             "steps": at,
@@ -160,6 +167,15 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
             for found in probes.values()
         ]  # fmt: skip
         return over_seeds([mean([c < 0 for c in of if c is not None]) for of in cosines])
+
+    def whole(space: str, expert: str = "all") -> dict[str, Any]:
+        """All layers and projections together."""
+        return {
+            name: averaged(space, name, expert) for name in STATISTICS if name != "corrected"
+        } | {
+            "corrected": corrected(space, expert),
+            "conflicts": conflicts(space, expert=expert),
+        }
 
     one = next(iter(probes.values()))[steps[-1]]
     layers = sorted({row["layer"] for row in one})
@@ -180,14 +196,7 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
     return {
         "steps": steps,
         "seeds": list(probes),
-        "spaces": {
-            space: {
-                name: averaged(space, name)
-                for name in ("cosine", "reliability", "ratio", "similarity", "removed")
-            }
-            | {"corrected": corrected(space), "conflicts": conflicts(space)}
-            for space in SPACES
-        },
+        "spaces": {space: whole(space) for space in SPACES},
         "curve": {
             space: {
                 name: curve(space, name) for name in ("cosine", "corrected", "reliability", "ratio")
@@ -200,7 +209,7 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
         },
         "layers": {f"{layer}": place(layer=layer) for layer in layers},
         "projections": {p: place(projection=p) for p in projections},
-        "experts": {expert: averaged("w", "cosine", expert) for expert in experts},
+        "experts": {expert: whole("w", expert) for expert in experts},
     }
 
 
@@ -215,7 +224,8 @@ def between(measured: dict[str, dict[str, Any]], reference: str) -> list[dict[st
         sides = [(SPACE_NAMES[s], row["cosine"], base["spaces"][s]["cosine"])
                  for s, row in found["spaces"].items()]  # fmt: skip
         theirs = base["spaces"]["w"]["cosine"]
-        sides += [(f"expert {name}", row, theirs) for name, row in found["experts"].items()]
+        sides += [(f"expert: {name}", row["cosine"], theirs)
+                  for name, row in found["experts"].items()]  # fmt: skip
         for where, mine, other in sides:
             of, to = (dict(zip(side["seeds"], cosines["by_seed"], strict=True))
                       for side, cosines in ((found, mine), (base, other)))  # fmt: skip
@@ -273,13 +283,12 @@ def reading(v: dict[str, Any]) -> str:
 def markdown(v: dict[str, Any]) -> str:
     rows, where, one = [], [], next(iter(v["gradients"].values()))
     for arm, found in v["gradients"].items():
-        for space, row in found["spaces"].items():
-            rows.append([
-                label(arm), SPACE_NAMES[space], *_tested(row["cosine"]),
-                _corrected(row["corrected"]), *_rest(row),
-            ])  # fmt: skip
-        for expert, cosine in found["experts"].items():
-            rows.append([label(arm), f"induced on W, expert {expert}", *_tested(cosine), *"-" * 6])
+        parts = {SPACE_NAMES[space]: row for space, row in found["spaces"].items()}
+        parts |= {f"induced on W, expert: {name}": row for name, row in found["experts"].items()}
+        rows += [
+            [label(arm), name, *_tested(row["cosine"]), _corrected(row["corrected"]), *_rest(row)]
+            for name, row in parts.items()
+        ]
         cells = {**{f"layer {k}": x for k, x in found["layers"].items()}, **found["projections"]}
         where += [
             [label(arm), name, *(_of(x[key], len(found["seeds"]))
@@ -347,7 +356,7 @@ def _corrected(found: dict[str, Any]) -> str:
     if found["mean"] is None:
         return "-"
     count, after = f"{found['probes']} of {found['of']}", _steps(found["steps"])
-    return f"{found['mean']:+.3f} ({count}, after {after}; raw {found['raw']:+.3f})"
+    return f"{spread(found, '+.3f')} ({count}, after {after}; raw {found['raw']:+.3f})"
 
 
 def _steps(steps: list[int]) -> str:

@@ -1,8 +1,9 @@
 """Gradients of one task against the other's, watched along training.
 
-On a fixed probe set, with noise and dropout off, each task has a gradient for each half of its
-probe batches: e_a, e_b (embedding) and r_a, r_b (reranking), one backward pass each. Kept of them
-are their 4 x 4 inner products, for each layer and projection and in four spaces:
+On a fixed probe set of training texts, with noise and dropout off, each task has a gradient for
+each half of its probe batches: e_a, e_b (embedding) and r_a, r_b (reranking), one backward pass a
+batch. Kept of them are their 4 x 4 inner products, for each layer and projection and in four
+spaces:
 
     ab      the coordinates that are trained, (dA, dB). They have a gauge: A -> TA, B -> B inv(T)
             is the same adapter with another cosine
@@ -77,8 +78,15 @@ def unwatched(result: dict[str, Any]) -> dict[str, Any]:
 def measure(model: UniMoER, data: TrainingData, batches: int) -> list[dict[str, Any]]:
     """A row for each layer, projection, expert and space, with the inner products of `HALVES`.
 
-    batches: of each task in each half.
+    batches: of each task in each half, at most half of an epoch's: halves that share a query would
+    agree by that, and pass for reliable.
     """
+    batches = min(batches, *(data.per_epoch(task) // 2 for task in ("embedding", "reranking")))
+    if not batches:
+        raise ValueError(
+            "probes compare two halves, but an epoch has one batch: train on more queries, or take "
+            "smaller batches"
+        )
     training = model.training
     model.eval()
     found = [

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis import ablation, compare, figures, judge
+from analysis import ablation, compare, figures, judge, roles
 from analysis.bands import shade
 from analysis.figures import label, p_value, table
 from analysis.page import (
@@ -32,6 +32,7 @@ PROPERTY_NAMES = {
 }  # fmt: skip
 COLUMNS = ("score", "selectivity", "bits saved", "seeds")
 HELD, RELEVANCE = "BM25 and its ingredients", "relevance"
+OWN = roles.OWN["reranking"]
 INGREDIENTS = ("covered_terms", "tf_sum", "idf_sum", "bm25")  # of BM25, and itself
 BODY = """\
 ## What can be read off
@@ -73,7 +74,10 @@ def write(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no probed model yet: `make probing` makes it")
     found = compare.compare(folder, baselines, arms)
     judge.add_measures(found, measured, "probing")
-    found["probed"] = {arm: summarise(trials) for arm, trials in measured.items()}
+    found["probed"] = {
+        arm: summarise({seed: _by_role(one, arms[arm][seed]) for seed, one in trials.items()})
+        for arm, trials in measured.items()
+    }
     found["tests"] = claims(found["probed"])
     ablated = judge.measured(folder, arms, "ablation")
     found["ablated"] = {
@@ -85,6 +89,14 @@ def write(folder: Path) -> dict[str, Any]:
         drawn["ablation"] = ablation.draw(found["ablated"])
     write_folder(folder, {"probing.json": found}, markdown(found), drawn)
     return found
+
+
+def _by_role(probed: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
+    """With the experts' views under their roles, in an order that is the same for every seed."""
+    names = roles.of_trial(trial)
+    views = {names[v] if v in names else v: rows for v, rows in probed["probes"].items()}
+    first = [view for view in ("model", "base") if view in views]
+    return {**probed, "probes": {v: views[v] for v in (*first, *sorted(set(views) - set(first)))}}
 
 
 def summarise(of: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -135,7 +147,7 @@ def claims(probed: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """What the reading claims, as differences over seeds with Holm's p over all of them.
 
     Of BM25's ingredients in the mean, and of relevance: each arm less the base, each less Rank-Only
-    of the same seed; of the ingredients, an expert named for reranking less every other.
+    of the same seed; of the ingredients, reranking's own expert less every other.
     """
     rows = []
 
@@ -150,13 +162,35 @@ def claims(probed: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             if arm != "rank-only" and "rank-only" in probed:
                 rival = _held(probed["rank-only"], "model", names)
                 add(arm, f"{text}, against {label('rank-only')}", own, rival)
-        for view in found["views"]:
-            if view not in ("model", "base", "reranking") and "reranking" in found["views"]:
-                text = f"{HELD}, expert reranking against {view}"
-                mine, other = (_held(found, name, INGREDIENTS) for name in ("reranking", view))
-                add(arm, text, mine, other)
+        for view in found["views"] if OWN in found["views"] else ():
+            if view not in ("model", "base", OWN):
+                mine, other = (_held(found, name, INGREDIENTS) for name in (OWN, view))
+                add(arm, f"{HELD}, expert: {OWN} against {view}", mine, other)
     with_holm(row["difference"] for row in rows)
     return rows
+
+
+def _selectivity(found: dict[str, Any], name: str) -> float | None:
+    """Of a property in the model, at its best layer, over seeds."""
+    of = found["views"]["model"][name]
+    return None if of["best"] is None else of["layers"][of["best"]]["selectivity"]["mean"]
+
+
+def _unselective(probed: dict[str, dict[str, Any]]) -> str | None:
+    """Which of the claims' properties a probe reads no better than values that have no meaning."""
+    low = [
+        f"{PROPERTY_NAMES[name]} in {label(arm)} ({gap:+.2f})"
+        for arm, found in probed.items()
+        for name in (*INGREDIENTS, "relevant")
+        if (gap := _selectivity(found, name)) is not None and gap <= 0
+    ]
+    if not low:
+        return None
+    return (
+        f"Whether these are held by more than the documents' own look: {', '.join(low)}. There the "
+        "probe does no better than on values drawn at random for each document (selectivity), so "
+        "what it reads it may have learnt document by document."
+    )
 
 
 def _told(row: dict[str, Any]) -> str:
@@ -167,16 +201,18 @@ def _told(row: dict[str, Any]) -> str:
 
 
 def _experts(arm: str, found: dict[str, Any], tested: Sequence[dict[str, Any]]) -> list[str]:
-    """Whether an expert named for reranking holds more of BM25's ingredients than the others."""
-    own = _held(found, "reranking", INGREDIENTS) if "reranking" in found["views"] else {}
-    start = f"{HELD}, expert reranking against "
+    """Whether reranking's own expert holds more of BM25's ingredients than the others."""
+    own = _held(found, OWN, INGREDIENTS) if OWN in found["views"] else {}
+    start = f"{HELD}, expert: {OWN} against "
     gaps = [row for row in tested if row["arm"] == arm and row["what"].startswith(start)]
     if not own or not gaps:
         return []
     others = ", ".join(f"{_told(row)} against {row['what'].removeprefix(start)}" for row in gaps)
     mean = np.mean(list(own.values()))
-    return [f"Of {label(arm)}'s experts the one named for reranking holds BM25 and its ingredients "
-            f"at a mean R² of {mean:.2f}: {others}."]  # fmt: skip
+    return [
+        f"Of {label(arm)}'s experts the one that pairs are given more than other texts holds BM25 "
+        f"and its ingredients at a mean R² of {mean:.2f}: {others}."
+    ]
 
 
 def reading(v: dict[str, Any]) -> str:
@@ -211,7 +247,10 @@ def reading(v: dict[str, Any]) -> str:
                     row["what"].startswith(f"{what}, against ")]  # fmt: skip
             if rows:
                 told = ", ".join(f"{_told(row)} {row['what'].split(', ')[1]}" for row in rows)
-                said.append(f"{label(arm)} on {what}: {told}.")
+                names = INGREDIENTS if what == HELD else ("relevant",)
+                gaps = [gap for n in names if (gap := _selectivity(found, n)) is not None]
+                beside = f"; selectivity {np.mean(gaps):+.2f}" if gaps else ""
+                said.append(f"{label(arm)} on {what}: {told}{beside}.")
         said += _experts(arm, found, v["tests"])
     if max(len(row["seeds"]) for row in v["arms"].values()) == 1:
         said.insert(0, "One seed: what differs between arms may be its own.")
@@ -246,6 +285,8 @@ def markdown(v: dict[str, Any]) -> str:
                 if view in ("base", "model"):
                     last.append([who, PROPERTY_NAMES[name], *_cells(of["layers"][-1], view)])
     unsure = limits(v)
+    if low := _unselective(v["probed"]):
+        unsure.insert(0, low)
     unsure.insert(0, "Whether the model uses what a probe reads: that needs an intervention.")
     body = BODY.format(
         pairs=one["pairs"],

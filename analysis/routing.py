@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from analysis.roles import assign
 from eval.protocol import EvaluationSet
 from model.prefix import TextSet
 from model.router import TASKS
@@ -128,17 +128,6 @@ def decoded(w: np.ndarray, labels: Sequence[Any] | np.ndarray) -> float:
     )))  # fmt: skip
 
 
-def roles(by_task: dict[str, np.ndarray], experts: Sequence[str]) -> dict[str, str]:
-    """Each task's own expert, no expert twice: what favours it most against the other tasks.
-
-    Hungarian assignment on the mean weight of an expert in the task less its mean over tasks.
-    """
-    mean = np.stack([by_task[task] for task in by_task])
-    rows, columns = linear_sum_assignment(-(mean - mean.mean(0)))
-    found = zip(rows.tolist(), columns.tolist(), strict=True)
-    return {list(by_task)[int(i)]: experts[int(j)] for i, j in found}
-
-
 def summarise(
     weights: dict[str, np.ndarray], domains: Sequence[str], experts: Sequence[str]
 ) -> dict[str, Any]:
@@ -175,7 +164,7 @@ def summarise(
         },
         "domains": by_domain(weights, domains),
         "shift": {name: values.tolist() for name, values in shift.items()},
-        "roles": roles({t: m.mean(0) for t, m in by_task.items()}, experts),
+        "roles": assign({t: m.mean(0) for t, m in by_task.items()}, experts),
     }
 
 

@@ -1,8 +1,6 @@
 """What a processor is, and what it multiplies."""
 
-import functools
 import platform
-import time
 from pathlib import Path
 
 import torch
@@ -16,35 +14,20 @@ def name() -> str:
     return (models or [platform.processor() or platform.machine()])[0]
 
 
-def resolve_dtype(name: str, device: str) -> str:
+def resolve_dtype(dtype: str, device: str) -> str:
     """`auto`: bfloat16 where the device multiplies it faster than float32; else float16 on a card,
     float32 on a CPU."""
-    if name != "auto":
-        return name
+    if dtype != "auto":
+        return dtype
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return "bfloat16" if _multiplies_bfloat16() and _bfloat16_is_faster() else "float32"
+    return "bfloat16" if _bfloat16_is_faster() else "float32"
 
 
-def _multiplies_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-@functools.cache
 def _bfloat16_is_faster() -> bool:
-    """Instructions for it promise nothing: of two processors with AVX512-BF16, one ran at 171
-    GFLOP/s where float32 had 312. Timed once a process, in turn."""
-    pairs = [
-        (torch.randn(512, 576).to(dtype), torch.randn(1536, 576).to(dtype))
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    full, half = (
-        min(times) for times in zip(*(map(_seconds, pairs) for _ in range(8)), strict=True)
-    )
-    return half < full
-
-
-def _seconds(pair: tuple[torch.Tensor, torch.Tensor]) -> float:
-    start = time.perf_counter()
-    torch.nn.functional.linear(*pair)
-    return time.perf_counter() - start
+    """AVX512-BF16 promises nothing: without AMX an Intel Xeon ran at 171 GFLOP/s on two cores where
+    float32 had 312; AMD's, and AMX, are faster. Told by its make, not by a clock: a trial that is
+    started again must find the dtype that it had."""
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    return torch.cpu._is_avx512_bf16_supported() and "AMD" in name()

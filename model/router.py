@@ -171,7 +171,9 @@ class Router(nn.Module):
         if config.kind in SIMILARITY:
             size = (len(self.routed), config.pilots, features)
             self.pilots = nn.Parameter(torch.zeros(size), requires_grad=False)
-        self.penalty: Tensor | None = None  # of the rows of the last call, for kinds that have one
+        # Of the rows of the last call: for kinds that have one; before experts were dropped.
+        self.penalty: Tensor | None = None
+        self.given: Tensor | None = None
         self.reset_parameters()
         if config.frozen:
             self.requires_grad_(False)
@@ -267,14 +269,20 @@ class Router(nn.Module):
             logits = self.logits(pooled)
             logits = logits if offset is None else logits + offset
             weights = ROUTES[self.config.kind](self, logits, tasks)
+        self.given = None
         if self.training and self.config.expert_dropout:
+            self.given = self._with_always_on(weights.detach())
             kept = _drawn(torch.rand, weights, part) >= self.config.expert_dropout
             weights = _drop(weights, kept)
-        if self.config.always_on:
-            at = self.experts.index(self.config.always_on)
-            one = torch.ones_like(weights[:, :1])
-            weights = torch.cat((weights[:, :at], one, weights[:, at:]), 1)
-        return weights
+        return self._with_always_on(weights)
+
+    def _with_always_on(self, weights: Tensor) -> Tensor:
+        """(B, routed experts) -> (B, E)."""
+        if not self.config.always_on:
+            return weights
+        at = self.experts.index(self.config.always_on)
+        one = torch.ones_like(weights[:, :1])
+        return torch.cat((weights[:, :at], one, weights[:, at:]), 1)
 
 
 def _drawn(draw: Callable[..., Tensor], like: Tensor, part: Part) -> Tensor:

@@ -720,17 +720,20 @@ def test_dtypes():
 
 
 @pytest.mark.parametrize(
-    ("multiplied", "half", "expected"),
-    [(True, 0.5, "bfloat16"), (True, 2.0, "float32"), (False, 0.5, "float32")],
+    ("make", "avx", "amx", "expected"),
+    [
+        ("AMD EPYC 9R14", True, False, "bfloat16"),
+        ("Intel(R) Xeon(R) Processor", True, True, "bfloat16"),
+        ("Intel(R) Xeon(R) Processor", True, False, "float32"),
+        ("AMD EPYC 7B13", False, False, "float32"),
+    ],
 )
-def test_auto_takes_bfloat16_where_it_is_faster(multiplied, half, expected, monkeypatch):
+def test_auto_takes_bfloat16_where_it_is_faster(make, avx, amx, expected, monkeypatch):
     """There are processors with instructions for it that run it at half the speed of float32."""
-    took = {torch.float32: 1.0, torch.bfloat16: half}
-    monkeypatch.setattr(processor, "_multiplies_bfloat16", lambda: multiplied)
-    monkeypatch.setattr(processor, "_seconds", lambda pair: took[pair[0].dtype])
-    processor._bfloat16_is_faster.cache_clear()
+    monkeypatch.setattr(processor, "name", lambda: make)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert processor.resolve_dtype("auto", "cpu") == expected
-    processor._bfloat16_is_faster.cache_clear()
 
 
 def test_python_m_run():

@@ -187,11 +187,14 @@ class TrainingData:
                 pairs.append((collection.queries[query], collection.corpus[document]))
         self.reranking_texts = states(tokenizer.pairs(pairs), "training pairs")
 
+    def per_epoch(self, task: str) -> int:
+        """Batches of a task in an epoch."""
+        return len(self.used[task]) // getattr(self.config, f"{task}_batch")
+
     def _batch_queries(self, task: str, step: int, size: int, seed: int | None) -> list[str]:
         """The step's queries: each epoch is a permutation of its own."""
         order = list(self.used[task])
-        per_epoch = len(order) // size
-        epoch, at = divmod(step, per_epoch)
+        epoch, at = divmod(step, len(order) // size)
         random.Random(f"{self._seed(seed)} {task} {epoch}").shuffle(order)
         return order[at * size : (at + 1) * size]
 

@@ -48,7 +48,8 @@ def routing_line(
     """Mean weights by task, their entropy in nats, and an alarm when an expert is dead.
 
     The alarm names each expert whose mean weight over the whole mixed batch is below 0.01 in more
-    than half of the layers.
+    than half of the layers. routing: by task and layer, before experts are dropped: where the one
+    that has nearly all is dropped, those that carry nothing have its weight.
     """
     line: dict = {}
     for task, layers in routing.items():
@@ -123,7 +124,7 @@ def train(
                 router.anneal = 1 - step / config.steps
             line: dict = {"step": step, "learning_rate": config.learning_rate * share, "tokens": 0}
             rest = torch.zeros((), device=model.device)  # losses of no task
-            routing, ids = {}, {}
+            routing, given, ids = {}, {}, {}
             penalties: list[Tensor] = []
             weighted: dict[str, Tensor] = {}
             carries: list[Callable[[], None]] = []
@@ -132,7 +133,7 @@ def train(
                 line["tokens"] += work.tokens
                 made = run(model, work, config.cached_tokens)
                 loss = work.loss(made.rows)
-                routing[task], ids[task] = made.routing, work.ids
+                routing[task], given[task], ids[task] = made.routing, made.given, work.ids
                 weighted[task] = task_weight[task] * loss
                 penalties += [rows.mean() for rows in made.penalties]
                 carries.append(made.carry)
@@ -147,7 +148,7 @@ def train(
                 if penalties:
                     rest = rest + config.penalty_weight * torch.stack(penalties).mean()
                 # Where the router learns nothing, an idle expert is so by design.
-                line |= routing_line(routing, config.experts, config.router not in NOT_LEARNED)
+                line |= routing_line(given, config.experts, config.router not in NOT_LEARNED)
             optimizer.zero_grad(set_to_none=True)
             total = torch.stack(list(weighted.values())).sum() + rest
             trained = list(parameters.values())

@@ -185,12 +185,13 @@ class Made:
 
     rows: vectors (n, D), scores (n,) or marks (n, K + 2, W), in the order of the work's indices.
     routing: weights (n, E) of each routed layer, or of all tokens where they are routed, in some
-    order. penalties: of the routers that have one, (n,). carry: finishes a backward pass that has
-    reached these.
+    order. given: the same before experts were dropped; without dropping, `routing`. penalties: of
+    the routers that have one, (n,). carry: finishes a backward pass that has reached these.
     """
 
     rows: Tensor
     routing: list[Tensor]
+    given: list[Tensor]
     penalties: list[Tensor]
     carry: Callable[[], None]
 
@@ -215,7 +216,7 @@ def run(model: UniMoER, work: Work, cached_tokens: int = 0) -> Made:
     random, cached = _RandomState(model, work, rank), len(parts) > 1
 
     def forward(number: int) -> list[Tensor]:
-        """Of one part: rows, routing weights, penalties."""
+        """Of one part: rows, routing weights, penalties, weights before experts were dropped."""
         part = parts[number] or shares[rank][:1]
         chosen = [work.indices[order[i]] for i in part]
         batch, states = work.texts.batch(chosen, device, model.dtype)
@@ -223,13 +224,17 @@ def run(model: UniMoER, work: Work, cached_tokens: int = 0) -> Made:
             batch = replace(batch, part=Part.of(sizes, part, device))
             random.restore(number)
         made, routing = work.read(model, batch, states)
-        penalties = [r.penalty for r in model.routers().values() if r.penalty is not None]
-        outputs = [made, *routing, *penalties]
+        routers = model.routers().values()
+        penalties = [r.penalty for r in routers if r.penalty is not None]
+        given = [r.given for r in routers if r.given is not None]
+        outputs = [made, *routing, *penalties, *given]
         return outputs if parts[number] else [output[:0] for output in outputs]
 
     with torch.set_grad_enabled(not cached):
         found = [forward(number) for number in range(len(parts))]
-    layers = len(found[0]) - 1 - sum(r.penalty is not None for r in model.routers().values())
+    routers = model.routers().values()
+    before = sum(r.given is not None for r in routers)
+    layers = len(found[0]) - 1 - before - sum(r.penalty is not None for r in routers)
     mine = [torch.cat(of) if cached else of[0] for of in zip(*found, strict=True)]
     if cached:
         mine = [output.requires_grad_() for output in mine]
@@ -259,7 +264,9 @@ def run(model: UniMoER, work: Work, cached_tokens: int = 0) -> Made:
     whole = [_all(output, rows if k else texts) for k, output in enumerate(mine)]
     back = torch.empty(len(order), dtype=torch.int64)
     back[[order[i] for share in shares for i in share]] = torch.arange(len(order))
-    return Made(whole[0][back.to(device)], whole[1 : 1 + layers], whole[1 + layers :], carry)
+    routing, rest = whole[1 : 1 + layers], whole[1 + layers :]
+    penalties, given = rest[: len(rest) - before], rest[len(rest) - before :]
+    return Made(whole[0][back.to(device)], routing, given or routing, penalties, carry)
 
 
 def _parts(share: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import experiments
-from analysis import gradients
+from analysis import gradients, roles
 from analysis.conflict import between, pick, summarise, write
 from analysis.conflict_figures import SPACE_NAMES
 from analysis.gradients import HALVES, PAIRS, conflict, pooled, statistics
 from analysis.page import over_seeds
 from eval import stats
+from eval.collections import load
+from experiments import MOE
 from model.lora import LinearGroup
 from tests.analysis.made import Maker
 from tests.train.tiny import build, tiny_config, write_collection
@@ -237,9 +239,58 @@ def test_an_angle_planted_in_a_model_is_found_there(
             assert found["layers"][layer]["cosine"]["mean"] == pytest.approx(cosine, abs=1e-4)
     else:
         # Half of an expert's linears, those of layer 3, are at an angle of 0.
-        means = {name: row["mean"] for name, row in found["experts"].items()}
-        assert means == pytest.approx({"embedding": 1, "reranking": 0.25, "shared": 0.5}, abs=1e-4)
+        for name, cosine in {"embedding": 1, "reranking": 0.25, "shared": 0.5}.items():
+            row = found["experts"][name]
+            # Either half of the probes is the same here, and both tasks' gradients are as long.
+            assert row["cosine"]["mean"] == pytest.approx(cosine, abs=1e-4)
+            assert row["corrected"]["mean"] == pytest.approx(cosine, abs=1e-4)
+            assert row["reliability"]["mean"] == pytest.approx(1, abs=1e-4)
+            assert row["ratio"]["mean"] == pytest.approx(1, abs=1e-4)
+            if name != "shared":  # whose right angles fall to either side
+                assert row["conflicts"]["mean"] == (0.5 if name == "reranking" else 0)
         assert found["layers"]["3"]["cosine"]["mean"] == pytest.approx(1, abs=1e-4)
+
+
+def test_experts_of_a_learned_router_are_told_by_their_roles(tmp_path: Path) -> None:
+    """Two seeds that dealt the roles the other way round: by role the cosines are alike."""
+    maker = Maker(tmp_path / "gradient_conflict" / "smoke")
+    maker.baselines()
+    maker.arm("joint-moe", {"embedding": 0.5, "reranking": 0.4}, seeds=2)
+    for seed, (first, second) in enumerate([(60, 120), (120, 60)]):
+        path = maker.folder / "joint-moe" / f"seed{seed}.json"
+        trial = json.loads(path.read_text())
+        trial["config"] |= {"experts": ["a", "b"], "ranks": [16, 16]}
+        weights = [[0.8, 0.2], [0.2, 0.8]]
+        line = trial["curve"][-1]
+        line["weights_embedding"], line["weights_reranking"] = weights[seed], weights[1 - seed]
+        line["gradients"] = [
+            {**row, "expert": name}
+            for name, degrees in (("all", 90), ("a", first), ("b", second))
+            for row in planted({0: degrees})
+        ]
+        path.write_text(json.dumps(trial))
+    experts = write(maker.folder)["gradients"]["joint-moe"]["experts"]
+    for task, cosine in (("embedding", 0.5), ("reranking", -0.5)):
+        assert experts[roles.OWN[task]]["cosine"]["seeds"] == pytest.approx([cosine] * 2, abs=1e-6)
+
+
+def test_halves_of_the_probes_share_no_query(tiny_base: Path, tiny_data: Path, monkeypatch) -> None:
+    config = replace(tiny_config(tiny_base, tiny_data), **MOE)
+    model, data = build(config, load(str(tiny_data)))
+    asked = []
+
+    def gradient(model, data, task, batches):
+        asked.append(list(batches))
+        named = {n: torch.ones_like(p) for n, p in model.trained().items() if ".lora_" in n}
+        return named
+
+    monkeypatch.setattr(gradients, "task_gradient", gradient)
+    half = min(data.per_epoch(task) for task in ("embedding", "reranking")) // 2
+    gradients.measure(model, data, 1000)
+    assert half and asked == [list(range(half)), list(range(half, 2 * half))] * 2
+    monkeypatch.setattr(data, "per_epoch", lambda task: 1)
+    with pytest.raises(ValueError, match="an epoch has one batch"):
+        gradients.measure(model, data, 1)
 
 
 def tangent(a: torch.Tensor, b: torch.Tensor, seed: int) -> list[torch.Tensor]:

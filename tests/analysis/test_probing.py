@@ -9,7 +9,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from analysis import probes, probing
+from analysis import probes, probing, roles
 from analysis.page import over_seeds
 from eval import stats
 
@@ -203,9 +203,9 @@ def test_what_probes_claim_is_tested_over_seeds() -> None:
             "model": ([[0.5, 0.6], [0.1, 0.1]], [0.7, 0.8]), "base": base}),
         "joint-moe": probed([1, 0], {
             "model": ([[0.4, 0.5], [0.2, 0.2]], [0.6, 0.7]), "base": base,
-            "embedding": ([[0.2, 0.4], [0.1, 0.1]], [0.6, 0.6]),
-            "reranking": ([[0.5, 0.5], [0.1, 0.1]], [0.6, 0.6]),
-            "shared": ([[0.5, 0.5], [0.1, 0.1]], [0.6, 0.6])}),
+            roles.OWN["embedding"]: ([[0.2, 0.4], [0.1, 0.1]], [0.6, 0.6]),
+            roles.OWN["reranking"]: ([[0.5, 0.5], [0.1, 0.1]], [0.6, 0.6]),
+            "the other": ([[0.5, 0.5], [0.1, 0.1]], [0.6, 0.6])}),
         "late": probed([7], {"model": ([[0.4], [0.2]], [0.6]), "base": ([[0.3], [0.3]], [0.6])}),
     })  # fmt: skip
     seeds = {(row["arm"], row["what"]): row["difference"]["seeds"] for row in found}
@@ -215,10 +215,23 @@ def test_what_probes_claim_is_tested_over_seeds() -> None:
     # Its first seed is 1, where Rank-Only has 0.6 and 0.8.
     assert seeds["joint-moe", f"{held}, against Rank-Only"] == pytest.approx([-0.2, 0.0])
     assert seeds["joint-moe", "relevance, against Rank-Only"] == pytest.approx([-0.2, 0.0])
-    expert = f"{held}, expert reranking against"
-    assert seeds["joint-moe", f"{expert} embedding"] == pytest.approx([0.3, 0.1])
-    assert seeds["joint-moe", f"{expert} shared"] == pytest.approx([0.0, 0.0])
+    expert = f"{held}, expert: reranking's own against"
+    assert seeds["joint-moe", f"{expert} embedding's own"] == pytest.approx([0.3, 0.1])
+    assert seeds["joint-moe", f"{expert} the other"] == pytest.approx([0.0, 0.0])
     assert ("late", f"{held}, against Rank-Only") not in seeds and len(seeds) == 10
     tested = [row["difference"] for row in found if row["difference"]["p"] is not None]
     assert [row["p_holm"] for row in tested] == stats.holm([row["p"] for row in tested])
     assert len(tested) == 8  # one seed has no p
+
+
+def test_what_random_values_do_as_well_is_said() -> None:
+    def layer(selectivity: float) -> dict:
+        return {"best": 0, "layers": [{"selectivity": over_seeds([selectivity, selectivity])}]}
+
+    names = (*probes.INGREDIENTS, "relevant")
+    gaps = {**dict.fromkeys(names, 0.2), "bm25": -0.1, "relevant": 0.0}
+    told = probes._unselective({"rank-only": {"views": {"model": {
+        name: layer(gap) for name, gap in gaps.items()}}}})  # fmt: skip
+    assert told and "BM25 in Rank-Only (-0.10), relevant in Rank-Only (+0.00)." in told
+    gaps = {"views": {"model": {name: layer(0.2) for name in names}}}
+    assert probes._unselective({"rank-only": gaps}) is None

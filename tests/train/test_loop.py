@@ -525,8 +525,12 @@ def test_the_line_averages_weights_and_entropy():
     assert line["entropy_embedding"] == round(0.75 * math.log(2), 4)
 
 
-def test_training_raises_the_alarm_for_a_dead_expert_and_not_otherwise(tiny, collection, tmp_path):
-    config = replace(tiny, **MOE, router="softmax", steps=2)
+@pytest.mark.parametrize("fields", [{}, {"expert_dropout": 0.5, "cached_tokens": 64}])
+def test_training_raises_the_alarm_for_a_dead_expert_and_not_otherwise(
+    tiny, collection, tmp_path, fields
+):
+    """Also where dropping the others gives it all of many a text's weight."""
+    config = replace(tiny, **MOE, router="softmax", steps=2, **fields)
     model, data = build(config, collection)
     assert not any("alarm" in line for line in train(model, data, config, tmp_path / "alive"))
     model, data = build(config, collection)
@@ -535,6 +539,7 @@ def test_training_raises_the_alarm_for_a_dead_expert_and_not_otherwise(tiny, col
             router.down.bias[2] = -20.0
     log = train(model, data, config, tmp_path / "dead")
     assert [line.get("alarm") for line in log] == ["collapse: shared carry no weight"] * 2
+    assert {line["weights_embedding"][2] for line in log} == {0}
 
 
 def test_noise_and_prior_anneal_to_nothing(tiny, collection, tmp_path):
