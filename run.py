@@ -6,6 +6,7 @@ One trial is config -> train -> evaluate -> one JSON under runs/<experiment>/<se
 import argparse
 import shutil
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,9 +28,8 @@ from analysis import (
 from eval import hub, stages
 from eval.collections import require_split
 from eval.command import exit_status
-from eval.machine import device_name
-from eval.protocol import show_row
-from eval.provenance import sources
+from eval.machine import device_name, peak_bytes
+from eval.provenance import made_by, sources
 from kernels.choice import KERNELS, use_triton
 from model import bases, parallel
 from model.config import DTYPES
@@ -66,12 +66,13 @@ def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> N
     of = "".join(f", {name} {value}" for name, value in size.items())
     if (result := reuse.stored(path, plain, bench)) is None:
         if (result := reuse.baselines_elsewhere(path, plain, bench)) is None:
-            result = run_baselines(plain, bench, lambda arm, s: show_row(arm + of, None, s), path)
-            finish(path, result)
-            return
+            show = reports.show_row
+            result = run_baselines(plain, bench, lambda arm, s: show(arm + of, None, s), path)
+            return finish(path, result)
         finish(path, result)
-    show_row("bm25", None, result["bm25"])
-    show_row("untrained base" + of, None, result["untrained"])
+    stages.discard(path)  # of a process that was killed between the two steps of `finish`
+    reports.show_row("bm25", None, result["bm25"])
+    reports.show_row("untrained base" + of, None, result["untrained"])
 
 
 def chosen_arms(args: argparse.Namespace) -> dict[str, dict]:
@@ -129,6 +130,7 @@ def planned(
 
 
 def command_run(args: argparse.Namespace) -> None:
+    began, computed = time.perf_counter(), 0
     sources("analysis")  # of measures: as it is now, not when the first is taken
     own = hub.own_split(parts(args.data or Config().data)[0])  # as its authors measure it
     split = args.split or (own if own != Config().split else None)
@@ -172,6 +174,7 @@ def command_run(args: argparse.Namespace) -> None:
         plain = experiments.plain(args.experiment, args.scale, **{**size, **overrides})
         plain = resolved(plain, device)
         show_baselines(folder / name, plain, bench, size)
+    rows_after = time.perf_counter() - began
     for arm, config in trials:
         place = folder / arm / f"seed{config.seed}"
         path = place.with_suffix(".json")
@@ -179,20 +182,26 @@ def command_run(args: argparse.Namespace) -> None:
             with owned(place), tracking.tracked(args.wandb, place, config) as track:
                 # Another process may have finished it since.
                 result = reuse.stored(path, config, bench) or reuse.taken_over(path, config, bench)
-                result = result or run_trial(
-                    config, arm, place, bench, track.beside(gradients.watch)
-                )
+                if result is None:
+                    computed += 1
+                    result = run_trial(config, arm, place, bench, track.beside(gradients.watch))
                 finish(path, result)
                 track.end(result)
-        show_row(arm, config.seed, result["scores"])
+        reports.show_row(arm, config.seed, result["scores"])
         if parallel.rank() == 0:
             with parallel.alone():
                 forget(place)
+                stages.discard(path)
                 for name in experiments.EXPERIMENTS[args.experiment].measures:
                     measures.look_into(place, name, config, bench)
     if parallel.rank() == 0:
-        print(reports.write(args.experiment, folder))
-        print(f"report: {folder / 'report.md'}")
+        print(reports.write(args.experiment, folder), f"report: {folder / 'report.md'}", sep="\n")
+        if computed == len(trials):  # all of them now, so that it can be told how long they take
+            seconds = time.perf_counter() - began
+            row = {"seconds": seconds, "baselines_after": rows_after, "trials": computed}
+            row |= {"dtype": first.dtype, "peak_bytes": peak_bytes(device)}
+            write_json(folder / "took.json", row | made_by(device))
+            print(f"{computed} trials took {seconds / 60:.1f} minutes")
     plain = resolved(experiments.plain(args.experiment, args.scale, **overrides), device)
     folders = [evaluate(d, there, args, plain, trials) for d, there in elsewhere.items()]
     if folders and parallel.rank() == 0:
@@ -225,7 +234,7 @@ def evaluate(
         if result is None:
             result = measure_trial(config, arm, source, bench, path)
             finish(path, result)
-        show_row(arm, config.seed, result["scores"])
+        reports.show_row(arm, config.seed, result["scores"])
     if parallel.rank() == 0:
         print(reports.write(args.experiment, folder))
         print(f"report: {folder / 'report.md'}")

@@ -19,7 +19,11 @@ from analysis import (
     scale,
     sweep,
 )
+from eval.metrics import mean
+from eval.protocol import Scores
+from model import parallel
 from model.files import write_text
+from model.router import TASKS
 
 REPORTS = {  # each has write(folder), and reading or summary of what it wrote
     "verdict": report,
@@ -54,3 +58,14 @@ def summary(kind: Any, found: dict[str, Any]) -> str:
     if hasattr(kind, "summary"):
         return kind.summary(found)
     return f"{found['experiment']} {found['setting']}: {kind.reading(found)}"
+
+
+def show_row(arm: str, seed: int | None, scores: dict[str, Scores]) -> None:
+    """One row of the running table: nDCG@10 of each task."""
+    if parallel.rank() > 0:
+        return
+    cells = [
+        f"{mean(scores[task], 'ndcg_cut_10'):.4f}" if task in scores else "-" for task in TASKS
+    ]
+    name = arm if seed is None else f"{arm} seed {seed}"
+    print(f"{name:<24} retrieval {cells[0]:>7}   reranking {cells[1]:>7}", flush=True)

@@ -184,7 +184,7 @@ def measure(
     Args:
         at: the folders of published models. stages: have what an earlier call finished.
     """
-    scores, models, held, model = {}, [], None, None
+    scores, models, held, model, vectors = {}, [], None, None, None
     for task, source in (("embedding", row.embedder), ("reranking", row.reranker)):
         if source is None:
             continue
@@ -201,20 +201,16 @@ def measure(
         if row.untrained:
             scores = part.untrained(model, progress=True, keep=stages)
             break
-        if row.pseudo_query:  # which reranks with retrieval's vectors: they are not kept
+        if row.pseudo_query:
             assert row.embedder == source, "a pseudo-query is held against retrieval's vectors"
-            if task == "embedding":
-                (scores[task],), vectors = part.retrieved(model, progress=True, keep=stages)
-            else:
-                asked = {"vectors": vectors, "asked": row.pseudo_query}
-                scores[task] = part.reranking(model, progress=True, keep=stages, **asked)
-        elif task == "embedding":
-            scores[task] = stages.kept(
-                task, lambda p=part, m=model: p.retrieval(m, progress=True, keep=stages)
+        if task == "embedding":
+            (scores[task],), vectors = part.retrieved_once(
+                model, stages, with_vectors=bool(row.pseudo_query)
             )
         else:
+            asked = {"vectors": vectors, "asked": row.pseudo_query} if row.pseudo_query else {}
             scores[task] = stages.kept(
-                task, lambda p=part, m=model: p.reranking(m, progress=True, keep=stages)
+                task, lambda p=part, m=model, a=asked: p.reranking(m, True, keep=stages, **a)
             )
     return {
         "models": models, "parameters": sum(m["parameters"] for m in models), "scores": scores,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eval.collections import Collection, require_split
 from eval.machine import trim_heap
-from eval.metrics import evaluate, ideal, mean
+from eval.metrics import evaluate, ideal
 from eval.rerank import HEADS, head_weights, over_heads, to_run
 from eval.retrieval import Best, Ids, cut, search
 from eval.sources import Qrels
@@ -35,18 +35,6 @@ StatesOf = Callable[[UniMoER], Callable[[list[list[int]], str], TextSet]]
 def without_states(model: UniMoER) -> Callable[[list[list[int]], str], TextSet]:
     """The texts as they are: a `StatesOf` that keeps none."""
     return lambda ids, title: TextSet(ids)
-
-
-def show_row(arm: str, seed: int | None, scores: dict[str, Scores]) -> None:
-    """One row of the running table: nDCG@10 of each task."""
-    if parallel.rank() > 0:
-        return
-    cells = [
-        f"{mean(scores[task], 'ndcg_cut_10'):.4f}" if task in scores else "-"
-        for task in ("embedding", "reranking")
-    ]
-    name = arm if seed is None else f"{arm} seed {seed}"
-    print(f"{name:<24} retrieval {cells[0]:>7}   reranking {cells[1]:>7}", flush=True)
 
 
 class EvaluationSet:
@@ -237,6 +225,25 @@ class EvaluationSet:
             for found in best
         ], None
 
+    def retrieved_once(
+        self, model: UniMoER, keep: Stages, sizes: Sequence[int] = (), with_vectors: bool = False
+    ) -> tuple[list[Scores], Tensor | None]:
+        """`retrieved`, kept as "retrieval"; with its vectors, if they are wanted and there are any:
+        a pseudo-query reranks with them."""
+        made: Tensor | None = None
+
+        def retrieve() -> list[Scores]:
+            nonlocal made
+            rows, made = self.retrieved(model, sizes, progress=True, keep=keep)
+            if with_vectors and made is not None:
+                keep.advance("vectors", len(made), made.numpy())
+            return rows
+
+        rows = keep.kept("retrieval", retrieve)
+        if with_vectors and made is None and (before := keep.latest("vectors")):
+            made = torch.from_numpy(before[1])
+        return rows, made
+
     def _search(
         self, model: UniMoER, start: int, best: Sequence[Best], widths: Sequence[int | None],
         options: dict[str, Any],
@@ -347,20 +354,13 @@ class EvaluationSet:
         found: dict[str, Scores] = {}
         vectors: Tensor | None = None
         rest: list[Scores] = []
-
-        def retrieve() -> list[Scores]:
-            nonlocal vectors
-            rows, vectors = self.retrieved(model, sizes, progress=True, keep=keep)
-            return rows
-
-        def rerank() -> Scores:
-            return self.reranking(model, progress=True, vectors=vectors, keep=keep)
-
+        again = model.config.rerank_head == "pseudo_query" and "reranking" in tasks
         if "embedding" in tasks:
-            # A pseudo-query reranks with retrieval's vectors, which are not kept.
-            again = model.config.rerank_head == "pseudo_query" and "reranking" in tasks
-            found["embedding"], *rest = retrieve() if again else keep.kept("retrieval", retrieve)
+            (found["embedding"], *rest), vectors = self.retrieved_once(
+                model, keep, sizes, with_vectors=again
+            )
         if "reranking" in tasks:
+            rerank = partial(self.reranking, model, progress=True, vectors=vectors, keep=keep)
             found["reranking"] = keep.kept("reranking", rerank)
         return found, rest
 

@@ -49,7 +49,6 @@ FORMAT = 1
 LEXICAL = "bm25"  # the name of the first stage that is no model
 SHARD = 8192  # documents whose vectors are one file
 PICKS = ("sampled", "top")
-
 AT_ONCE = 32_768  # queries that are searched for in one pass over the vectors
 
 Run = dict[str, dict[str, float]]  # query id -> document id -> score, best first
@@ -133,9 +132,9 @@ def mine(
         the manifest, with `sha256` of the lines and the counts `mined`: queries, `short` (fewer
         negatives than asked for before `fill`) and `none` (no negative at all).
     Raises:
-        ValueError: the folder holds something else, or was mined with other models, data, settings
-            or on another device, or another process is at it; there is no train split, or the pool
-            is too small to fill from; or reranker or teacher score lists.
+        ValueError: the folder holds something else, or was mined with other models, data or
+            settings, or another process is at it; there is no train split, or the pool is too
+            small to fill from; or reranker or teacher score lists.
     """
     names = {name for name in (retriever, reranker, teacher) if name not in ("", LEXICAL)}
     for name in {reranker, teacher} - {""}:
@@ -155,7 +154,6 @@ def mine(
         "scores": "sigmoid" if reranker else "bm25" if retriever == LEXICAL else "cosine",
         "data": {"name": collection.name, "fingerprint": collection.fingerprint},
         **json.loads(json.dumps(asdict(settings))),
-        "device": device_name(device) if names else "",  # BM25 is the same everywhere
     }
     if (folder / MANIFEST).exists() and "sha256" in (found := _begin(folder, identity)):
         mined_sha256(folder)  # what the manifest says is there
@@ -163,7 +161,8 @@ def mine(
     _require_ours(folder)
     busy = "another process mines into it: wait for it, or choose another --out"
     with locked(folder, busy):
-        if "sha256" in (manifest := _begin(folder, identity)):
+        # Not part of the identity: a machine may go on with what another of its kind has begun.
+        if "sha256" in (manifest := _begin(folder, identity, device_name(device) if names else "")):
             return manifest
         parts = {
             folder / "parts" / f"{i:06d}.jsonl": order[at : at + settings.part]
@@ -366,18 +365,19 @@ def _require_ours(folder: Path) -> None:
             raise ValueError(f"{folder} is not empty and was not mined: choose another --out")
 
 
-def _begin(folder: Path, identity: dict) -> dict:
-    """The manifest that is there, if it is of this run; else a new one."""
+def _begin(folder: Path, identity: dict, device: str = "") -> dict:
+    """The manifest that is there, if it is of this run; else a new one. `device` is noted."""
     path = folder / MANIFEST
-    if not path.exists():
-        write_json(path, identity)
-        return identity
-    manifest = read_manifest(path)
+    manifest = read_manifest(path) if path.exists() else {**identity, "devices": []}
     if differ := [key for key in identity if manifest.get(key) != identity[key]]:
         shown = "; ".join(f"{k}: {manifest.get(k)} there, {identity[k]} here" for k in differ)
         raise ValueError(
             f"{folder} was mined otherwise ({shown}): remove it, or choose another --out"
         )
+    known = manifest.get("devices", [])
+    new = [device] if device and device not in known else []
+    if not path.exists() or (new and "sha256" not in manifest):
+        write_json(path, manifest := {**manifest, "devices": known + new})
     return manifest
 
 

@@ -12,6 +12,7 @@ from eval.bm25 import BM25
 from eval.collections import Collection, load
 from eval.protocol import EvaluationSet, without_states
 from eval.rerank import HEADS, head_weights, over_heads, to_run
+from eval.stages import Stages
 from experiments import Config
 from model.heads import pool
 from model.packed import pack
@@ -278,6 +279,25 @@ def test_many_pairs_are_scored_window_by_window(make, model, monkeypatch, size):
     found = whole.untrained(model)["reranking"]
     for query, row in expected[1]["reranking"].items():
         assert found[query] == pytest.approx(row)
+
+
+def test_vectors_that_a_pseudo_query_reranks_with_are_not_encoded_twice(
+    make, config, tmp_path, monkeypatch
+):
+    """Stopped between its tasks, it ends with the same scores to the last bit."""
+    model = moved(replace(config, rerank_head="pseudo_query"))
+    tasks = ("embedding", "reranking")
+    evaluation = make(rerank_head="pseudo_query")
+    whole = evaluation.scores(model, tasks, Stages(tmp_path / "whole.json", {}))
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(EvaluationSet, "reranking", stopped)
+        evaluation.scores(model, tasks, Stages(tmp_path / "part.json", {}))
+    monkeypatch.setattr(EvaluationSet, "retrieved", None)
+    assert evaluation.scores(model, tasks, Stages(tmp_path / "part.json", {})) == whole
 
 
 @pytest.mark.parametrize(("relevant", "recall"), [({}, 1.0), ({"test": 2}, 0.0)])

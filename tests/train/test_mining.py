@@ -14,6 +14,7 @@ import torch
 
 from eval.bm25 import BM25
 from eval.collections import Collection, load
+from eval.machine import device_name
 from kernels.reference import info_nce
 from model.packed import pack
 from model.unimoer import UniMoER
@@ -316,7 +317,10 @@ def test_killed_and_continued_recomputes_nothing(
             patch.setattr(module, name, broken)
             with pytest.raises(Stopped):
                 run("broken")
+    own = device_name("cpu")
+    monkeypatch.setattr(mining, "device_name", lambda device: "another machine")
     manifest = run("broken")
+    assert manifest["devices"] == [own, "another machine"]
     assert manifest["sha256"] == mined_sha256(tmp_path / "unbroken")
     for kind, least in (("encode", whole["encode"]), ("pairs", whole["pairs"])):
         asked = sorted(x[1] for x in counted[kind])
