@@ -141,7 +141,8 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
     """What verdict.json holds; the numbers of `tasks` are those of `stats.verdict`.
 
     Compared are the seeds that all needed arms have; another arm enters with those of them that it
-    has. The verdict is the same whichever controls were run.
+    has, and what it wins back is told at these. The verdict is the same whichever controls were
+    run.
     """
     experiment = folder.parent.name
     study = experiments.EXPERIMENTS.get(experiment)
@@ -204,6 +205,12 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         f"{arm}/seed{seed}.json": trial for arm in used for seed, trial in used[arm].items()
     }
     shown = {arm: row(arm) for arm in dict.fromkeys([*planned(folder, False), *arms])}
+    if MOE in used and list(used[MOE]) != common:
+        for task, mine in shown[MOE]["against_joint"].items():
+            found["tasks"][task] |= {k: mine[k] for k in ("won_back", "won_back_interval")}
+            if mine["won_back"] is None:
+                why = "no loss of which that can be told at the seeds that all three arms have"
+                found["tasks"][task]["won_back_reason"] = why
     tested = [d for line in shown.values() for d in line["against_joint"].values()]
     with_holm([*tested, *beside], found["alpha"] or stats.ALPHA)
     return {

@@ -5,6 +5,7 @@ and step. They are computed in batches that depend on the list of texts alone an
 stored dtype, so a run ends with the same numbers whether the file was there or had to be made.
 """
 
+import fcntl
 import hashlib
 import json
 import mmap
@@ -210,7 +211,7 @@ def prefix_states(
         folder.mkdir(parents=True, exist_ok=True)
         _evict(folder, limit_bytes - 2 * shape[0] * shape[1])
     handle, path = tempfile.mkstemp(prefix=f"{name}.", suffix=".part", dir=folder)
-    os.close(handle)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # until this process is done with it, or is gone
     try:
         out = Mapped(path, shape, new=True)
         if folder is None:
@@ -225,6 +226,7 @@ def prefix_states(
             os.chmod(path, note.stat().st_mode)  # as the umask has it: others may share the cache
             os.replace(path, folder / f"{name}.states")
     finally:
+        os.close(handle)
         Path(path).unlink(missing_ok=True)
     return PrefixStates(out, lengths, stored)
 
@@ -264,8 +266,9 @@ def _evict(folder: Path, keep_bytes: int) -> None:
     for path in [*folder.glob("*.states"), *folder.glob("*.part")]:
         with suppress(FileNotFoundError):  # another process finished or evicted it
             found[path] = path.stat()
-    for path, of in list(found.items()):  # left by a killed run; a live one is younger than this
-        if path.suffix == ".part" and time.time() - of.st_mtime > 24 * 3600:
+    for path, of in list(found.items()):
+        # A minute, as its maker takes it and then its lock.
+        if path.suffix == ".part" and time.time() - of.st_mtime > 60 and _abandoned(path):
             path.unlink(missing_ok=True)
             del found[path]
     total = sum(of.st_size for of in found.values())
@@ -276,6 +279,16 @@ def _evict(folder: Path, keep_bytes: int) -> None:
         total -= found[path].st_size
         path.unlink(missing_ok=True)
         path.with_suffix(".json").unlink(missing_ok=True)
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether the process that made a file of states is gone: it would hold its lock."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or another user's
+        return False
+    return True
 
 
 class TextSet:

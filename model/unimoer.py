@@ -107,10 +107,12 @@ class UniMoER(Joint):
         documents = listed(documents, "documents")
         if top_k is not None and top_k < 0:
             raise ValueError(f"top_k must be at least 0, or None for all, got {top_k}")
+        bar = len(documents) >= 1000
         if vectors is None:
-            scores = self.score_pairs([(query, text) for text in documents])
+            scores = self.score_pairs([(query, text) for text in documents], progress=bar)
         else:
-            [scores] = self.score_lists([(query, documents)], vectors=[vectors])
+            lists = [(query, documents)]
+            [scores] = self.score_lists(lists, vectors=[vectors], progress=bar)
         # By raw score: in fp32 the sigmoid of everything above 17 is 1.
         order = scores.argsort(descending=True, stable=True)[:top_k]
         return [(int(i), float(self.relevance(scores[i]))) for i in order]

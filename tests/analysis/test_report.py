@@ -291,6 +291,32 @@ def test_arms_are_held_against_each_other_at_their_common_seeds(make: Make) -> N
 
 
 @words_alone
+@pytest.mark.parametrize("lost", [(0.04, 0.04, 0.04), (-0.01, 0.04, 0.0)])
+def test_what_is_won_back_is_told_at_the_seeds_of_all_three(
+    make: Make, lost: tuple[float, ...]
+) -> None:
+    """Joint-Single loses `lost` at the seeds that Joint-MoE has, and 0.05 at six others."""
+    folder = make((0.0, 0.0), seeds=9, noise=0.0)
+    for seed, loss in enumerate((*lost, *[0.05] * 6)):
+        if seed >= len(lost):
+            (folder / "joint-moe" / f"seed{seed}.json").unlink()
+        path = folder / "joint-single" / f"seed{seed}.json"
+        trial = json.loads(path.read_text())
+        for scores in trial["scores"].values():
+            for row in scores.values():
+                row["ndcg_cut_10"] -= loss
+        path.write_text(json.dumps(trial))
+    verdict = report.write(folder)
+    for task in report.TASKS:
+        found = verdict["tasks"][task]
+        row = verdict["arms"]["joint-moe"]["against_joint"][task]
+        assert found["interval"][0] > 0 and found["won_back"] == row["won_back"]
+        told = min(lost) > 0
+        assert (found["won_back"] == pytest.approx(1)) if told else found["won_back"] is None
+        assert ("at the seeds that all three" in found["won_back_reason"]) != told
+
+
+@words_alone
 def test_arms_without_a_common_seed_are_not_held_against_each_other(make: Make) -> None:
     folder = make(arms=(*ARMS, "joint-3r"), seeds=2)
     (folder / "joint-moe" / "seed0.json").unlink()

@@ -1,6 +1,7 @@
 """Frozen-prefix states: the same numbers with and without the file, whatever happened to it."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -418,16 +419,19 @@ def test_states_of_other_code_are_not_used(
     assert len(list(tmp_path.glob("*.states"))) == 2
 
 
-def test_what_killed_runs_left_goes_after_a_day(
+def test_what_killed_runs_left_goes_and_what_is_being_made_stays(
     model: UniMoER, ids: list[list[int]], tmp_path: Path
 ) -> None:
-    old, live = tmp_path / "old.part", tmp_path / "live.part"
-    for path in (old, live):
+    killed, live, new = (tmp_path / f"{name}.part" for name in ("killed", "live", "new"))
+    for path in (killed, live, new):
         path.write_bytes(b"half")
-    yesterday = time.time() - 25 * 3600
-    os.utime(old, (yesterday, yesterday))
-    build(model, ids, tmp_path)
-    assert not old.exists() and live.exists()
+    earlier = time.time() - 61
+    with open(live, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for path in (killed, live):
+            os.utime(path, (earlier, earlier))
+        build(model, ids, tmp_path)
+    assert not killed.exists() and live.exists() and new.exists()
 
 
 def test_files_that_go_while_they_are_looked_at(

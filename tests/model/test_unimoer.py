@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
+from model import texts
 from model.lora import LinearGroup, LoRAConfig
 from model.packed import pack
 from model.router import ROUTES, SIMILARITY, RouterConfig
@@ -258,6 +260,22 @@ def test_rank(model: UniMoER) -> None:
         assert score == pytest.approx(scores[i].item(), rel=1e-6)
     assert model.rank(QUERY, TEXTS, top_k=2) == ranked[:2]
     assert model.rank(QUERY, TEXTS, top_k=100) == ranked
+
+
+def test_long_work_shows_a_bar_and_short_work_none(model: UniMoER, monkeypatch) -> None:
+    shown = []
+
+    def bar(**options):
+        shown.append(not options["disable"])
+        return tqdm(**options | {"disable": True})
+
+    monkeypatch.setattr(texts, "tqdm", bar)
+    for count in (999, 1000):
+        some = ["a"] * count
+        model.encode_document(some)
+        model.predict([("b", text) for text in some])
+        model.rank("b", some)
+    assert shown == [False] * 3 + [True] * 3
 
 
 def test_ties_keep_the_order_given(model: UniMoER) -> None:

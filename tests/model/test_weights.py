@@ -320,15 +320,15 @@ def test_fingerprint_sees_values_names_and_files(tmp_path):
 
 
 def test_peak_memory_is_the_model_plus_one_tensor(tmp_path):
-    """192 MB in 24 tensors of 8 MB, loaded in a fresh process: its peak (mapped pages included)
-    may rise by less than three tensors over the preallocated model."""
+    """192 MB in 6 tensors of 32 MB, loaded in a fresh process: its peak (mapped pages included)
+    may rise by a tensor over the preallocated model, and a quarter of one for the rest."""
     if not Path("/proc/self/status").exists():
         pytest.skip("reads the peak from /proc/self/status, which this system does not have")
-    names = [f"layers.{i}.w" for i in range(24)]
+    names = [f"layers.{i}.w" for i in range(6)]
     shard(
         tmp_path,
         {
-            f"s{k}.safetensors": {n: torch.full((1 << 21,), float(k)) for n in names[k::2]}
+            f"s{k}.safetensors": {n: torch.full((1 << 23,), float(k)) for n in names[k::2]}
             for k in range(2)
         },
     )
@@ -341,7 +341,7 @@ def test_peak_memory_is_the_model_plus_one_tensor(tmp_path):
         def peak():  # kB; unlike ru_maxrss it does not begin with the parent's peak
             return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
-        targets = {f"layers.{i}.w": torch.ones(1 << 21) for i in range(24)}
+        targets = {f"layers.{i}.w": torch.ones(1 << 23) for i in range(6)}
         warm = torch.ones(8).half().copy_(torch.ones(8))
         before = peak()
         weights.load_into(Path(sys.argv[1]), targets)
@@ -351,7 +351,7 @@ def test_peak_memory_is_the_model_plus_one_tensor(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 3 * 8192, f"{int(result.stdout)} kB beside the model"
+    assert int(result.stdout) < 1.25 * 32768, f"{int(result.stdout)} kB beside the model"
 
 
 def test_a_decoder_that_was_stored_alone_has_the_names_of_a_whole_model(tmp_path):
