@@ -64,13 +64,14 @@ def finish(path: Path, result: dict) -> None:
 def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> None:
     """Their rows, computed where no experiment of this setting has them."""
     of = "".join(f", {name} {value}" for name, value in size.items())
-    if (result := reuse.stored(path, plain, bench)) is None:
-        if (result := reuse.baselines_elsewhere(path, plain, bench)) is None:
-            show = reports.show_row
-            result = run_baselines(plain, bench, lambda arm, s: show(arm + of, None, s), path)
-            return finish(path, result)
-        finish(path, result)
-    stages.discard(path)  # of a process that was killed between the two steps of `finish`
+    with stages.held(path):
+        if (result := reuse.stored(path, plain, bench)) is None:
+            if (result := reuse.baselines_elsewhere(path, plain, bench)) is None:
+                show = reports.show_row
+                result = run_baselines(plain, bench, lambda arm, s: show(arm + of, None, s), path)
+                return finish(path, result)
+            finish(path, result)
+        stages.discard(path)  # of a process that was killed within `finish`
     reports.show_row("bm25", None, result["bm25"])
     reports.show_row("untrained base" + of, None, result["untrained"])
 
@@ -130,7 +131,6 @@ def planned(
 
 
 def command_run(args: argparse.Namespace) -> None:
-    began, computed = time.perf_counter(), 0
     sources("analysis")  # of measures: as it is now, not when the first is taken
     own = hub.own_split(parts(args.data or Config().data)[0])  # as its authors measure it
     split = args.split or (own if own != Config().split else None)
@@ -138,6 +138,7 @@ def command_run(args: argparse.Namespace) -> None:
     overrides = {key: value for key, value in given if value}
     overrides |= dict(override(text) for text in args.set)
     chosen, folder = chosen_arms(args), setting_folder(args)
+    fresh, computed, began = not folder.exists(), 0, time.perf_counter()
     check_elsewhere(args, chosen, folder)
     tasks = leaderboard.named(args.mteb) if args.mteb else []
     if args.wandb:
@@ -164,8 +165,8 @@ def command_run(args: argparse.Namespace) -> None:
         require_split(there.collection, args.split or hub.own_split(data))
     if parallel.rank() == 0:
         of = f"{parallel.world()} x " if parallel.world() > 1 else ""
-        title = f"{args.experiment} {folder.name}: {len(trials)} trials"
-        print(f"{title} on {of}{device_name(device)}")
+        on = f"{len(trials)} trials on {of}{device_name(device)}"
+        print(f"{args.experiment} {folder.name}: {on}")
     sizes: dict[str, dict] = {"baselines.json": {}}
     for arm in chosen:
         size = experiments.size_of(args.experiment, arm, args.scale)
@@ -196,7 +197,7 @@ def command_run(args: argparse.Namespace) -> None:
                     measures.look_into(place, name, config, bench)
     if parallel.rank() == 0:
         print(reports.write(args.experiment, folder), f"report: {folder / 'report.md'}", sep="\n")
-        if computed == len(trials):  # all of them now, so that it can be told how long they take
+        if fresh and computed == len(trials):  # so it can be told how long they take
             seconds = time.perf_counter() - began
             row = {"seconds": seconds, "baselines_after": rows_after, "trials": computed}
             row |= {"dtype": first.dtype, "peak_bytes": peak_bytes(device)}
@@ -224,20 +225,21 @@ def evaluate(
         config, place = replace(trained, **there), folder / arm / f"seed{trained.seed}"
         path = place.with_suffix(".json")
         source = setting_folder(args) / arm / f"seed{trained.seed}.json"
-        result = reuse.stored(path, config, bench)
-        known = result and result["trained"].get("model"), model_of(source)
-        if all(known) and known[0] != known[1]:
-            raise ValueError(
-                f"{path} is of another model than {source}, which was trained anew: move "
-                f"{folder} away first"
-            )
-        if result is None:
-            result = measure_trial(config, arm, source, bench, path)
-            finish(path, result)
+        with stages.held(path):
+            result = reuse.stored(path, config, bench)
+            known = result and result["trained"].get("model"), model_of(source)
+            if all(known) and known[0] != known[1]:
+                raise ValueError(
+                    f"{path} is of another model than {source}, which was trained anew: move "
+                    f"{folder} away first"
+                )
+            if result is None:
+                result = measure_trial(config, arm, source, bench, path)
+                finish(path, result)
+            stages.discard(path)
         reports.show_row(arm, config.seed, result["scores"])
     if parallel.rank() == 0:
-        print(reports.write(args.experiment, folder))
-        print(f"report: {folder / 'report.md'}")
+        print(reports.write(args.experiment, folder), f"report: {folder / 'report.md'}", sep="\n")
     return folder
 
 
@@ -258,9 +260,8 @@ def command_list(args: argparse.Namespace) -> None:
 def command_status(args: argparse.Namespace) -> None:
     """Which trials of a setting are finished, begun or missing."""
     folder = setting_folder(args, args.measured_on)
-    seeds = args.seeds or experiments.seeds(args.experiment, args.scale)
     for arm in experiments.arms(args.experiment, args.controls, args.aa, args.scale):
-        for seed in range(seeds):
+        for seed in range(args.seeds or experiments.seeds(args.experiment, args.scale)):
             path = folder / arm / f"seed{seed}.json"
             begun = path.with_suffix(".log.jsonl").exists()
             print(f"{path}: {'done' if path.exists() else 'begun' if begun else 'missing'}")
@@ -273,9 +274,8 @@ def command_report(args: argparse.Namespace) -> None:
             known = ", ".join(experiments.EXPERIMENTS)
             raise ValueError(f"unknown experiment {args.experiment!r}: there are {known}")
         folder = setting_folder(args, args.measured_on)
-        print(reports.write(args.experiment, folder, args.latex))
-        print(f"report: {folder / 'report.md'}")
-        return
+        told = reports.write(args.experiment, folder, args.latex)
+        return print(told, f"report: {folder / 'report.md'}", sep="\n")
     setting, runs = setting_folder(args, args.measured_on).name, Path(args.runs)
     readings = overview.write(runs, setting, partial(reports.write, tables=args.latex))
     print(*readings.values(), sep="\n")

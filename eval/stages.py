@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from eval.provenance import sources
 from model import parallel
-from model.files import read_json, write_array, write_json, write_text
+from model.files import locked, read_json, write_array, write_json, write_text
 
 SOURCES = "sources"
 AGAIN = "remove it, it is made again"
@@ -100,6 +101,24 @@ class Stages:
     def done(self) -> None:
         """The result is stored."""
         discard(self.place)
+
+
+@contextmanager
+def held(place: Path) -> Iterator[None]:
+    """Hold a result while it is looked for and made: another process that wants it waits, and finds
+    it. Of a job of several the first holds it for all.
+
+    Raises:
+        ValueError: in such a job, where another process holds it: the others cannot wait.
+    """
+    if parallel.rank() or place.exists():
+        yield
+        return
+    busy = f"another process makes {place.name}: wait for it" if parallel.world() > 1 else ""
+    with locked(_folder(place), busy):
+        yield
+        if place.exists():
+            discard(place)
 
 
 def _folder(place: Path) -> Path:

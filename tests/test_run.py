@@ -154,7 +154,10 @@ def test_files(done):
     files = {str(path.relative_to(done)) for path in done.rglob("*") if path.is_file()}
     names = ("config.json", "adapters.safetensors", "heads.safetensors")
     models = {f"{arm}/seed0.model/{name}" for arm in ARMS for name in names}
-    assert files == {"baselines.json", *(f"{arm}/seed0.json" for arm in ARMS), *models}
+    results = {"baselines.json", *(f"{arm}/seed0.json" for arm in ARMS)}
+    assert files == {*results, *models, "took.json"}
+    took = json.loads((done / "took.json").read_text())
+    assert took["trials"] == len(ARMS) and 0 < took["baselines_after"] < took["seconds"]
 
 
 def test_the_trained_model_is_kept(done, data):
@@ -472,7 +475,9 @@ def test_stopped_around_the_storing_of_a_result(
     assert (folder / "joint-moe" / "seed0.json").exists() == (function == "forget")
     assert run.main(words(tmp_path / "runs")) == 0
     assert_same_numbers(folder, done)
-    assert len(snapshot(folder)) == len(snapshot(done))
+    # How long it took cannot be told of a run that was stopped.
+    assert len(snapshot(folder)) == len(snapshot(done)) - 1
+    assert not (folder / "took.json").exists()
 
 
 def test_killed_twice_it_ends_with_the_same_numbers(done, words, setting, tmp_path):
@@ -525,6 +530,7 @@ def deadly(when: str, words: list[str]) -> int:
 
     place, name, instead = {
         "the baselines": (run, "run_baselines", die),
+        "the pieces' removal": (run.stages, "discard", die),
         "an evaluation": (train.trial, "_scores", die),
         "the saving of a model": (os, "replace", die_at_the_model),
         "the report": (reports, "write", die),
@@ -536,10 +542,11 @@ def deadly(when: str, words: list[str]) -> int:
 def test_killed_beside_the_training_it_ends_with_the_same_numbers(
     done, words, setting, tmp_path, cache
 ):
-    """Four times, each further on than the last."""
+    """Five times, each further on than the last."""
     line = words(tmp_path / "runs")
     folder = tmp_path / "runs" / "kill_gate" / setting
-    for when in ("the baselines", "an evaluation", "the saving of a model", "the report"):
+    for when in ("the baselines", "the pieces' removal", "an evaluation", "the saving of a model",
+                 "the report"):  # fmt: skip
         kept = os.environ["UNIMOER_CACHE"]
         killed = Child(tmp_path / "output", deadly, when, line, UNIMOER_CACHE=kept)
         assert killed.wait() == -9, killed.text
@@ -548,7 +555,10 @@ def test_killed_beside_the_training_it_ends_with_the_same_numbers(
         assert ("seed0.json" in there) == (when == "the report")
     assert run.main(line) == 0
     assert_same_numbers(folder, done)
-    assert len(snapshot(folder)) == len(snapshot(done))
+    assert not [*folder.rglob("*.part")]
+    # How long it took cannot be told of a run that was stopped.
+    assert len(snapshot(folder)) == len(snapshot(done)) - 1
+    assert not (folder / "took.json").exists()
 
 
 # Published --------------------------------------------------------------------------------------
@@ -570,7 +580,8 @@ def test_publish_copies_what_is_quoted(copy, words, setting, tmp_path, monkeypat
     ) and (target / "old.json").exists()  # fmt: skip
     assert run.main(words(tmp_path / "runs", "--partial", command="publish")) == 0
     files = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-    assert files == {"baselines.json", "report.md", *(f"{arm}/seed0.json" for arm in ARMS)}
+    results = {"baselines.json", *(f"{arm}/seed0.json" for arm in ARMS)}
+    assert files == {*results, "report.md", "took.json"}
     there, here = (
         json.loads((at / "joint-moe" / "seed0.json").read_text()) for at in (target, copy)
     )

@@ -1,12 +1,14 @@
 """Pieces of a long result."""
 
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 
 from eval.provenance import made_by
-from eval.stages import Stages, discard
+from eval.stages import Stages, discard, held
+from model import parallel
 
 
 def forbidden() -> None:
@@ -85,3 +87,27 @@ def test_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert stages.kept("a", lambda: {"widths": (1, 2)}) == {"widths": [1, 2]}
     stages.advance("keys", 1, np.zeros(2))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_wants_what_another_makes_waits_and_of_a_job_is_told(tmp_path: Path, monkeypatch):
+    place, order = tmp_path / "result.json", []
+
+    def second() -> None:
+        with held(place):
+            order.append("second")
+
+    thread = Thread(target=second)
+    with held(place):
+        thread.start()
+        thread.join(0.1)
+        order.append("first")
+        with monkeypatch.context() as patch:
+            patch.setattr(parallel, "world", lambda: 2)
+            with pytest.raises(ValueError, match="another process makes result.json: wait for it"):
+                with held(place):
+                    pass
+            patch.setattr(parallel, "rank", lambda: 1)
+            with held(place):  # rank 0 holds it for all
+                pass
+    thread.join()
+    assert order == ["first", "second"]
