@@ -58,7 +58,7 @@ def write_folder(
 ) -> None:
     """Write JSON files, report.md and figures (PNG and SVG) into `folder`.
 
-    All is written aside first and then renamed, so a stop on the way leaves the old report.
+    All is written aside first and then renamed, file by file, so a failure leaves the old report.
     Figures that the old report shows and this one does not are removed. The same figures give the
     same bytes.
     """

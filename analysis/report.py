@@ -62,7 +62,7 @@ The rule, fixed before the run:
 It is a point rule, which noise alone can satisfy, so read first whether the statistics support it.
 Seeds and queries are crossed (t, from the variances of both), queries of one domain count together,
 the p of two tasks are adjusted after Holm, and pivot needs an equivalence test within ± 2 %. That p
-has to be below this look's level{level}: looking after 3, 6 and 9 seeds shares out 5 % in all.
+has to be below this look's level{level}: looking after 3, 6 and 9 seeds shares out 5 % in all.{off}
 Intervals are 95 % each, adjusted neither for tasks nor for looks. The randomisation test takes the
 models as they are and asks about other queries alone. Detectable: what would be found with 80 %
 power at half the level, Holm's first step; its interval is wide because few seeds tell little of
@@ -182,6 +182,17 @@ def limits(verdict: dict[str, Any]) -> list[str]:
     return [*said, f"Other collections than {verdict['data']['name']}, other bases than {base}."]
 
 
+def _off_plan(seeds: int) -> str:
+    """What a look at another number of seeds takes the place of."""
+    later = [look for look in stats.LOOKS if look > seeds]
+    if seeds in stats.LOOKS or seeds < 2 or not later:
+        return ""
+    return (
+        f" This look, at {seeds}, takes the place of the one at {later[0]}: look at both, and they "
+        "share out more."
+    )
+
+
 def markdown(verdict: dict[str, Any], drawn: list[str]) -> str:
     """report.md; `drawn`: the figures that lie beside it."""
     v, c = verdict, verdict["config"]
@@ -236,6 +247,7 @@ def markdown(verdict: dict[str, Any], drawn: list[str]) -> str:
         sensitivity=sensitivity.markdown(v),
         aa=verdict_tables.effects_table(v["aa"], "its twin"),
         level=f" of {v['alpha']:.4f}" if v["alpha"] else "",
+        off=_off_plan(v["seeds"]),
         **{d: " (this run)" if d == v["decision"] else "" for d in DECISIONS},
         limits="\n".join(f"- {text}" for text in limits(v)),
         curves=figures.picture("curves", drawn) + figures.picture("routing", drawn),

@@ -343,6 +343,15 @@ def test_a_single_cluster_has_no_interval(make: Make) -> None:
 
 
 @words_alone
+@pytest.mark.parametrize("seeds", [2, 3, 5, 6])
+def test_a_look_that_was_not_planned_says_which_it_replaces(make: Make, seeds: int) -> None:
+    folder = make(seeds=seeds)
+    report.write(folder)
+    told = f"This look, at {seeds}, takes the place of the one at {3 if seeds < 3 else 6}"
+    assert (told in text_of(folder)) == (seeds not in (3, 6))
+
+
+@words_alone
 def test_smoke_concludes_nothing(make: Make) -> None:
     folder = make(name="kill_gate/smoke-toy")
     summary = report.summary(report.write(folder))
