@@ -61,6 +61,24 @@ def test_a_planted_slope_is_found(tmp_path: Path) -> None:
     assert (folder / "scale.png").exists()
 
 
+def test_a_planted_slope_over_the_rank_is_found(tmp_path: Path) -> None:
+    """10, 8, 6 and 4 % at ranks 1, 4, 16 and 64: a point less with each doubling."""
+    folder = make(tmp_path, {16: 6.0})
+    maker = Maker(folder, 0.002, 1)
+    for rank, percent in ((1, 10.0), (4, 8.0), (64, 4.0)):
+        joint = {"embedding": 0.6 * (1 - percent / 100), "reranking": 0.6}
+        for arm, means in (("emb-only", {"embedding": 0.6}), ("rank-only", {"reranking": 0.6}),
+                           ("joint-single", joint)):  # fmt: skip
+            maker.arm(f"{arm}-r{rank}", means, body_parameters=SIZES[16])
+    found = scale.write(folder)
+    slopes = {(row["axis"], row["task"]): row for row in found["slopes"]}
+    assert {axis for axis, _ in slopes} == {"rank"}
+    assert slopes["rank", "embedding"]["slope"] == pytest.approx(-1, abs=0.2)
+    assert slopes["rank", "embedding"]["p_holm"] <= stats.ALPHA
+    low, high = slopes["rank", "reranking"]["interval"]
+    assert low < 0 < high
+
+
 def test_the_slope_is_the_least_squares_line(tmp_path: Path) -> None:
     found = scale.write(make(tmp_path, {8: 9.0, 16: 2.0, 30: 4.0}))
     line = [r for r in found["rows"] if r["task"] == "embedding" and r.get("interval")]
