@@ -144,8 +144,12 @@ def test_every_figure_is_mtebs():
         ("recall_100", theirs.recall["Recall@100"]),
         ("recall_1000", theirs.recall["Recall@1000"]),
     ):
-        # mteb rounds to 5 digits
+        # mteb rounds means to 5 digits, and not what it has of each query.
         assert abs(round(mean(rows, name), 5) - value) < 1e-6, name
+    for query, row in rows.items():
+        for name in ("ndcg_cut_10", "map", "recall_100", "recall_1000"):
+            value = theirs.all_scores[query]["map_cut_1000" if name == "map" else name]
+            assert row[name] == pytest.approx(value, abs=1e-6), (query, name)
     assert [row[MRR_10] for row in rows.values()] == pytest.approx(_mteb_mrr(qrels, run), abs=1e-6)
 
 

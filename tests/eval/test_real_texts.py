@@ -134,6 +134,21 @@ def test_mining_and_training_on_it(
     assert "mean of 1" in next((tmp_path / "runs").rglob("across.md")).read_text()
 
 
+def test_pointwise_against_listwise(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """All three modes, with one LoRA and with experts, trained for two steps."""
+    small = ["steps=2", "dtype=float32", "measured=6", "embedding_batch=4", "reranking_batch=2",
+             "document_tokens=24"]  # fmt: skip
+    go = ["run", "pointwise_vs_listwise", "--scale", "smoke", "--base", str(tiny_base), "--data",
+          str(data), "--runs", str(tmp_path), "--seeds", "1", "--device", "cpu",
+          *(word for field in small for word in ("--set", field))]  # fmt: skip
+    assert run.main(go) == 0
+    trials = [read(path) for path in tmp_path.glob("pointwise_vs_listwise/*/*/seed0.json")]
+    assert len(trials) == 6
+    assert all(0 <= mean(rows) <= 1 for t in trials for rows in t["scores"].values())
+    orders = [read(path) for path in tmp_path.glob("pointwise_vs_listwise/*/*/order-seed0.json")]
+    assert len(orders) == 6 and all(order["speed"]["pairs_per_second"] > 0 for order in orders)
+
+
 def published_elsewhere(place: Path) -> Path:
     """Another ten functions, to be measured on alone."""
     folder, pairs = place / "other", published.functions()[36:46]

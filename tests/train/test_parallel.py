@@ -19,7 +19,7 @@ from model import parallel
 from model.prefix import TextSet
 from model.unimoer import UniMoER
 from tests.processes import Command, environments, ranks
-from train import step
+from train import loop, step
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -146,6 +146,25 @@ def test_a_killed_process_ends_the_job_and_one_process_finishes_it(
         assert run.main(words(tiny_base, tiny_data, tmp_path / "runs", **steps)) == 0
         assert run.main(words(tiny_base, tiny_data, tmp_path / "whole", **steps)) == 0
         assert_alike(tmp_path / "whole", tmp_path / "runs")
+
+
+def test_what_one_process_began_two_go_on_with_amid_its_steps(
+    tiny_base, tiny_data, tmp_path, single, monkeypatch
+):
+    """From its checkpoint after two of four steps."""
+
+    def stop(step: int) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    real = loop.schedule
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "schedule", lambda step, *rest: stop(step) or real(step, *rest))
+        run.main(words(tiny_base, tiny_data, tmp_path / "runs"))
+    (log,) = tmp_path.glob("runs/kill_gate/*/joint-moe/seed0.log.jsonl")
+    assert len(log.read_text().splitlines()) == 2
+    by_itself(2, words(tiny_base, tiny_data, tmp_path / "runs"), tmp_path / "output")
+    assert_alike(single, tmp_path / "runs")
 
 
 def test_scores_that_one_process_began_are_finished_by_two(
