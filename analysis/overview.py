@@ -40,7 +40,8 @@ Interference I with its 95 % interval over seeds and queries, Holm's p over the 
 collection, none over the collections; detectable: the smallest I found with 80 % power at Holm's
 first step; `sources`: what made the trials.
 
-{table}"""
+{table}{agreement}
+"""
 
 
 def markdown(setting: str, readings: Mapping[str, str], runs: Path, drawn: bool = False) -> str:
@@ -125,7 +126,34 @@ def collections(runs: Path, setting: str) -> str:
     head = ["setting",
             *(t for name in TASKS.values() for t in (f"I, {name}", "Holm p", "detectable")),
             "seeds", "decision", "supported", "sources", "device"]  # fmt: skip
-    return COLLECTIONS.format(table=table(head, rows))
+    return COLLECTIONS.format(table=table(head, rows), agreement=agreement(found))
+
+
+def agreement(found: Mapping[str, dict]) -> str:
+    """In what the verdicts of several settings are alike and in what not, in words."""
+    decided = Counter(str(verdict["decision"]) for verdict in found.values())
+    [(most, count), *others] = decided.most_common()
+    apart = "".join(f", {kind} in {n}" for kind, n in others)
+    said = [f"The decision is {most} in {count} of {len(found)} settings{apart}."]
+    for task, title in TASKS.items():
+        rows = {name: (row, verdict["alpha"]) for name, verdict in found.items()
+                if (row := verdict["tasks"].get(task)) and row["measurable"]
+                and row["interference"] is not None}  # fmt: skip
+        if not rows:
+            said.append(f"Nowhere is {title} measurable.")
+            continue
+        losses = [row["interference"] for row, _ in rows.values()]
+        sure = [name for name, (row, alpha) in rows.items()
+                if row["p_holm"] is not None and row["p_holm"] <= alpha]  # fmt: skip
+        back = [name for name, (row, _) in rows.items() if (row["won_back_interval"] or [0])[0] > 0]
+        reach = f"{min(losses):+.1f} to {max(losses):+.1f} %" if len(rows) > 1 else (
+            f"{losses[0]:+.1f} %")  # fmt: skip
+        said.append(
+            f"On {title}, measurable in {len(rows)}, I is above 0 in {sum(x > 0 for x in losses)} "
+            f"({reach}) and told from none by its look's level in {', '.join(sure) or 'none'}; "
+            f"Joint-MoE wins back a part that can be told from none in {', '.join(back) or 'none'}."
+        )
+    return " ".join(said)
 
 
 def write(runs: Path, setting: str, report: Callable[[str, Path], str]) -> dict[str, str]:

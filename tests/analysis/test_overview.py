@@ -118,6 +118,29 @@ def test_collections_stand_side_by_side(tmp_path: Path) -> None:
     assert overview.collections(tmp_path, "smoke-other") == ""
 
 
+def test_what_agrees_between_collections_is_said() -> None:
+    def row(loss: float, p: float, measurable: bool = True, back: tuple | None = None) -> dict:
+        return {"interference": loss, "p_holm": p, "measurable": measurable,
+                "won_back_interval": back}  # fmt: skip
+
+    def verdict(decision: str, embedding: dict, reranking: dict) -> dict:
+        return {"decision": decision, "alpha": 0.02,
+                "tasks": {"embedding": embedding, "reranking": reranking}}  # fmt: skip
+
+    text = overview.agreement({
+        "a": verdict("proceed", row(4.0, 0.05), row(5.0, 0.01, back=(0.1, 0.9))),
+        "b": verdict("proceed", row(-2.0, 0.0), row(1.0, 0.9, back=(-0.1, 0.9))),
+        "c": verdict("pivot", row(9.0, 0.01, measurable=False), row(2.0, 0.03)),
+    })  # fmt: skip
+    assert "The decision is proceed in 2 of 3 settings, pivot in 1." in text
+    assert "On retrieval, measurable in 2, I is above 0 in 1 (-2.0 to +4.0 %) and told" in text
+    assert "told from none by its look's level in b; Joint-MoE" in text
+    assert "On reranking, measurable in 3, I is above 0 in 3 (+1.0 to +5.0 %) and told" in text
+    assert "level in a; Joint-MoE wins back a part that can be told from none in a." in text
+    nothing = {"a": verdict("inconclusive", row(1.0, 0.5, False), row(1.0, 0.5, False))}
+    assert "Nowhere is reranking measurable." in overview.agreement(nothing)
+
+
 def test_publishing_a_collection_renews_the_page_that_shows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
