@@ -28,7 +28,7 @@ from analysis import (
 from eval import hub, stages
 from eval.collections import require_split
 from eval.command import exit_status
-from eval.machine import device_name, peak_bytes
+from eval.machine import device_name
 from eval.provenance import made_by, sources
 from kernels.choice import KERNELS, use_triton
 from model import bases, parallel
@@ -138,7 +138,7 @@ def command_run(args: argparse.Namespace) -> None:
     overrides = {key: value for key, value in given if value}
     overrides |= dict(override(text) for text in args.set)
     chosen, folder = chosen_arms(args), setting_folder(args)
-    fresh, computed, began = not folder.exists(), 0, time.perf_counter()
+    fresh, computed, began = not Path(args.runs).exists(), 0, time.perf_counter()
     check_elsewhere(args, chosen, folder)
     tasks = leaderboard.named(args.mteb) if args.mteb else []
     if args.wandb:
@@ -200,7 +200,7 @@ def command_run(args: argparse.Namespace) -> None:
         if fresh and computed == len(trials):  # so it can be told how long they take
             seconds = time.perf_counter() - began
             row = {"seconds": seconds, "baselines_after": rows_after, "trials": computed}
-            row |= {"dtype": first.dtype, "peak_bytes": peak_bytes(device)}
+            row |= {"dtype": first.dtype, "processes": parallel.world()}
             write_json(folder / "took.json", row | made_by(device))
             print(f"{computed} trials took {seconds / 60:.1f} minutes")
     plain = resolved(experiments.plain(args.experiment, args.scale, **overrides), device)
