@@ -117,7 +117,7 @@ class Config:
     candidates: int = 100  # BM25's own top k per query, nothing forced in
     reranking_queries: int = 0  # 0: all
     measured: int = 500  # texts of each kind on which a trained model is looked into
-    probes: int = 0  # batches of each task, in each half, whose gradients are watched
+    probes: int = 0  # batches of each task, at most, in each half, whose gradients are watched
 
     def __post_init__(self):
         known = {"embedding", "reranking"}

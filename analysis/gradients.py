@@ -44,16 +44,24 @@ def watch(model: UniMoER, data: TrainingData, config: Config) -> Callback | None
     """A callback that adds `gradients` to the log line of some steps; None where not asked for.
 
     It measures the parameters that the step has left behind. (Before the first step B is 0, so dA
-    is 0 whatever the task.)
+    is 0 whatever the task.) Each half has `config.probes` batches of each task, or half of an
+    epoch's where that is less. Raises ValueError where an epoch has but one.
     """
     if not config.probes:
         return None
+    # Halves that share a query would agree by that, and pass for reliable.
+    batches = min(config.probes, *(data.per_epoch(task) // 2 for task in config.tasks))
+    if not batches:
+        raise ValueError(
+            f"probes={config.probes} compare two halves, but an epoch has one batch: raise steps"
+        )
     steps = {max(round(share * config.steps), 1) - 1 for share in SHARES}
 
     def callback(step: int, line: dict) -> None:
         if step in steps:
             started = time.perf_counter()
-            line["gradients"] = measure(model, data, config.probes)
+            line["gradients"] = measure(model, data, batches)
+            line["gradients_batches"] = batches
             line["gradients_seconds"] = round(time.perf_counter() - started, 3)
 
     return callback
@@ -78,15 +86,8 @@ def unwatched(result: dict[str, Any]) -> dict[str, Any]:
 def measure(model: UniMoER, data: TrainingData, batches: int) -> list[dict[str, Any]]:
     """A row for each layer, projection, expert and space, with the inner products of `HALVES`.
 
-    batches: of each task in each half, at most half of an epoch's: halves that share a query would
-    agree by that, and pass for reliable.
+    batches: of each task in each half.
     """
-    batches = min(batches, *(data.per_epoch(task) // 2 for task in ("embedding", "reranking")))
-    if not batches:
-        raise ValueError(
-            "probes compare two halves, but an epoch has one batch: train on more queries, or take "
-            "smaller batches"
-        )
     training = model.training
     model.eval()
     found = [

@@ -207,6 +207,8 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
     shown = {arm: row(arm) for arm in dict.fromkeys([*planned(folder, False), *arms])}
     if MOE in used and list(used[MOE]) != common:
         for task, mine in shown[MOE]["against_joint"].items():
+            if (found["tasks"][task]["interval"] or [0])[0] <= 0:
+                continue  # nothing to win back, and that is said
             found["tasks"][task] |= {k: mine[k] for k in ("won_back", "won_back_interval")}
             if mine["won_back"] is None:
                 why = "no loss of which that can be told at the seeds that all three arms have"

@@ -81,7 +81,8 @@ def write(folder: Path) -> dict[str, Any]:
     found["tests"] = claims(found["probed"])
     ablated = judge.measured(folder, arms, "ablation")
     found["ablated"] = {
-        arm: ablation.summarise(list(trials.values())) for arm, trials in ablated.items()
+        arm: ablation.summarise([_by_role(one, arms[arm][at]) for at, one in trials.items()])
+        for arm, trials in ablated.items()
     }
     judge.add_measures(found, ablated, "ablation")
     drawn = {"probes": draw(found)}
@@ -91,12 +92,17 @@ def write(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _by_role(probed: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
-    """With the experts' views under their roles, in an order that is the same for every seed."""
+def _by_role(measured: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
+    """With the experts' views or components under their roles, in an order that is the same for
+    every seed."""
     names = roles.of_trial(trial)
-    views = {names[v] if v in names else v: rows for v, rows in probed["probes"].items()}
-    first = [view for view in ("model", "base") if view in views]
-    return {**probed, "probes": {v: views[v] for v in (*first, *sorted(set(views) - set(first)))}}
+    named = names | {f"expert {name}": f"expert: {role}" for name, role in names.items()}
+    found = dict(measured)
+    for key in {"probes", "components"} & measured.keys():
+        rows = {named[k] if k in named else k: row for k, row in measured[key].items()}
+        last = sorted(named[k] for k in measured[key] if k in named)
+        found[key] = {k: rows[k] for k in (*(k for k in rows if k not in last), *last)}
+    return found
 
 
 def summarise(of: dict[int, dict[str, Any]]) -> dict[str, Any]:

@@ -184,8 +184,8 @@ def limits(verdict: dict[str, Any]) -> list[str]:
 
 def _off_plan(seeds: int) -> str:
     """What a look at another number of seeds takes the place of."""
-    later = [look for look in stats.LOOKS if look > seeds]
-    if seeds in stats.LOOKS or seeds < 2 or not later:
+    later = [look for look in stats.LOOKS if look > seeds] or [stats.LOOKS[-1]]
+    if seeds in stats.LOOKS or seeds < 2:
         return ""
     return (
         f" This look, at {seeds}, takes the place of the one at {later[0]}: look at both, and they "

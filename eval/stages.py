@@ -112,13 +112,16 @@ def held(place: Path) -> Iterator[None]:
         ValueError: in such a job, where another process holds it: the others cannot wait.
     """
     if parallel.rank() or place.exists():
+        parallel.wait()  # so that all look for it when the first has it, or knows that it is there
         yield
         return
     busy = f"another process makes {place.name}: wait for it" if parallel.world() > 1 else ""
-    with locked(_folder(place), busy):
+    name = f".{place.name}.lock"
+    with locked(place.parent, busy, name):
+        parallel.wait()
         yield
-        if place.exists():
-            discard(place)
+        if place.exists():  # nobody asks for the lock again
+            place.with_name(name).unlink(missing_ok=True)
 
 
 def _folder(place: Path) -> Path:

@@ -211,8 +211,9 @@ def prefix_states(
         folder.mkdir(parents=True, exist_ok=True)
         _evict(folder, limit_bytes - 2 * shape[0] * shape[1])
     handle, path = tempfile.mkstemp(prefix=f"{name}.", suffix=".part", dir=folder)
-    fcntl.flock(handle, fcntl.LOCK_EX)  # until this process is done with it, or is gone
     try:
+        with suppress(OSError):  # of a file system that has no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)  # until this process is done with it, or is gone
         out = Mapped(path, shape, new=True)
         if folder is None:
             os.unlink(path)  # the mapping stays readable until it is dropped, or we are killed
@@ -267,10 +268,12 @@ def _evict(folder: Path, keep_bytes: int) -> None:
         with suppress(FileNotFoundError):  # another process finished or evicted it
             found[path] = path.stat()
     for path, of in list(found.items()):
-        # A minute, as its maker takes it and then its lock.
-        if path.suffix == ".part" and time.time() - of.st_mtime > 60 and _abandoned(path):
-            path.unlink(missing_ok=True)
-            del found[path]
+        age = time.time() - of.st_mtime
+        # A minute, as its maker makes it and then locks it; a day where locks tell nothing.
+        if path.suffix == ".part" and age > 60 and (age > 24 * 3600 or _abandoned(path)):
+            with suppress(PermissionError):
+                path.unlink(missing_ok=True)
+                del found[path]
     total = sum(of.st_size for of in found.values())
     files = (path for path in found if path.suffix == ".states")
     for path in sorted(files, key=lambda path: found[path].st_mtime):
@@ -284,7 +287,7 @@ def _evict(folder: Path, keep_bytes: int) -> None:
 def _abandoned(path: Path) -> bool:
     """Whether the process that made a file of states is gone: it would hold its lock."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # held, or another user's
         return False

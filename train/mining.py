@@ -11,10 +11,10 @@ A folder holds `negatives.jsonl`, a line for each query in the fixed order of tr
     {"query": id, "positive": id, "score": s, "negatives": {id: s, ...}, "found": n,
      "teacher": {id: logit, ...}}
 
-and `manifest.json`: the models' revisions, the data's fingerprint, the settings, and when it is
-finished the sha256 of the lines and counts. `found` counts the negatives before `fill`, `teacher`
-is there where one was asked for. Scores are cosines, BM25's, or, of a reranker, the sigmoid of its
-logit (after listwise training no calibrated probability: logits are then known up to a constant).
+and `manifest.json`: the models' revisions, the data's fingerprint, settings, devices, and when it
+is finished the sha256 of the lines and counts. `found` counts the negatives before `fill`,
+`teacher` is there where one was asked for. Scores are cosines, BM25's, or, of a reranker, the
+sigmoid of its logit (after listwise training no probability: logits are known up to a constant).
 
 While it runs, vectors of documents and finished parts of the queries lie in the folder; started
 again it goes on from there. Memory: the ids, one shard of vectors, the queries of a pass; BM25's
@@ -161,7 +161,7 @@ def mine(
     _require_ours(folder)
     busy = "another process mines into it: wait for it, or choose another --out"
     with locked(folder, busy):
-        # Not part of the identity: a machine may go on with what another of its kind has begun.
+        # No part of the identity: a machine may go on with what another has begun.
         if "sha256" in (manifest := _begin(folder, identity, device_name(device) if names else "")):
             return manifest
         parts = {
@@ -374,7 +374,7 @@ def _begin(folder: Path, identity: dict, device: str = "") -> dict:
         raise ValueError(
             f"{folder} was mined otherwise ({shown}): remove it, or choose another --out"
         )
-    known = manifest.get("devices", [])
+    known = manifest.get("devices", [of] if (of := manifest.get("device")) else [])
     new = [device] if device and device not in known else []
     if not path.exists() or (new and "sha256" not in manifest):
         write_json(path, manifest := {**manifest, "devices": known + new})

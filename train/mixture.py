@@ -132,6 +132,10 @@ class Mixture(TrainingData):
         part = order[at]
         return part, epoch * self.steps[part] + order[:at].count(part)
 
+    def per_epoch(self, task: str) -> int:
+        """Batches of a task in which no collection has begun anew: those of the smallest."""
+        return min(part.per_epoch(task) for part in self.parts)
+
     def embedding(self, step: int, seed: int | None = None) -> EmbeddingBatch:
         part, at = self.place(step, seed)
         batch, start = self.parts[part].embedding(at, seed), self.starts["embedding"][part]

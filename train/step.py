@@ -226,14 +226,14 @@ def run(model: UniMoER, work: Work, cached_tokens: int = 0) -> Made:
         made, routing = work.read(model, batch, states)
         routers = model.routers().values()
         penalties = [r.penalty for r in routers if r.penalty is not None]
-        given = [r.given for r in routers if r.given is not None]
+        given = [r.given for r in routers if model.training and r.given is not None]
         outputs = [made, *routing, *penalties, *given]
         return outputs if parts[number] else [output[:0] for output in outputs]
 
     with torch.set_grad_enabled(not cached):
         found = [forward(number) for number in range(len(parts))]
     routers = model.routers().values()
-    before = sum(r.given is not None for r in routers)
+    before = sum(model.training and r.given is not None for r in routers)
     layers = len(found[0]) - 1 - before - sum(r.penalty is not None for r in routers)
     mine = [torch.cat(of) if cached else of[0] for of in zip(*found, strict=True)]
     if cached:

@@ -285,12 +285,16 @@ def test_halves_of_the_probes_share_no_query(tiny_base: Path, tiny_data: Path, m
         return named
 
     monkeypatch.setattr(gradients, "task_gradient", gradient)
+    watched = replace(config, probes=1000)
+    look, line = gradients.watch(model, data, watched), {}
+    assert look is not None
+    look(config.steps - 1, line)
     half = min(data.per_epoch(task) for task in ("embedding", "reranking")) // 2
-    gradients.measure(model, data, 1000)
     assert half and asked == [list(range(half)), list(range(half, 2 * half))] * 2
+    assert line["gradients_batches"] == half
     monkeypatch.setattr(data, "per_epoch", lambda task: 1)
-    with pytest.raises(ValueError, match="an epoch has one batch"):
-        gradients.measure(model, data, 1)
+    with pytest.raises(ValueError, match="an epoch has one batch: raise steps"):
+        gradients.watch(model, data, watched)
 
 
 def tangent(a: torch.Tensor, b: torch.Tensor, seed: int) -> list[torch.Tensor]:

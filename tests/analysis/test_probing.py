@@ -224,6 +224,26 @@ def test_what_probes_claim_is_tested_over_seeds() -> None:
     assert len(tested) == 8  # one seed has no p
 
 
+def test_views_and_components_take_the_experts_roles() -> None:
+    """Of two seeds that dealt them the other way round, in one order."""
+    found = []
+    for weights in ([0.8, 0.2], [0.2, 0.8]):
+        line = {"weights_embedding": weights, "weights_reranking": weights[::-1]}
+        trial = {"config": {"experts": ["a", "b"]}, "curve": [line]}
+        own = {"a": weights[0], "b": weights[1]}
+        measured = {
+            "probes": {"model": 0, "base": 1, **own},
+            "components": {"q_proj": 2, **{f"expert {k}": v for k, v in own.items()}},
+        }
+        found.append(probes._by_role(measured, trial))  # fmt: skip
+    one, other = found
+    assert one == other and [*one["probes"]] == [*other["probes"]]
+    assert one["probes"] == {"model": 0, "base": 1, roles.OWN["embedding"]: 0.8,
+                             roles.OWN["reranking"]: 0.2}  # fmt: skip
+    assert one["components"] == {"q_proj": 2, f"expert: {roles.OWN['embedding']}": 0.8,
+                                 f"expert: {roles.OWN['reranking']}": 0.2}  # fmt: skip
+
+
 def test_what_random_values_do_as_well_is_said() -> None:
     def layer(selectivity: float) -> dict:
         return {"best": 0, "layers": [{"selectivity": over_seeds([selectivity, selectivity])}]}

@@ -317,6 +317,14 @@ def test_what_is_won_back_is_told_at_the_seeds_of_all_three(
 
 
 @words_alone
+def test_without_a_loss_the_reason_is_that(make: Make) -> None:
+    folder = make((0.0, 0.0), seeds=4)
+    (folder / "joint-moe" / "seed3.json").unlink()
+    for found in report.write(folder)["tasks"].values():
+        assert "no loss whose interval excludes 0" in found["won_back_reason"]
+
+
+@words_alone
 def test_arms_without_a_common_seed_are_not_held_against_each_other(make: Make) -> None:
     folder = make(arms=(*ARMS, "joint-3r"), seeds=2)
     (folder / "joint-moe" / "seed0.json").unlink()
@@ -343,11 +351,12 @@ def test_a_single_cluster_has_no_interval(make: Make) -> None:
 
 
 @words_alone
-@pytest.mark.parametrize("seeds", [2, 3, 5, 6])
+@pytest.mark.parametrize("seeds", [2, 3, 5, 6, 10])
 def test_a_look_that_was_not_planned_says_which_it_replaces(make: Make, seeds: int) -> None:
     folder = make(seeds=seeds)
     report.write(folder)
-    told = f"This look, at {seeds}, takes the place of the one at {3 if seeds < 3 else 6}"
+    next_one = 3 if seeds < 3 else 6 if seeds < 6 else 9
+    told = f"This look, at {seeds}, takes the place of the one at {next_one}"
     assert (told in text_of(folder)) == (seeds not in (3, 6))
 
 

@@ -1,7 +1,7 @@
 """Pieces of a long result."""
 
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -89,25 +89,35 @@ def test_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_wants_what_another_makes_waits_and_of_a_job_is_told(tmp_path: Path, monkeypatch):
-    place, order = tmp_path / "result.json", []
+def test_who_wants_what_another_makes_waits_for_it(tmp_path: Path) -> None:
+    """Also where the pieces of an earlier run are removed meanwhile; no lock is left."""
+    place, order, asked = tmp_path / "result.json", [], Event()
 
     def second() -> None:
+        asked.set()
         with held(place):
-            order.append("second")
+            order.append(place.exists())
 
     thread = Thread(target=second)
     with held(place):
+        Stages(place, {"depth": 3}, renew=True).kept("a", lambda: 1)
         thread.start()
-        thread.join(0.1)
-        order.append("first")
-        with monkeypatch.context() as patch:
-            patch.setattr(parallel, "world", lambda: 2)
-            with pytest.raises(ValueError, match="another process makes result.json: wait for it"):
-                with held(place):
-                    pass
-            patch.setattr(parallel, "rank", lambda: 1)
-            with held(place):  # rank 0 holds it for all
-                pass
+        asked.wait()
+        thread.join(0.2)
+        assert order == [], "it waits"
+        place.write_text("{}")
+        discard(place)
     thread.join()
-    assert order == ["first", "second"]
+    assert order == [True] and list(tmp_path.iterdir()) == [place]
+
+
+def test_a_job_does_not_wait_for_another_process(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(parallel, "wait", lambda: None)
+    with held(tmp_path / "result.json"):
+        monkeypatch.setattr(parallel, "world", lambda: 2)
+        with pytest.raises(ValueError, match="another process makes result.json: wait for it"):
+            with held(tmp_path / "result.json"):
+                pass
+        monkeypatch.setattr(parallel, "rank", lambda: 1)
+        with held(tmp_path / "result.json"):  # rank 0 holds it for all
+            pass

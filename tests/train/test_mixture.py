@@ -146,6 +146,14 @@ def test_a_batch_holds_the_texts_of_one_collection(made, collections, config, ta
     assert len(texts.ids) == sum(len(getattr(p, f"{task}_texts").ids) for p in data.parts)
 
 
+def test_no_query_comes_twice_in_the_batches_of_an_epoch(made) -> None:
+    """On which the halves of gradient probes rest."""
+    data = made()
+    for task, of in (("embedding", data.embedding), ("reranking", data.reranking)):
+        ids = [i for step in range(data.per_epoch(task)) for i in of(step, 1_000_000).ids]
+        assert ids and len(ids) == len(set(ids))
+
+
 @pytest.mark.parametrize(
     ("head", "what", "place"),
     [("interaction", "lists", "place"), ("pseudo_query", "pseudo", "group")],
