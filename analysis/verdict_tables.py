@@ -27,6 +27,7 @@ AGAINST = (
     "Won back: what the arm is above Joint-Single as a share of that loss, told only where the "
     "loss's interval excludes 0, of all seeds and of these, adjusted or not."
 )
+FAR = 10.0  # times the loss: a bound of what is won back that is beyond it says nothing more
 
 
 def arms_tables(verdict: dict[str, Any]) -> str:
@@ -90,7 +91,13 @@ def back(found: dict[str, Any]) -> str:
     """What is won back of the joint arm's loss, or why that is not told."""
     if found["won_back"] is None:
         return f"not told: {found['won_back_reason']}" if "won_back_reason" in found else "-"
-    return f"{100 * found['won_back']:.0f} % {span(found['won_back_interval'], 100, ' %', 0)}"
+    value, interval = f"{100 * found['won_back']:.0f} %", found["won_back_interval"]
+    if interval is None or all(abs(end) <= FAR for end in interval):
+        return f"{value} {span(interval, 100, ' %', 0)}"
+    # The loss, which it is a share of, may be next to nothing.
+    low, high = ("< -1,000" if x < -FAR else "> 1,000" if x > FAR else f"{100 * x:.0f}"
+                 for x in interval)  # fmt: skip
+    return f"{value} [{low}, {high}] %"
 
 
 def won_back(verdict: dict[str, Any]) -> str:

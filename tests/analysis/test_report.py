@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import experiments
-from analysis import figures, report
+from analysis import figures, report, verdict_tables
 from eval import stats
 from trials import Config
 
@@ -314,6 +314,15 @@ def test_what_is_won_back_is_told_at_the_seeds_of_all_three(
         told = min(lost) > 0
         assert (found["won_back"] == pytest.approx(1)) if told else found["won_back"] is None
         assert ("at the seeds that all three" in found["won_back_reason"]) != told
+
+
+@pytest.mark.parametrize(
+    ("interval", "told"),
+    [((-1146.9, -0.21), "-82 % [< -1,000, -21] %"), ((-0.9, 12.0), "-82 % [-90, > 1,000] %"),
+     ((-0.9, 0.5), "-82 % [-90, 50] %"), (None, "-82 % (no interval)")],
+)  # fmt: skip
+def test_a_share_of_next_to_nothing_has_no_digits(interval: tuple | None, told: str) -> None:
+    assert verdict_tables.back({"won_back": -0.82, "won_back_interval": interval}) == told
 
 
 @words_alone

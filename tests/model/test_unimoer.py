@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -265,9 +266,9 @@ def test_rank(model: UniMoER) -> None:
 def test_long_work_shows_a_bar_and_short_work_none(model: UniMoER, monkeypatch) -> None:
     shown = []
 
-    def bar(**options):
-        shown.append(not options["disable"])
-        return tqdm(**options | {"disable": True})
+    def bar(disable: bool, **options: Any) -> tqdm:
+        shown.append(not disable)
+        return tqdm(disable=True, **options)
 
     monkeypatch.setattr(texts, "tqdm", bar)
     for count in (999, 1000):
