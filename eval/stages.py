@@ -116,18 +116,24 @@ def held(place: Path) -> Iterator[None]:
         yield
         return
     busy = f"another process makes {place.name}: wait for it" if parallel.world() > 1 else ""
-    name = f".{place.name}.lock"
-    with locked(place.parent, busy, name):
+    with locked(place.parent, busy, _lock(place).name):
         parallel.wait()
         yield
-        if place.exists():  # nobody asks for the lock again
-            place.with_name(name).unlink(missing_ok=True)
+        if place.exists():
+            discard(place)
 
 
 def _folder(place: Path) -> Path:
     return place.with_name(f"{place.name}.part")
 
 
+def _lock(place: Path) -> Path:
+    return place.with_name(f".{place.name}.lock")
+
+
 def discard(place: Path) -> None:
-    """Remove the pieces of a result, if there are any."""
+    """Remove the pieces of a result, if there are any, and the lock, for which nobody asks again
+    once the result is there."""
     shutil.rmtree(_folder(place), ignore_errors=True)
+    if place.exists():
+        _lock(place).unlink(missing_ok=True)
