@@ -16,7 +16,6 @@ import argparse
 import random
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -39,7 +38,8 @@ from model.weights import revision
 OF = {  # what not every benchmark has
     "dimensions": ("beir",), "untrained": ("beir",), "tasks": ("mteb",), "benchmark": ("mteb",),
     "candidates": ("beir", "mteb"), "sides": ("rag",), "specialists": ("rag",),
-    "passages": ("rag",), "rule": ("rag",),
+    "passages": ("rag",), "rule": ("rag",), "temperature": ("rag",), "top_k": ("rag",),
+    "top_p": ("rag",), "seed": ("rag",),
 }  # fmt: skip
 
 
@@ -78,7 +78,10 @@ def answer(args: argparse.Namespace) -> None:
     for data in args.data:
         split, public = split_of(args, data), data in hub.ANSWERS
         rule = args.rule or (data if public else "nq")
-        settings = rag.Settings(args.depth, args.passages, rule=rule)
+        settings = rag.Settings(
+            args.depth, args.passages, rule=rule, temperature=args.temperature, top_k=args.top_k,
+            top_p=args.top_p, seed=args.seed,
+        )  # fmt: skip
         collection = load(data, cache)
         judged = {q: collection.queries[q] for q in sorted(require_split(collection, split))}
         gold, of = rag.published_answers(data, split, judged, cache) if public else ({}, {})
@@ -87,7 +90,7 @@ def answer(args: argparse.Namespace) -> None:
         answers = {q: gold[q] for q in asked} if public else rag.read_answers(Path(data), asked)
         origin = {
             "revision": version,
-            "asked": {**asdict(settings), "queries": args.queries},
+            "asked": {**settings.asked(), "queries": args.queries},
             "data": collection.identity,
             "prompts": {**saved.read_config(Path(args.model))[0].prompts.texts(),
                         "generate": rag.PROMPT},
@@ -142,9 +145,9 @@ def _alone(args: argparse.Namespace, data: str, side: str) -> None:
     words = ["rag", "--alone", "--data", data, "--sides", side]
     if args.specialists:
         words += ["--specialists", *args.specialists]
-    for option in ("model", "name", "split", "depth", "passages", "rule", "queries", "out",
-                   "device"):  # fmt: skip
-        words += [f"--{option}={getattr(args, option)}"]
+    for option in ("model", "name", "split", "depth", "passages", "rule", "temperature", "top-k",
+                   "top-p", "seed", "queries", "out", "device"):  # fmt: skip
+        words += [f"--{option}={getattr(args, option.replace('-', '_'))}"]
     _run(f"the side {side!r}", words)
 
 
@@ -182,6 +185,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--passages", type=int, default=3, help="rag: documents the generator reads")
     made.add_argument("--rule", choices=["", *NORMALISERS], default="", help="rag: whose "
                       "normalisation of answers; default: the set's, nq for folders")  # fmt: skip
+    made.add_argument("--temperature", type=float, default=0.0, help="rag: of sampled answers; "
+                      "default: 0, greedy")  # fmt: skip
+    made.add_argument(
+        "--top-k", type=int, default=0, help="rag: sample from so many tokens; 0: all"
+    )
+    made.add_argument("--top-p", type=float, default=1.0, help="rag: or from so much probability")
+    made.add_argument("--seed", type=int, default=0, help="rag: of the samples")
     made.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one of several
     made.add_argument("--out", default="runs/eval", help="folder of the results")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -204,7 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("--data is missing: which collections?")
         for name, benches in OF.items():
             if args.bench not in benches and getattr(args, name) != made.get_default(name):
-                raise ValueError(f"--{name} is of {' and '.join(benches)}, not of {args.bench}")
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} is of {' and '.join(benches)}, not of {args.bench}")
         for name, least in (("depth", 1), ("candidates", 1), ("queries", 0), ("passages", 1)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name} {getattr(args, name)}: expected at least {least}")

@@ -32,6 +32,8 @@ from model.weights import revision
 from trials import Config
 
 Found = dict[str, dict | list[str]]  # row -> its result, or the models that it needs
+# What makes a row that has to be trained; its model is then given by --models.
+TRAINING = "`python -m run run trained_baselines --scale full --base {base} --arms base-lora`"
 
 
 def command(args: argparse.Namespace) -> None:
@@ -71,6 +73,8 @@ def asked_rows(args: argparse.Namespace) -> list[Row]:
         raise ValueError(f"--rows {unknown[0]}: expected some of {', '.join(known)}")
     names = dict.fromkeys([BM25, *(args.rows or known)])
     rows = [baselines.adapt(known[name], args.dtype, args.document_tokens) for name in names]
+    bases_of = {read_config(folder)[0].base for folder in map(Path, args.models)}
+    rows = [row for row in rows if row.trains not in bases_of]
     for folder in map(Path, args.models):
         rows.append(baselines.ours(folder))
         if args.pseudo_query and read_config(folder)[0].rerank_head != "pseudo_query":
@@ -128,6 +132,8 @@ def _one(
                 "another --out"
             )
         return result
+    if row.trains:
+        return [f"{row.trains} and training: {TRAINING.format(base=row.trains)}"]
     if needs := [s.base for s in row.sources() if not isinstance(s, Path) and s not in at]:
         return needs
     bm25 = row.name == BM25

@@ -40,6 +40,8 @@ JUDGE = (
     'the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
     "<|im_start|>user\n"
 )
+EMBEDDING = "Qwen/Qwen3-Embedding-{size}"
+RERANKER = "Qwen/Qwen3-Reranker-{size}"
 TOKENS = 8192  # of a text, in the published examples of Qwen3
 E2RANK_TOKENS = 1024  # of a document, in E2Rank's training
 
@@ -55,6 +57,7 @@ class Row:
     the row has nothing for this task.
     pseudo_query: the reranker scores with it, not with its head.
     untrained: of its one saved model nothing but the bare base is run.
+    trains: the base that it is trained on first; then it is the row of a saved model (`ours`).
     """
 
     name: str
@@ -63,6 +66,7 @@ class Row:
     reranker: Source | None = None
     pseudo_query: PseudoQuery | None = None
     untrained: bool = False
+    trains: str = ""
 
     def sources(self) -> list[Source]:
         """Its models, each once."""
@@ -89,16 +93,22 @@ def reranker(base: str, task: str = TASK) -> ModelConfig:
 
 
 def published(task: str = TASK) -> list[Row]:
-    """Every row that needs no training here. task: the instruction of the Qwen3 prompts.
+    """Every row of a published model, and of what is trained on one. task: the instruction of the
+    Qwen3 prompts.
 
     Raises:
         ValueError: the task holds a place such as {query}.
     """
     rows = [Row(BM25, "terms in common")]
     for size in SIZES:
-        names = [f"Qwen/Qwen3-{role}-{size}" for role in ("Embedding", "Reranker")]
-        models = embedder(names[0], task), reranker(names[1], task)
+        models = (
+            embedder(EMBEDDING.format(size=size), task),
+            reranker(RERANKER.format(size=size), task),
+        )
         rows.append(Row(f"qwen3-{size.lower()}", "Qwen3-Embedding + Qwen3-Reranker", *models))
+    for size in SIZES:
+        base, what = EMBEDDING.format(size=size), "Qwen3-Embedding + reranking LoRA"
+        rows.append(Row(f"qwen3-{size.lower()}-lora", what, trains=base))
     for size in SIZES:
         both = embedder(f"Alibaba-NLP/E2Rank-{size}", task, E2RANK_TOKENS)
         asked = PseudoQuery(chat=True, asks="Search Query: ")
@@ -128,6 +138,8 @@ def ours(folder: Path, asked: PseudoQuery | None = None) -> Row:
         known |= dict.fromkeys(("similarity-mean", "similarity-max"),
                                "LoRAs switched by similarity (RouterRetriever)")  # fmt: skip
         what = known.get(kind, f"LoRAs weighed by {kind}")
+    if config.base in (row.trains for row in published() if row.trains):
+        what = f"{what}, on {config.base}"
     name, place = saved.name_of(folder), Path(folder)
     if config.rerank_head == "pseudo_query":
         what = f"{what}, pseudo-query"

@@ -9,9 +9,10 @@ What a stage is good for is seen where it is left out: the one model without rer
 any document; or BM25's documents in place of both.
 """
 
+import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from eval.stages import Stages
 from eval.vectors import Vectors
 from model import saved
 from model.files import read_json
-from model.generate import Generator
+from model.generate import Generator, require_sampling
 from model.unimoer import UniMoER
 from model.weights import revision
 
@@ -52,13 +53,18 @@ PARTS = {  # the stages that are left of "one"
 @dataclass(frozen=True)
 class Settings:
     """depth: documents retrieved, which are reranked. passages: of these, that the generator reads,
-    each cut to `passage_tokens`. rule: whose normalisation, a key of `NORMALISERS`."""
+    each cut to `passage_tokens`. rule: whose normalisation, a key of `NORMALISERS`. temperature,
+    top_k, top_p: as of `Generator.generate`. seed: of the draws, which are each question's own."""
 
     depth: int = 20
     passages: int = 3
     passage_tokens: int = 96
     new_tokens: int = 16
     rule: str = "nq"
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
 
     def __post_init__(self):
         if self.rule not in NORMALISERS:
@@ -67,6 +73,12 @@ class Settings:
             raise ValueError(
                 f"passages must lie between 1 and depth={self.depth}, got {self.passages}"
             )
+        require_sampling(self.temperature, self.top_k, self.top_p)
+
+    def asked(self) -> dict[str, Any]:
+        """What decides the answers: no way of drawing where nothing is drawn."""
+        drawn = ("temperature", "top_k", "top_p", "seed")
+        return {k: v for k, v in asdict(self).items() if self.temperature or k not in drawn}
 
 
 def read_answers(folder: Path, queries: Sequence[str]) -> dict[str, list[str]]:
@@ -174,7 +186,12 @@ class Pipeline:
             read = [read[i] for i, _ in self.reranker.rank(text, documents, s.passages)]
             clock.append(time.perf_counter())
         read = read[: s.passages]
-        ids = self.generator.generate([self.prompt(text, read)], s.new_tokens, stop=self.stop)[0]
+        # Of its own, so that a question draws alike whichever were asked before it.
+        seed = random.Random(f"{s.seed} {query}").getrandbits(62)
+        [ids] = self.generator.generate(
+            [self.prompt(text, read)], s.new_tokens, stop=self.stop,
+            temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=seed,
+        )  # fmt: skip
         clock.append(time.perf_counter())
         answer = self.tokenizer.fast.decode([i for i in ids if i not in self.stop])
         took = np.diff(clock).tolist()

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kernels import route
-from kernels.moe_lora import dropout_mask
 from kernels.segments import Segments
 from kernels.shrink import TOKEN, Group, gate_backward, shrink_gate
 
@@ -124,7 +123,7 @@ def fused_linear(
     segments: Segments,
     masters: list[Tensor],
     mode: int,
-    dropout: float = 0.0,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """All linears of a group with their experts.
 
@@ -133,11 +132,10 @@ def fused_linear(
         weights: (B, E) fp32 of the texts, (N, E) of the tokens, or None: every expert counts 1.
         mode: TEXT, TOKEN or ALL, what a row of `weights` belongs to.
         masters: A (R, D) and B (O_j, R) of each adapted linear in turn; they get the gradients.
-        dropout: probability with which an element of x is dropped on its way to A.
+        keep: (N, D), what x is multiplied by on its way to A: `kernels.dropout`'s mask.
     Returns:
         (N, O + P): the outputs of all linears, then columns for the backward pass.
     """
-    keep = dropout_mask(x, group.layout.in_features, dropout)
     none = (None,) * 6
     return _FusedLinear.apply(group, segments, mode, keep, x, weights, *none, *masters)
 
@@ -148,13 +146,12 @@ def routed_linear(
     routing: Routing,
     segments: Segments,
     masters: list[Tensor],
-    dropout: float = 0.0,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same with a router that weighs each token, in one pass over x.
 
     Returns:
         (N, O + P) as above, and the weights (N, E) for the other groups of the layer.
     """
-    keep = dropout_mask(x, group.layout.in_features, dropout)
     more = (*routing.mlp, routing.c, routing.offset)
     return _FusedLinear.apply(group, segments, TOKEN, keep, x, None, *more, *masters)

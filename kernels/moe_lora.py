@@ -194,21 +194,13 @@ class _BorderedLinear(torch.autograd.Function):
         return None, None, None, dx, d_gates, *(d.to(gates.dtype) for d in d_masters)
 
 
-def dropout_mask(x: Tensor, features: int, dropout: float) -> Tensor | None:
-    """(N, features) of 0 and 1 / (1 - dropout) in x's dtype; None without dropout."""
-    if dropout == 0:
-        return None
-    draw = torch.rand(len(x), features, device=x.device)
-    return (draw >= dropout).to(x.dtype) / (1 - dropout)
-
-
 def bordered_linear(
     layout: Layout,
     bordered: Tensor,
     x: Tensor,
     gates: Tensor,
     masters: list[Tensor],
-    dropout: float = 0.0,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """All linears of a group with their experts, in plain PyTorch.
 
@@ -219,9 +211,8 @@ def bordered_linear(
         gates: g = w_i s_i repeated over the ranks, (N, R) or (1, R), the masters' dtype.
         masters: A (R, D) and B (O_j, R) of each adapted linear in turn, the tensors that M's
             borders were copied from; they receive the gradients.
-        dropout: probability with which an element of x is dropped on its way to A.
+        keep: (N, D), what x is multiplied by on its way to A: `kernels.dropout`'s mask.
     Returns:
         one (N, O_j) tensor per linear.
     """
-    keep = dropout_mask(x, layout.in_features, dropout)
     return _BorderedLinear.apply(layout, bordered, keep, x, gates, *masters)

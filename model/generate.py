@@ -96,6 +96,15 @@ def choose(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+def require_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raise ValueError for what `choose` cannot draw by."""
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(
+            "expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0; "
+            f"got {temperature}, {top_p}, {top_k}"
+        )
+
+
 def require_causal(config: ModelConfig) -> Path:
     """The folder of a model's base, if the model can generate.
 
@@ -197,11 +206,9 @@ class Generator:
         Raises:
             ValueError: an option out of its range, an empty prompt.
         """
-        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
-            raise ValueError(
-                "generate: expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, "
-                f"max_new_tokens >= 1; got {temperature}, {top_p}, {top_k}, {max_new_tokens}"
-            )
+        require_sampling(temperature, top_k, top_p)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         random = None
         if seed is not None:
             random = torch.Generator(self.device).manual_seed(seed)

@@ -56,15 +56,16 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, batch: Packed, cos: Tensor, sin: Tensor, gates, only: Only | None = None
     ) -> Tensor:
-        q, k, v = (t.unflatten(1, (-1, self.config.head_dim)) for t in self.qkv(x, gates))
+        places = batch.places
+        q, k, v = (t.unflatten(1, (-1, self.config.head_dim)) for t in self.qkv(x, gates, places))
         if self.config.model_type == "qwen3":
             q, k = self.q_norm(q), self.k_norm(k)  # (N, H, K), (N, G, K)
         q, k, v = map(batch.spread, (rope(q, cos, sin), rope(k, cos, sin), v))
         reach = {"causal": self.config.causal, "window": self.config.sliding_window}
         y = batch.gather(attention(q, k, v, batch.whole.groups, **reach))
         if only is not None:
-            y, gates = y[only.at], _rows(gates, only)
-        return self.o(y.flatten(1), gates)[0]
+            y, gates, places = y[only.at], _rows(gates, only), only.texts.places
+        return self.o(y.flatten(1), gates, places)[0]
 
     def fused(
         self,
@@ -78,11 +79,11 @@ class Attention(nn.Module):
         only: Only | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The same on wide buffers; and the weights, which a `router` of tokens finds in here."""
-        c, segments = self.config, batch.segments
+        c, segments, places = self.config, batch.segments, batch.places
         if router is None:
-            y = self.qkv.fused(normed, segments, weights, mode)
+            y = self.qkv.fused(normed, segments, weights, mode, places)
         else:
-            y, weights = self.qkv.routed(normed, segments, router)
+            y, weights = self.qkv.routed(normed, segments, router, places)
         norms = (None, None)
         if c.model_type == "qwen3":
             norms = (self.q_norm.weight, self.k_norm.weight)
@@ -91,8 +92,9 @@ class Attention(nn.Module):
         reach = {"causal": c.causal, "window": c.sliding_window}
         y = batch.gather(packed_attention(q, k, v, batch.whole.segments, **reach))
         if only is not None:
-            y, segments = y[only.at], only.texts.segments
-        return self.o.fused(y.flatten(1), segments, _weights(weights, mode, only), mode), weights
+            y, segments, places = y[only.at], only.texts.segments, only.texts.places
+        own = _weights(weights, mode, only)
+        return self.o.fused(y.flatten(1), segments, own, mode, places), weights
 
 
 class MLP(nn.Module):
@@ -102,18 +104,18 @@ class MLP(nn.Module):
         self.gate_up = LinearGroup(d, {"gate_proj": f, "up_proj": f}, lora, dtype)
         self.down = LinearGroup(f, {"down_proj": d}, lora, dtype)
 
-    def forward(self, x: Tensor, gates: Tensor | None) -> Tensor:
-        gate, up = self.gate_up(x, gates)
-        return self.down(swiglu(gate, up), gates)[0]
+    def forward(self, x: Tensor, gates: Tensor | None, places: Tensor | None = None) -> Tensor:
+        gate, up = self.gate_up(x, gates, places)
+        return self.down(swiglu(gate, up), gates, places)[0]
 
     def fused(
         self, normed: Tensor, batch: Packed, weights: Tensor | None, mode: int | None
     ) -> Tensor:
         """The same on wide buffers."""
-        y = self.gate_up.fused(normed, batch.segments, weights, mode)
+        y = self.gate_up.fused(normed, batch.segments, weights, mode, batch.places)
         down = self.down.layout
         y = fused_swiglu(y, down.in_features, down.shape[1] - down.in_features)
-        return self.down.fused(y, batch.segments, weights, mode)
+        return self.down.fused(y, batch.segments, weights, mode, batch.places)
 
 
 class DecoderLayer(nn.Module):
@@ -180,9 +182,9 @@ class DecoderLayer(nn.Module):
                 gates = per_token(gates, batch)  # (B, R) -> (N, R)
         attended = self.self_attn(normed, batch, cos, sin, gates, only)
         if only is not None:
-            x, gates = x[only.at], _rows(gates, only)
+            x, gates, batch = x[only.at], _rows(gates, only), only.texts
         x = x + attended
-        return x, self.mlp(self.post_attention_layernorm(x), gates), weights
+        return x, self.mlp(self.post_attention_layernorm(x), gates, batch.places), weights
 
     def _fused(self, x, delta, batch, cos, sin, tasks, weights, experts: bool, router, only):
         attn, mlp, segments = self.self_attn, self.mlp, batch.segments

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kernels import moe_lora
 from kernels.bordered import Routing, fused_linear, routed_linear
 from kernels.choice import has_matrix_units
+from kernels.dropout import dropout_mask
 from kernels.moe_lora import Pieces, bordered_linear, make_layout
 from kernels.segments import Segments
 from kernels.shrink import Columns, Group
@@ -192,12 +193,22 @@ class LinearGroup(nn.Module):
     def _mark_stepped(self, grad: Tensor) -> None:
         self._stepped = True
 
-    def forward(self, x: Tensor, gates: Tensor | None) -> tuple[Tensor, ...]:
+    def _keep(self, x: Tensor, places: Tensor | None) -> Tensor | None:
+        """What dropout does to the experts' input."""
+        if not self.training or self.dropout == 0:
+            return None
+        places = torch.arange(len(x), device=x.device) if places is None else places
+        return dropout_mask(places, self.layout.in_features, self.dropout, x.dtype)
+
+    def forward(
+        self, x: Tensor, gates: Tensor | None, places: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """All linears of the group, in the order they were named.
 
         Args:
             x: (N, D).
             gates: w_i s_i repeated over the ranks, (N, R) or (1, R); None for the base alone.
+            places: (N,) int64, which rows of a larger batch these are, for dropout; None: all.
         Returns:
             one (N, O) tensor per linear.
         """
@@ -205,8 +216,8 @@ class LinearGroup(nn.Module):
             return self._base(x).split(list(self.outs.values()), 1)
         if self.dropped:
             return moe_lora.forward(self.layout, self._pieces(), x, x, gates)[2]
-        masters, dropout = self._renewed(), self.dropout if self.training else 0.0
-        outputs = bordered_linear(self.layout, self.bordered, x, gates, masters, dropout)
+        masters, keep = self._renewed(), self._keep(x, places)
+        outputs = bordered_linear(self.layout, self.bordered, x, gates, masters, keep)
         if outputs[0].requires_grad:
             outputs[0].register_hook(self._mark_stepped)
         return outputs
@@ -245,7 +256,12 @@ class LinearGroup(nn.Module):
         return masters
 
     def fused(
-        self, x: Tensor, segments: Segments, weights: Tensor | None, mode: int | None
+        self,
+        x: Tensor,
+        segments: Segments,
+        weights: Tensor | None,
+        mode: int | None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """All linears of the group: `kernels.bordered.fused_linear`; mode None for the base alone.
 
@@ -257,17 +273,18 @@ class LinearGroup(nn.Module):
         if mode is None or not self.adapted_names:
             left = 0 if x.shape[1] == self.layout.in_features else self.layout.x.start
             return self._base(x[:, left : left + self.layout.in_features])
-        dropout = self.dropout if self.training else 0.0
-        y = fused_linear(self._group(), x, weights, segments, self._renewed(), mode, dropout)
+        group, masters, keep = self._group(), self._renewed(), self._keep(x, places)
+        y = fused_linear(group, x, weights, segments, masters, mode, keep)
         if y.requires_grad:
             y.register_hook(self._mark_stepped)
         return y
 
-    def routed(self, x: Tensor, segments: Segments, routing: Routing) -> tuple[Tensor, Tensor]:
+    def routed(
+        self, x: Tensor, segments: Segments, routing: Routing, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The same with a router of tokens, whose weights (N, E) are returned too."""
-        dropout = self.dropout if self.training else 0.0
-        masters = self._renewed()
-        y, weights = routed_linear(self._group(), x, routing, segments, masters, dropout)
+        group, masters, keep = self._group(), self._renewed(), self._keep(x, places)
+        y, weights = routed_linear(group, x, routing, segments, masters, keep)
         if y.requires_grad:
             y.register_hook(self._mark_stepped)
         return y, weights

@@ -55,6 +55,11 @@ class Packed:
         return Segments.of(self.lengths, self.last.device)
 
     @property
+    def places(self) -> Tensor | None:
+        """(N,) int64, where the tokens stand in the larger batch, if this is a part of one."""
+        return self.part.tokens[1] if self.part else None
+
+    @property
     def whole(self) -> "Packed":
         """The texts as they are, each one whole."""
         return self.trie.texts if self.trie else self
@@ -92,7 +97,11 @@ class Only:
         assert batch.trie is None, "places are those in the whole texts"
         count, rows = len(batch.lengths), torch.arange(len(batch.lengths), device=at.device)
         alone = (1,) * count, [(count, 1)]
-        return cls(at, Packed(batch.input_ids[at], batch.positions[at], rows, rows, *alone))
+        part = Part((count, rows), (len(batch.input_ids), at))
+        if batch.part is not None:
+            total, places = batch.part.tokens
+            part = Part(batch.part.texts, (total, places[at]))
+        return cls(at, Packed(batch.input_ids[at], batch.positions[at], rows, rows, *alone, part))
 
 
 @dataclass(frozen=True)

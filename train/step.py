@@ -7,7 +7,6 @@ processes the same holds with the part that each process has: all of them see th
 each carries on the gradient of its own, and the sum of what they find is the gradient.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -199,9 +198,8 @@ class Made:
 def run(model: UniMoER, work: Work, cached_tokens: int = 0) -> Made:
     """The whole micro-batch through the model, this process's share of it with gradients.
 
-    Every text draws the router noise that it would draw in one piece, so only rounding tells how
-    many parts or processes there were. (Not so with dropout of the experts' inputs: its masks are
-    replayed, but each part has its own.)
+    Every text draws the router noise and the dropout that it would draw in one piece, so only
+    rounding tells how many parts or processes there were.
 
     Args:
         cached_tokens: GradCache, in parts of at most so many tokens (or one text); 0: one part.
@@ -213,7 +211,7 @@ def run(model: UniMoER, work: Work, cached_tokens: int = 0) -> Made:
     # By turns, so that every process has nearly as many tokens as the others.
     shares = [list(range(r, len(order), world)) for r in range(world)]
     parts = _alike([_parts(share, sizes, cached_tokens) for share in shares])[rank]
-    random, cached = _RandomState(model, work, rank), len(parts) > 1
+    random, cached = _RandomState(device), len(parts) > 1
 
     def forward(number: int) -> list[Tensor]:
         """Of one part: rows, routing weights, penalties, weights before experts were dropped."""
@@ -222,7 +220,7 @@ def run(model: UniMoER, work: Work, cached_tokens: int = 0) -> Made:
         batch, states = work.texts.batch(chosen, device, model.dtype)
         if cached or world > 1:
             batch = replace(batch, part=Part.of(sizes, part, device))
-            random.restore(number)
+            random.restore()
         made, routing = work.read(model, batch, states)
         routers = model.routers().values()
         penalties = [r.penalty for r in routers if r.penalty is not None]
@@ -298,26 +296,16 @@ def _all(mine: Tensor, counts: list[int]) -> Tensor:
 
 
 class _RandomState:
-    """The random numbers of a micro-batch: each part draws what all of them would draw together.
+    """The random numbers of a micro-batch: each part draws what all of them would draw together."""
 
-    With dropout of the experts' inputs, which is drawn by part, each part has a seed of its own.
-    """
-
-    def __init__(self, model: UniMoER, work: Work, rank: int):
-        self.device = model.device
+    def __init__(self, device: torch.device):
+        self.device = device
         self.state = torch.get_rng_state()
         self.on_card = None
-        if self.device.type == "cuda":
-            self.on_card = torch.cuda.get_rng_state(self.device)
-        lora = model.config.lora
-        self.dropout = lora is not None and lora.dropout > 0
-        self.name = f"{torch.initial_seed()} {work.task} {rank}"
+        if device.type == "cuda":
+            self.on_card = torch.cuda.get_rng_state(device)
 
-    def restore(self, number: int) -> None:
-        if self.dropout:
-            digest = hashlib.sha256(f"{self.name} {number}".encode()).digest()
-            torch.manual_seed(int.from_bytes(digest[:7], "big"))
-            return
+    def restore(self) -> None:
         torch.set_rng_state(self.state)
         if self.on_card is not None:
             torch.cuda.set_rng_state(self.on_card, self.device)

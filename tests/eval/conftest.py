@@ -38,7 +38,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Files, list[tu
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts that `rag` starts as processes of their own, whose imports take most of a test."""
-    monkeypatch.setattr(
-        program.subprocess, "run",
-        lambda words, check: SimpleNamespace(returncode=program.main(words[3:])),
-    )  # fmt: skip
+    here = SimpleNamespace(
+        run=lambda words, check: SimpleNamespace(returncode=program.main(words[3:]))
+    )
+    monkeypatch.setattr(program, "subprocess", here)

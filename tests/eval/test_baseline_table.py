@@ -112,9 +112,10 @@ def test_all_rows(run, data: Path, folders, saved: list[Path], tmp_path: Path) -
     assert code == 0, err
     shown = lines(out)
     assert list(shown)[1:] == [
-        "---", "bm25", "qwen3-0.6b", "qwen3-4b", "qwen3-8b", "e2rank-0.6b", "e2rank-4b",
-        "e2rank-8b", "jina-reranker-v3", "joint-single-seed0", "joint-single-seed0-pseudo-query",
-        "task-seed0", "task-seed0-pseudo-query", "ceiling",
+        "---", "bm25", "qwen3-0.6b", "qwen3-4b", "qwen3-8b", "qwen3-0.6b-lora", "qwen3-4b-lora",
+        "qwen3-8b-lora", "e2rank-0.6b", "e2rank-4b", "e2rank-8b", "jina-reranker-v3",
+        "joint-single-seed0", "joint-single-seed0-pseudo-query", "task-seed0",
+        "task-seed0-pseudo-query", "ceiling",
     ]  # fmt: skip
     assert shown["qwen3-4b"][0] == "needs Qwen/Qwen3-Embedding-4B and Qwen/Qwen3-Reranker-4B"
     assert shown["e2rank-8b"][0] == "needs Alibaba-NLP/E2Rank-8B"
@@ -290,6 +291,24 @@ def test_how_a_model_reads_makes_its_rows(run, tiny_base: Path, data: Path, tmp_
         assert [row.name for row in baselines.bare(some)] == [
             f"{folder.parent.name}-seed0-untrained" for folder in some
         ]
+
+
+def test_a_row_that_is_trained_first(
+    run, tiny_base: Path, data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """It names the base and what trains it, until a model on that base is among --models."""
+    code, out, err = run("--rows", "qwen3-0.6b-lora")
+    assert code == 0, err
+    needs = lines(out)["qwen3-0.6b-lora"][0]
+    assert needs.startswith("needs Qwen/Qwen3-Embedding-0.6B and training: `python -m run run ")
+    folder = tmp_path / "base-lora" / "seed0.model"
+    UniMoER(model_config(tiny_config(tiny_base, data, **ON_BASE))).save_pretrained(folder)
+    monkeypatch.setattr(baselines, "EMBEDDING", str(tiny_base))
+    asked = ("--rows", "bm25", "qwen3-0.6b-lora", "--models", str(folder))
+    code, out, err = run(*asked, local=[])
+    assert code == 0, err
+    assert list(lines(out))[2:] == ["bm25", "base-lora-seed0", "ceiling"]
+    assert f"LoRAs switched by task (jina-embeddings-v3), on {tiny_base}" in out
 
 
 def test_two_models_of_one_name(run, saved: list[Path]) -> None:

@@ -263,10 +263,14 @@ def test_the_rows_and_what_they_need() -> None:
         "bm25": [],
         **{f"qwen3-{s.lower()}": [f"Qwen/Qwen3-Embedding-{s}", f"Qwen/Qwen3-Reranker-{s}"]
            for s in ("0.6B", "4B", "8B")},
+        **{f"qwen3-{s.lower()}-lora": [] for s in ("0.6B", "4B", "8B")},
         **{f"e2rank-{s.lower()}": [f"Alibaba-NLP/E2Rank-{s}"] for s in ("0.6B", "4B", "8B")},
         "jina-reranker-v3": ["jinaai/jina-reranker-v3"],
     }  # fmt: skip
     assert rows["jina-reranker-v3"].embedder is None
+    assert {row.trains for row in rows.values() if row.trains} == {
+        f"Qwen/Qwen3-Embedding-{s}" for s in ("0.6B", "4B", "8B")
+    }
 
 
 def test_a_row_on_less(embedding_folder: Path) -> None:

@@ -389,6 +389,29 @@ def test_a_set_by_name(
     assert "triviaqa has no test split (it has dev)" in capsys.readouterr().err
 
 
+def test_sampled_answers(folder: Path, data: Path, tmp_path: Path, capsys, in_process) -> None:
+    """They differ from greedy ones and from another seed's, and are the same again: of all sides,
+    and of a question that is asked alone."""
+
+    def answers(name: str, *more: str) -> dict[str, str]:
+        line = ["rag", "--model", str(folder), "--data", str(data), "--out", str(tmp_path / name),
+                "--device", "cpu", "--depth", "5", "--sides", "one", "three"]  # fmt: skip
+        assert program.main([*line, *more]) == 0
+        assert "the sides give the same answers: yes" in capsys.readouterr().out
+        [place] = (tmp_path / name).glob("rag/*/tiny-test-one.json")
+        found = json.loads(place.read_text())
+        assert found["asked"].get("temperature") == (float(more[1]) if more else None)
+        return {q: row["answer"] for q, row in found["questions"].items()}
+
+    hot = ("--temperature", "50", "--top-k", "50", "--top-p", "0.95", "--queries", "4")
+    greedy, drawn = answers("greedy"), answers("drawn", *hot)
+    assert len(drawn) == 4 and all(drawn[q] != greedy[q] for q in drawn)
+    fewer = answers("fewer", *hot[:-1], "2")
+    assert fewer == {q: drawn[q] for q in fewer} and len(fewer) == 2
+    other = answers("other", *hot, "--seed", "1")
+    assert all(drawn[q] != other[q] for q in drawn)
+
+
 def test_real_questions_and_answers(folder: Path, tmp_path: Path, capsys, in_process) -> None:
     """NQ's own questions and answers over 2,000 passages, to the end."""
     sides = ("one", "three", "bm25")
@@ -409,3 +432,5 @@ def test_settings_that_cannot_work() -> None:
         rag.Settings(rule="mine")
     with pytest.raises(ValueError, match="passages must lie between 1 and depth=2"):
         rag.Settings(depth=2, passages=3)
+    with pytest.raises(ValueError, match="expected temperature >= 0"):
+        rag.Settings(temperature=-1.0)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.bordered import Routing, fused_linear, routed_linear
+from kernels.dropout import dropout_mask
 from kernels.moe_lora import Pieces, make_layout
 from kernels.segments import Segments
 from kernels.shrink import ALL, TEXT, TOKEN, Columns, Group
@@ -207,16 +208,14 @@ def test_dropout(device, dtype, matrix_units: bool) -> None:
     sizes, adapted = (1, 40), GROUPS["o"]
     segments = Segments.of(sizes, device)
     v = inputs_of(41, adapted).cast(device, dtype)
-    torch.manual_seed(3)
-    keep = (torch.rand(41, D, device=device) >= 0.4).to(dtype) / 0.6
+    keep = dropout_mask(torch.arange(41, device=device), D, 0.4, dtype)
     own = dict(v, x=v["x"].detach().clone().requires_grad_())
     base = own["x"] @ v["w"][: OUTS[0]].t()
     dropped = dict(own, x=own["x"] * keep, w=torch.zeros_like(v["w"][: OUTS[0]]))
     ones = torch.ones(41, 3, device=device)
     expected = base + plain(dropped, ones, adapted)
-    torch.manual_seed(3)
     made = group({**v, "w": v["w"][: OUTS[0]]}, adapted, matrix_units)
-    y = fused_linear(made, v["x"], None, segments, masters(v, adapted), ALL, dropout=0.4)
+    y = fused_linear(made, v["x"], None, segments, masters(v, adapted), ALL, keep)
     found = y[:, : OUTS[0]]
     g = draw(41, OUTS[0]).to(device, dtype)
     names = ("x", "a0", "b0")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.dropout import dropout_mask
 from kernels.moe_lora import Layout, bordered_linear, make_layout
 
 RANKS, SCALES = (5, 3, 17), (2.0, 0.5, 1.0)
@@ -47,13 +48,17 @@ class Case:
     def inputs(self) -> list[Tensor]:
         return [self.x, self.gates, *self.masters]
 
-    def by_rank(self, x: Tensor, gates: Tensor, *masters: Tensor, dropout: float = 0.0) -> Tensor:
+    def by_rank(
+        self, x: Tensor, gates: Tensor, *masters: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
         """(N, all outputs) of bordered_linear; `gates` are w_i s_i repeated over the ranks."""
-        outputs = bordered_linear(self.layout, self.bordered(), x, gates, list(masters), dropout)
+        outputs = bordered_linear(self.layout, self.bordered(), x, gates, list(masters), keep)
         return torch.cat(outputs, 1)
 
-    def fast(self, x: Tensor, gates: Tensor, *masters: Tensor, dropout: float = 0.0) -> Tensor:
-        return self.by_rank(x, repeated(gates), *masters, dropout=dropout)
+    def fast(
+        self, x: Tensor, gates: Tensor, *masters: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        return self.by_rank(x, repeated(gates), *masters, keep=keep)
 
     def plain(self, x: Tensor, gates: Tensor, *masters: Tensor) -> Tensor:
         """The same from kernels.reference at the dtype of x, one linear after the other."""
@@ -215,13 +220,15 @@ def test_layout_windows(group: str, pad: int) -> None:
 # Dropout -------------------------------------------------------------------------------------
 
 
+def mask_for(case: Case, p: float) -> Tensor:
+    return dropout_mask(torch.arange(len(case.x)), case.x.shape[1], p, case.x.dtype)
+
+
 @pytest.mark.parametrize("group", ["one", "three"])
 def test_dropout_uses_one_mask_forward_and_backward(group: str) -> None:
-    """At a fixed seed it is the explicit formula with that mask: only the way to A is dropped."""
-    case, p = make_case(group), 0.4
-    torch.manual_seed(7)
-    keep = (torch.rand(case.x.shape, dtype=torch.float32) >= p).double() / (1 - p)
-    assert 0.4 < (keep > 0).double().mean() < 0.8
+    """It is the explicit formula with that mask: only the way to A is dropped."""
+    case = make_case(group)
+    keep = mask_for(case, 0.4)
 
     def explicit(x: Tensor, gates: Tensor, *masters: Tensor) -> Tensor:
         bare = torch.cat([x @ w.t() for w in case.weights], 1)
@@ -229,8 +236,7 @@ def test_dropout_uses_one_mask_forward_and_backward(group: str) -> None:
         return bare + dropped - torch.cat([(x * keep) @ w.t() for w in case.weights], 1)
 
     def dropped(*inputs: Tensor) -> Tensor:
-        torch.manual_seed(7)
-        return case.fast(*inputs, dropout=p)
+        return case.fast(*inputs, keep=keep)
 
     weight = normal_like_output(case)
     found, expected = (results(f, case.inputs(), weight) for f in (dropped, explicit))
@@ -241,7 +247,9 @@ def test_dropout_keeps_the_mean() -> None:
     case = make_case("one")
     torch.manual_seed(0)
     with torch.no_grad():
-        draws = torch.stack([case.fast(*case.inputs(), dropout=0.5) for _ in range(2000)])
+        draws = torch.stack(
+            [case.fast(*case.inputs(), keep=mask_for(case, 0.5)) for _ in range(2000)]
+        )
         expected = case.fast(*case.inputs())
     error = draws.std(0) / 2000**0.5
     assert error.min() > 0
@@ -255,7 +263,8 @@ def test_dropout_in_bfloat16_scales_what_it_keeps() -> None:
     a, b = case.masters
     torch.manual_seed(0)
     with torch.no_grad():
-        delta = case.fast(case.x, case.gates, a, b, dropout=0.1) - case.x @ case.weights[0].t()
+        delta = case.fast(case.x, case.gates, a, b, keep=mask_for(case, 0.1))
+        delta = delta - case.x @ case.weights[0].t()
         whole = case.fast(case.x, case.gates, a, b) - case.x @ case.weights[0].t()
     torch.testing.assert_close(delta.float().mean(0), whole.float().mean(0), rtol=0.03, atol=0.02)
 

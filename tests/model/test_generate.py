@@ -132,8 +132,10 @@ def test_what_cannot_generate(tiny_base: Path) -> None:
     model = ours(tiny_base)
     wrong: list[dict[str, Any]] = [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}]
     for options in wrong:
-        with pytest.raises(ValueError, match="generate: expected"):
+        with pytest.raises(ValueError, match="expected temperature >= 0"):
             Generator(model).generate(PROMPTS, 1, **options)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        Generator(model).generate(PROMPTS, 0)
     with pytest.raises(ValueError, match="one token in each"):
         Generator(model).generate([[]], 1)
 

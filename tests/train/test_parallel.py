@@ -24,7 +24,7 @@ from train import loop, step
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "steps": 4, "dtype": "float64", "prefix": False, "train_queries": 0, "embedding_batch": 6,
-    "reranking_batch": 3, "checkpoint_every": 2, "lora_dropout": 0.0,
+    "reranking_batch": 3, "checkpoint_every": 2, "lora_dropout": 0.1,
 }  # fmt: skip
 
 
