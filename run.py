@@ -25,7 +25,7 @@ from analysis import (
     reuse,
     tracking,
 )
-from eval import hub, stages
+from eval import benchmarks, hub, stages
 from eval.collections import require_split
 from eval.command import exit_status
 from eval.machine import device_name
@@ -139,6 +139,7 @@ def command_run(args: argparse.Namespace) -> None:
     overrides |= dict(override(text) for text in args.set)
     chosen, folder = chosen_arms(args), setting_folder(args)
     fresh, computed, began = not Path(args.runs).exists(), 0, time.perf_counter()
+    args.evaluate = benchmarks.each(args.evaluate, bases.cache_folder() / "data")
     check_elsewhere(args, chosen, folder)
     tasks = leaderboard.named(args.mteb) if args.mteb else []
     if args.wandb:
@@ -160,18 +161,13 @@ def command_run(args: argparse.Namespace) -> None:
         training_steps(bench.collections, config)
     for data in args.evaluate:
         replace(first, measured_on=data)  # which refuses what is none
-    elsewhere = {data: Workbench(data, *options) for data in args.evaluate}
-    for data, there in elsewhere.items():
-        require_split(there.collection, args.split or hub.own_split(data))
+        require_split(Workbench(data, *options).collection, args.split or hub.own_split(data))
     if parallel.rank() == 0:
         of = f"{parallel.world()} x " if parallel.world() > 1 else ""
         on = f"{len(trials)} trials on {of}{device_name(device)}"
         print(f"{args.experiment} {folder.name}: {on}")
-    sizes: dict[str, dict] = {"baselines.json": {}}
-    for arm in chosen:
-        size = experiments.size_of(args.experiment, arm, args.scale)
-        sizes[experiments.baselines_name(size)] = size
-    for name, size in sizes.items():
+    sizes = [{}, *(experiments.size_of(args.experiment, arm, args.scale) for arm in chosen)]
+    for name, size in {experiments.baselines_name(size): size for size in sizes}.items():
         plain = experiments.plain(args.experiment, args.scale, **{**size, **overrides})
         plain = resolved(plain, device)
         show_baselines(folder / name, plain, bench, size)
@@ -204,7 +200,8 @@ def command_run(args: argparse.Namespace) -> None:
             write_json(folder / "took.json", row | made_by(device))
             print(f"{computed} trials took {seconds / 60:.1f} minutes")
     plain = resolved(experiments.plain(args.experiment, args.scale, **overrides), device)
-    folders = [evaluate(d, there, args, plain, trials) for d, there in elsewhere.items()]
+    # One collection at a time: all of BEIR fits into few machines.
+    folders = [evaluate(d, Workbench(d, *options), args, plain, trials) for d in args.evaluate]
     if folders and parallel.rank() == 0:
         print(across.write(folder, folders))
     parallel.wait()  # the last time: what follows takes hours, and the others are not needed
@@ -370,7 +367,8 @@ def parser() -> argparse.ArgumentParser:
         if name == "run":
             sub.add_argument("--arms", nargs="*", default=[], help="only these")
             sub.add_argument("--evaluate", nargs="+", default=[], metavar="DATA",
-                             help="measure what was trained on these as well")  # fmt: skip
+                             help="measure what was trained on these as well; groups too: "
+                             "all (BEIR's 18), cqadupstack, bright, miracl, mmarco")  # fmt: skip
             sub.add_argument("--mteb", nargs="+", default=[], metavar="NAME", help="tasks and "
                              "benchmarks of mteb that decide for the embedding side")  # fmt: skip
             sub.add_argument("--split", default="", help="default: test, or its authors' own")

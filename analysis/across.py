@@ -1,11 +1,12 @@
 """Interference over several collections: that of each, and their mean, by the rule of the study.
 
-For one task, collection k has I_k = 100 (P_k - J_k) / P_k, and I = mean_k I_k: each weighs the
-same, however many queries it has. The queries of different collections are different ones, the
-trained models are the same; so I is one smooth function of all queries' scores, whose interval
-`eval.stats.estimate` finds from its gradient. With n_k of Q queries in collection k of K,
+For one task, collection k has I_k = 100 (P_k - J_k) / P_k, and I = sum_k w_k I_k with the w_k of
+`weights`: each weighs the same, however many queries it has. The queries of different collections
+are different ones, the trained models are the same; so I is one smooth function of all queries'
+scores, whose interval `eval.stats.estimate` finds from its gradient. With n_k of Q queries in
+collection k,
 
-    u_q = Q / (K n_k) * 100 * (J_k / P_k * Y_P[q] - Y_J[q]) / P_k      of a query q of k
+    u_q = w_k Q / n_k * 100 * (J_k / P_k * Y_P[q] - Y_J[q]) / P_k      of a query q of k
 
 whose mean within each collection is 0, so that how hard a collection is adds nothing to the
 variance: it is that of the collections at hand, not of others that might have been taken.
@@ -25,23 +26,35 @@ from model.files import write_json, write_text
 Part = tuple[stats.Arms, Sequence[str]]  # of a collection: arm -> (S, Q) scores, Q cluster labels
 
 
-def mean_interference(parts: Sequence[Part], specialist: str, joint: str) -> stats.Estimate:
+def weights(names: Sequence[str]) -> list[float]:
+    """What each collection counts: one n-th, but the forums of CQADupStack are one collection, as
+    BEIR counts them. They add up to 1."""
+    rows = ["cqadupstack" if name.startswith("cqadupstack-") else name for name in names]
+    return [1 / (len(set(rows)) * rows.count(row)) for row in rows]
+
+
+def mean_interference(
+    parts: Sequence[Part], specialist: str, joint: str, counts: Sequence[float]
+) -> stats.Estimate:
     """I, in %, with its interval; for one collection it is `stats.interference`.
 
     Args:
         parts: the same seeds, in the same order, in each. Means of the specialist must be > 0.
+        counts: w_k of each.
     """
     total, values, labels = sum(len(of) for _, of in parts), [], []
     columns: dict[str, list[np.ndarray]] = {specialist: [], joint: []}
-    for at, (y, of) in enumerate(parts):
+    for at, ((y, of), count) in enumerate(zip(parts, counts, strict=True)):
         p, j = float(y[specialist].mean()), float(y[joint].mean())
-        weight = 100 * total / (len(parts) * len(of))
+        weight = 100 * total * count / len(of)
         values.append(100 * (p - j) / p)
         columns[specialist].append(weight * j / p**2 * y[specialist])
         columns[joint].append(-weight / p * y[joint])
         labels += [f"{at} {label}" for label in of]
     scaled = {arm: np.concatenate(of, axis=1) for arm, of in columns.items()}
-    return stats.estimate(float(np.mean(values)), dict.fromkeys(columns, 1.0), scaled, labels)
+    return stats.estimate(
+        float(np.dot(counts, values)), dict.fromkeys(columns, 1.0), scaled, labels
+    )
 
 
 def judge(folders: Sequence[Path]) -> dict[str, Any]:
@@ -79,14 +92,16 @@ def judge(folders: Sequence[Path]) -> dict[str, Any]:
             }
             parts[task].append((y[task], labels[task]))
             gains[task].append(mine - float(base))
-    means = {task: mean_interference(parts[task], SPECIALIST[task], JOINT) for task in TASKS}
+    names = {name: baselines["data"]["name"] for name, (baselines, _) in loaded.items()}
+    counts = weights(list(names.values()))
+    means = {t: mean_interference(parts[t], SPECIALIST[t], JOINT, counts) for t in TASKS}
     known = {task: None if mean.interval is None else mean.p for task, mean in means.items()}
     adjusted = stats.holm([1.0 if p is None else p for p in known.values()])
     tasks = {}
     for (task, mean), p in zip(means.items(), adjusted, strict=True):
         sure = mean.interval is not None
         tasks[task] = {
-            "measurable": round(float(np.mean(gains[task])), 9) >= stats.MEASURABLE_GAIN,
+            "measurable": round(float(np.dot(counts, gains[task])), 9) >= stats.MEASURABLE_GAIN,
             "interference": mean.value,
             "interval": mean.interval,
             "p": known[task],
@@ -95,7 +110,6 @@ def judge(folders: Sequence[Path]) -> dict[str, Any]:
             if sure
             else None,
         }
-    names = {name: baselines["data"]["name"] for name, (baselines, _) in loaded.items()}
     decided = stats.decide(tasks, len(seeds))
     return decided | {"seeds": seeds, "tasks": tasks, "collections": rows, "names": names}
 
@@ -121,7 +135,8 @@ def markdown(setting: str, found: dict[str, Any]) -> str:
         f"Trained in `{setting}`, measured on {len(found['names'])} other collections, seeds "
         f"{', '.join(map(str, found['seeds']))}. I = 100 (specialist - joint) / specialist, in % "
         "of nDCG@10, with its 95 % interval over seeds and queries; in the mean every collection "
-        "weighs the same, and its interval is for these collections, not for others.",
+        "weighs the same (the forums of CQADupStack are one), and its interval is for these "
+        "collections, not for others.",
         "",
         "| collection | " + " | ".join(f"{name} I" for name in TASKS.values()) + " |",
         "| --- |" + " ---: |" * len(TASKS),

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,19 @@ def tables(data: Sequence[str]) -> list[Table]:
         rows = {name: hub.GROUPS.get(name, (name,)) for name in hub.GROUPS[group]}
         made.append(Table("beir" if group == "all" else group, rows))
     return made
+
+
+def each(data: Sequence[str], cache: Path) -> list[str]:
+    """Collections, groups by name replaced by what is in them (`hub.GROUPS`, CQADupStack of "all"
+    by its forums), each once. Of "all" it leaves out, with a word, what cannot be had."""
+    found: list[str] = []
+    for name in data:
+        for row in hub.GROUPS.get(name, (name,)):
+            if name in hub.GROUPS and (why := missing(row, cache)):
+                print(f"{row} of {name} is left out: {why}", file=sys.stderr)
+            else:
+                found += hub.GROUPS.get(row, (row,))
+    return list(dict.fromkeys(found))
 
 
 def joined(names: Sequence[str]) -> str:

@@ -24,17 +24,22 @@ def part(queries: int, seed: int, loss: float, level: float = 0.5) -> across.Par
     return y, [f"c{i // 2}" for i in range(queries)]
 
 
+def mean(parts: list[across.Part]) -> stats.Estimate:
+    """Of collections that weigh the same."""
+    return across.mean_interference(parts, *PAIR, [1 / len(parts)] * len(parts))
+
+
 def test_of_one_collection_it_is_its_own_interference() -> None:
     y, labels = part(40, 0, 0.1)
-    own, mean = stats.interference(y, labels, *PAIR), across.mean_interference([(y, labels)], *PAIR)
+    own, found = stats.interference(y, labels, *PAIR), mean([(y, labels)])
     for name in ("value", "se", "df", "low", "high", "p"):
-        assert getattr(mean, name) == pytest.approx(getattr(own, name), rel=1e-9)
+        assert getattr(found, name) == pytest.approx(getattr(own, name), rel=1e-9)
 
 
 def test_every_collection_weighs_the_same() -> None:
     """Against the module's formula, query by query; the queries' labels are of their collection."""
     parts = [part(20, 1, 0.1), part(400, 2, -0.05)]
-    found = across.mean_interference(parts, *PAIR)
+    found = mean(parts)
     each = [stats.interference(y, labels, *PAIR) for y, labels in parts]
     assert found.value == pytest.approx((each[0].value + each[1].value) / 2, rel=1e-12)
     # Without seeds that differ what is left is the variance over queries, by delete-one-cluster.
@@ -50,15 +55,30 @@ def test_every_collection_weighs_the_same() -> None:
         inside = [v for v, label in zip(u, clusters, strict=True) if label == name]
         variance += (sum(inside) / (420 - len(inside))) ** 2
     variance *= 1 - 1 / len(set(clusters))
-    assert across.mean_interference(still, *PAIR).se == pytest.approx(math.sqrt(variance), rel=1e-9)
+    assert mean(still).se == pytest.approx(math.sqrt(variance), rel=1e-9)
     alone = [stats.interference(y, labels, *PAIR).se for y, labels in still]
     assert math.sqrt(variance) == pytest.approx(math.hypot(*alone) / 2, rel=0.06)
 
 
+def test_the_forums_are_one_collection() -> None:
+    names = ["scifact", "cqadupstack-android", "cqadupstack-tex", "cqadupstack-gis"]
+    counts = across.weights(names)
+    assert counts == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6])
+    parts = [part(40, 10 + i, loss) for i, loss in enumerate((0.1, -0.05, 0.2, 0.05))]
+    found = across.mean_interference(parts, *PAIR, counts)
+    each = [stats.interference(y, labels, *PAIR) for y, labels in parts]
+    assert found.value == pytest.approx(each[0].value / 2 + sum(e.value for e in each[1:]) / 6)
+    # A collection that counts nothing leaves the estimate of the others, its queries spread over
+    # more (which is why estimate's weights have Q in them).
+    alone, without = mean(parts[:1]), across.mean_interference(parts[:2], *PAIR, [1.0, 0.0])
+    assert without.value == pytest.approx(alone.value, rel=1e-12)
+    assert without.se == pytest.approx(alone.se, rel=0.05)
+
+
 def test_how_hard_a_collection_is_adds_nothing() -> None:
     one, (y, labels) = part(60, 3, 0.1), part(60, 4, 0.1)
-    easy = across.mean_interference([one, (y, labels)], *PAIR)
-    hard = across.mean_interference([one, ({a: s / 8 for a, s in y.items()}, labels)], *PAIR)
+    easy = mean([one, (y, labels)])
+    hard = mean([one, ({a: s / 8 for a, s in y.items()}, labels)])
     assert (hard.value, hard.se) == pytest.approx((easy.value, easy.se), rel=1e-9)
 
 

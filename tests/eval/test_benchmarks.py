@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from eval import __main__ as program
+from eval import benchmarks, metrics
 from eval import hub as H
-from eval import metrics
 from eval.benchmarks import joined, summary, tables
 from eval.collections import load
 from eval.protocol import EvaluationSet
@@ -279,6 +279,21 @@ def test_a_collection_that_was_stopped_goes_on(
     assert result(tmp_path, "tiny-test") == whole and not part.exists()
     if moment == "a window":  # two before, the third again, then two, and five of the bare base
         assert len(calls) == 3 + 3 + 5
+
+
+def test_groups_as_collections(tmp_path: Path, capsys) -> None:
+    """For what takes one collection after the other: gated sets only where they lie."""
+    (tmp_path / "bioasq").mkdir()
+    found = benchmarks.each(["scifact", "all"], tmp_path)
+    assert found[0] == "scifact" and len(found) == len(set(found)) == 17 + 12 - 3
+    assert "bioasq" in found and "cqadupstack/tex" in found and "cqadupstack" not in found
+    said = capsys.readouterr().err
+    assert [line.split(" of all is left out: ")[0] for line in said.splitlines()] == [
+        "signal1m", "trec-news", "robust04"
+    ]  # fmt: skip
+    assert benchmarks.each(["bright", "nowhere"], tmp_path)[-1] == "nowhere"
+    # One that is named is asked for: that it is missing is said when it is loaded.
+    assert benchmarks.each(["robust04"], tmp_path) == ["robust04"]
 
 
 def test_the_groups_are_tables_of_their_own() -> None:
