@@ -1,4 +1,4 @@
-"""analysis/tracking.py against a stand-in for wandb, which is not in the requirements.
+"""analysis/tracking.py against a stand-in for wandb, which also plays what is online.
 
 The stand-in does what wandb's documentation says of the calls: of a run that is resumed `step` is
 the first that it lacks, a lower step is lost, and offline nothing is resumed.
