@@ -30,7 +30,8 @@ PROPERTY_NAMES = {
     "exact": "a query bigram is there", "similarity": "similarity in the base",
     "nouns": "nouns in the query", "verbs": "verbs in the query", "relevant": "relevant",
 }  # fmt: skip
-COLUMNS = ("score", "selectivity", "bits saved", "seeds")
+COLUMNS = ("score", "selectivity", "code", "bits saved", "seeds")
+MEASURED = ("score", "selectivity", "bits", "saved_bits")  # what these are of
 HELD, RELEVANCE = "BM25 and its ingredients", "relevance"
 OWN = roles.OWN["reranking"]
 INGREDIENTS = ("covered_terms", "tf_sum", "idf_sum", "bm25")  # of BM25, and itself
@@ -41,8 +42,10 @@ Probes of {pairs:,} pairs of {queries} queries, tested on unseen queries: R² of
 for a yes or no ({yes}) the balanced accuracy of logistic regression. Selectivity: that score less
 the one on a control task, in which each document has one value at random under every query
 ({recurring:.0f} % of the pairs are of a document that recurs), or less chance (0, of accuracies
-0.5) where the control is below it. Bits saved: of each value, by the online code of the probe (of
-{portions} % of the queries) against the values' own distribution; 0 where the features say nothing.
+0.5) where the control is below it. Code: the bits of each value (of a number, in units of its
+standard deviation) by the online code of the probe (of {portions} % of the queries); bits saved:
+against the values' own distribution, 0 where the features say nothing. The penalty of each probe is
+the one that does best on queries left out of what it is fitted to.
 At the layer with the highest mean score (of the base all layers are probed, of an arm the adapted
 ones: those below are the base's); mean over seeds ± their standard deviation, with its 95 %
 interval; the base is one model.
@@ -269,7 +272,8 @@ def _cells(row: dict[str, Any], view: str) -> list[str]:
     if view == "base":  # one model, whatever the seeds of the arms
         row = {key: over_seeds(row[key]["seeds"][:1]) for key in row}
     seeds = str(len(row["score"]["seeds"]))
-    return [*(spread(row[k]) for k in ("score", "selectivity", "saved_bits")), seeds]
+    # Probes of an earlier version lack the code itself.
+    return [*(spread(row[k]) if k in row else "-" for k in MEASURED), seeds]
 
 
 def markdown(v: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -37,11 +37,11 @@ from trials import Config
 
 FOLDS = 5
 PORTIONS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the queries; the first is sent without a probe
-# Of ridge, on standardised features; each property takes the one that does best when a pair is left
-# out. A fixed one overfits what has little in it: with 2,000 pairs of 576 values, noise gets -0.3.
-PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e5)
+# Of ridge, on standardised features; each property takes the one that does best on a query that is
+# left out. A fixed one overfits what has little in it: with 2,000 pairs of 576 values, noise gets
+# -0.3.
+PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 TRIED_ON = 1_000  # pairs: the best penalty is noise over signal, however many pairs there are
-INVERSE_PENALTY = 0.1  # of logistic regression
 MOST = 5_000  # pairs that a probe is fitted to: time and memory do not grow beyond
 WORD = re.compile(r"\w+")
 
@@ -105,9 +105,10 @@ def score(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> list[float | 
 
     R^2 is pooled over folds, against the mean of all values. None where a column does not vary.
     """
-    guessed, yes = np.zeros(y.shape), binary(y)
-    for train, test in GroupKFold(FOLDS).split(x, y, list(queries)):
-        guessed[test] = _fitted(x[train], y[train], yes, weigh=True)(x[test])
+    guessed, yes, groups = np.zeros(y.shape), binary(y), np.asarray(queries)
+    for train, test in GroupKFold(FOLDS).split(x, y, groups):
+        penalty = _penalty(x[train], y[train], groups[train])
+        guessed[test] = _fitted(x[train], y[train], yes, penalty, weigh=True)(x[test])
     found: list[float | None] = []
     for values, guess in zip(y.T, guessed.T, strict=True):
         if len(np.unique(values)) < 2:
@@ -127,14 +128,17 @@ def control(y: np.ndarray, documents: Sequence[Any], seed: int = 0) -> np.ndarra
     return y[np.random.default_rng(seed).integers(len(y), size=len(names))][at]
 
 
-def saved_bits(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> list[float | None]:
-    """Bits for each value of a column of y (n, T) by its own distribution, less those of the online
-    code by the probe.
+def code_lengths(
+    x: np.ndarray, y: np.ndarray, queries: Sequence[Any]
+) -> list[tuple[float, float] | None]:
+    """For each column of y (n, T) the bits of a value by the online code of the probe, and by the
+    values' own distribution; None where y does not vary.
 
-    At 0 the features say nothing, below they mislead; None where y does not vary. Portions are of
-    whole queries in a fixed random order. A yes or no costs -log2 p; a value -log2 of the density
-    of a Gaussian around the guess with the variance of the probe's residuals on what it was fitted
-    to (in five folds): to whatever precision it is sent, that costs both codes the same.
+    Where both are alike the features say nothing, where the first is more they mislead. Portions
+    are of whole queries in a fixed random order. A yes or no costs -log2 p; a value, in units of
+    its standard deviation, -log2 of the density of a Gaussian around the guess with the variance of
+    the probe's residuals on what it was fitted to (in five folds): to whatever precision it is
+    sent, that costs both codes the same.
     """
     names = np.unique(np.asarray(queries))
     order = {name: i for i, name in enumerate(np.random.default_rng(0).permutation(names))}
@@ -165,7 +169,7 @@ def saved_bits(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> list[flo
             sent += prior(z[new])
             continue
         own, values = x[known], z[known]
-        penalty = None if yes else _penalty(own, values)
+        penalty = _penalty(own, values, groups)
         guess, variance = _fitted(own, values, yes, penalty)(x[new]), np.ones(len(varies))
         if not yes:
             left = np.concatenate([
@@ -174,44 +178,58 @@ def saved_bits(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> list[flo
             ])  # fmt: skip
             variance = np.where(learnt, (left**2).mean(0), 1)
         sent += np.where(learnt, coded(z[new], guess, variance), prior(z[new]))
-    pairs = zip(prior(z), sent, varies, strict=True)
-    return [float((a - b) / len(y)) if varied else None for a, b, varied in pairs]
+    pairs = zip(sent / len(y), prior(z) / len(y), varies, strict=True)
+    return [(float(a), float(b)) if varied else None for a, b, varied in pairs]
 
 
-def _penalty(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(T,) of `PENALTIES`, for each column of y (n, T), by the error of each pair left out, of
-    `TRIED_ON` pairs that are spread evenly."""
-    step = max(1, len(x) // TRIED_ON)
-    x, y = x[::step], y[::step]
-    ridge = RidgeCV(PENALTIES, alpha_per_target=True)
-    return np.array(ridge.fit(StandardScaler().fit_transform(x), y).alpha_, ndmin=1)
+def _penalty(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """(T,) of `PENALTIES`, for each column of y (n, T), by the error of each query left out whole
+    (a pair alone would be told by the others of its query), of about `TRIED_ON` pairs.
+
+    With H the matrix that takes y to what ridge makes of it, the residuals of a group g that is
+    left out are (I - H_gg)^-1 r_g.
+    """
+    names, at = np.unique(queries, return_inverse=True)
+    step = max(1, min(len(x) // TRIED_ON, len(names) // FOLDS))
+    kept = at % step == 0
+    y, at = y[kept] - y[kept].mean(0), at[kept]
+    u, size, _ = np.linalg.svd(StandardScaler().fit_transform(x[kept]), full_matrices=False)
+    groups = [np.flatnonzero(at == group) for group in np.unique(at)]
+    errors = np.zeros((len(PENALTIES), y.shape[1]))
+    for row, penalty in zip(errors, PENALTIES, strict=True):
+        part = u * (size**2 / (size**2 + penalty))
+        left = y - part @ (u.T @ y)
+        for g in groups:
+            free = np.eye(len(g)) - part[g] @ u[g].T - 1 / len(y)  # the last for the intercept
+            row += (np.linalg.solve(free, left[g]) ** 2).sum(0)
+    return np.array(PENALTIES)[errors.argmin(0)]
 
 
 def _fitted(
     x: np.ndarray,
     y: np.ndarray,
     yes: bool,
-    penalty: np.ndarray | None = None,
+    penalty: np.ndarray,
     weigh: bool = False,
 ) -> Callable[[np.ndarray], np.ndarray]:
     """A probe of all columns of y (n, T): standardised features (m, D) -> guesses (m, T).
 
-    One ridge has all columns, since they share nearly all of the work; penalty: of each of them,
-    None to find it. yes: logistic instead, and guesses are probabilities; weigh: with both classes
-    weighed alike.
+    One ridge has all columns, since they share nearly all of the work; penalty: of each of them.
+    yes: logistic instead, and guesses are probabilities; weigh: with both classes weighed alike. At
+    the values' mean the curvature of its loss is p (1 - p) times that of squares, so that is what
+    ridge's penalty is worth there.
     """
     if not yes:
-        penalty = _penalty(x, y) if penalty is None else penalty
         made = make_pipeline(StandardScaler(), Ridge(penalty)).fit(x, y)  # type: ignore[arg-type]
         return lambda new: made.predict(new).reshape(len(new), -1)
     probes = []
-    for column in y.T:
+    for column, least in zip(y.T, penalty, strict=True):
         probe = None  # what does not vary needs none
         if column.std() > 0:
-            weight = "balanced" if weigh else None
+            weight, curvature = ("balanced", 0.25) if weigh else (None, column.var())
             # Newton: neighbouring features are nearly the same, and lbfgs takes hundreds of steps.
             model = LogisticRegression(
-                C=INVERSE_PENALTY, class_weight=weight, solver="newton-cholesky"
+                C=1 / (least * curvature), class_weight=weight, solver="newton-cholesky"
             )
             probe = make_pipeline(StandardScaler(), model).fit(x, column)
         probes.append((probe, column.mean()))
@@ -227,7 +245,8 @@ def probe(
     queries: Sequence[Any],
     documents: Sequence[Any],
 ) -> dict[str, list[dict[str, float | None]]]:
-    """property -> by layer: score, that of the control task, selectivity, bits saved per value.
+    """property -> by layer: score, that of the control task, selectivity, and bits of a value by
+    the online code, by the values' own distribution, and saved.
 
     layers: (layers, n, D). queries, documents: of each of the n pairs.
     """
@@ -241,13 +260,16 @@ def probe(
             columns = (
                 score(x, y, queries),
                 score(x, control(y, documents), queries),
-                saved_bits(x, y, queries),
+                code_lengths(x, y, queries),
             )
-            for name, real, fake, saved in zip(names, *columns, strict=True):
+            for name, real, fake, bits in zip(names, *columns, strict=True):
                 chance = 0.5 if yes else 0.0
                 gap = None if real is None or fake is None else real - max(fake, chance)
-                found[name].append({"score": real, "control": fake, "selectivity": gap,
-                                    "saved_bits": saved})  # fmt: skip
+                own, prior = bits or (None, None)
+                found[name].append({
+                    "score": real, "control": fake, "selectivity": gap, "bits": own,
+                    "prior_bits": prior, "saved_bits": bits and bits[1] - bits[0],
+                })  # fmt: skip
     return found
 
 

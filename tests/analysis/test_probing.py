@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.linear_model import RidgeCV
-from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -33,7 +33,8 @@ def control(y: np.ndarray) -> np.ndarray:
 
 
 def saved_bits(x: np.ndarray, y: np.ndarray, queries: list[int]) -> float | None:
-    return probing.saved_bits(x, y[:, None], queries)[0]
+    bits = probing.code_lengths(x, y[:, None], queries)[0]
+    return bits and bits[1] - bits[0]
 
 
 def test_a_planted_property_is_read_off() -> None:
@@ -122,21 +123,53 @@ def test_properties_together_are_each_by_itself() -> None:
     x, rng = features(), np.random.default_rng(4)
     y = np.stack([x[:, 0] + rng.normal(size=N), rng.normal(size=N), np.full(N, 2.0), x[:, 1]], 1)
     together = probing.score(x, y, QUERIES)
-    coded = probing.saved_bits(x, y, QUERIES)
+    coded = probing.code_lengths(x, y, QUERIES)
     for i in range(y.shape[1]):
         column = y[:, i]
         if i == 2:
             assert together[i] is coded[i] is None
             continue
-        one = make_pipeline(StandardScaler(), RidgeCV(probing.PENALTIES))
-        folds = GroupKFold(probing.FOLDS)
-        guess = cross_val_predict(one, x, column, groups=QUERIES, cv=folds)
+        guess = np.zeros(N)
+        for train, test in GroupKFold(probing.FOLDS).split(x, column, QUERIES):
+            [penalty] = probing._penalty(x[train], y[train][:, [i]], np.array(QUERIES)[train])
+            one = make_pipeline(StandardScaler(), Ridge(penalty)).fit(x[train], column[train])
+            guess[test] = one.predict(x[test])
         expected = 1 - ((column - guess) ** 2).sum() / ((column - column.mean()) ** 2).sum()
         assert together[i] == pytest.approx(expected, abs=1e-9)
-        assert coded[i] == pytest.approx(saved_bits(x, column, QUERIES), abs=1e-9)
+        alone = probing.code_lengths(x, column[:, None], QUERIES)[0]
+        assert coded[i] == pytest.approx(alone, abs=1e-9)
     yes = (y[:, [0, 1]] > 0).astype(float)
     assert probing.score(x, yes, QUERIES)[0] == score(x, yes[:, 0], QUERIES)
-    assert probing.saved_bits(x, yes, QUERIES)[1] == saved_bits(x, yes[:, 1], QUERIES)
+    alone = probing.code_lengths(x, yes[:, [1]], QUERIES)[0]
+    assert probing.code_lengths(x, yes, QUERIES)[1] == pytest.approx(alone, abs=1e-9)
+
+
+def test_the_penalty_is_the_one_that_does_best_on_queries_left_out() -> None:
+    """In closed form what refits find, on standardised features; of values that belong to the
+    query, which the other pairs of a query would give away, it is larger than by pairs left out."""
+    rng, groups = np.random.default_rng(5), np.array([i // 6 for i in range(120)])
+    x = rng.normal(size=(120, 40)) + rng.normal(size=(20, 40))[groups]
+    y = np.stack([x[:, 0] + rng.normal(size=120), rng.normal(size=20)[groups]], 1)
+    z = StandardScaler().fit_transform(x)
+    errors = []
+    for penalty in probing.PENALTIES:
+        folds = GroupKFold(20).split(z, y, groups)
+        errors.append(sum(((y[b] - Ridge(penalty).fit(z[a], y[a]).predict(z[b])) ** 2).sum(0)
+                          for a, b in folds))  # fmt: skip
+    found = probing._penalty(x, y, groups)
+    assert found.tolist() == [probing.PENALTIES[i] for i in np.argmin(errors, 0)]
+    by_pair = probing._penalty(x, y, np.arange(120))
+    assert found[1] > by_pair[1]
+
+
+def test_a_code_of_yes_or_no_in_bits() -> None:
+    """Of a fair coin one bit by its own distribution; as many by a probe that finds nothing among
+    more features than it has pairs in the first portions."""
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=(1200, 400)), (rng.random((1200, 1)) < 0.5).astype(float)
+    [bits] = probing.code_lengths(x, y, [i // 12 for i in range(1200)])
+    assert bits is not None and bits[1] == pytest.approx(1, abs=0.01)
+    assert bits[0] == pytest.approx(bits[1], abs=0.02)
 
 
 def test_values_of_two_kinds_get_the_probe_of_each() -> None:
