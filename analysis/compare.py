@@ -225,6 +225,16 @@ def reading(v: dict[str, Any]) -> str:
     return " ".join([*said, v["more"]] if v.get("more") else said)
 
 
+def bars(v: dict[str, Any], against: str) -> dict[tuple[str, str], tuple[float, float]]:
+    """(arm, task) -> the interval of its difference to an arm, from the difference, in points: a
+    bar around the arm's own mean that holds the other's where the two cannot be told apart."""
+    return {
+        (row["arm"], row["task"]): tuple(end - row["difference"] for end in row["interval"])
+        for row in v["differences"]
+        if row["against"] == against and row["interval"]
+    }
+
+
 def _best(v: dict[str, Any], task: str) -> str | None:
     scores = {a: r["scores"][task][METRIC] for a, r in v["arms"].items() if task in r["scores"]}
     return max(scores, key=lambda arm: scores[arm]) if scores else None

@@ -26,8 +26,8 @@ of the merged adapter holds.
 """
 CAPTION = (
     "nDCG@10 × 100 of both tasks: mean over seeds. Bars: the 95 % intervals, over seeds and "
-    "queries, of an arm's differences to Joint-Single (the contrasts), drawn from where that is; "
-    "the intervals of the scores themselves, which hold how hard the queries are and are several "
+    "queries, of an arm's differences to Joint-Single (the contrasts), around the arm; the "
+    "intervals of the scores themselves, which hold how hard the queries are and are several "
     "times as wide, stand in the table of scores. Grey line: Joint-Single by the weight of "
     "retrieval in the loss; dashed stairs: the front of the means; dotted: the specialists."
 )
@@ -123,11 +123,7 @@ def draw(v: dict[str, Any], means: dict[str, tuple[float, float]], best: list[st
         colours = {arm: figures.SPARE[i % len(figures.SPARE)] for i, arm in enumerate(
             a for a in means if a not in figures.COLOURS and a not in weights)}  # fmt: skip
         colours |= figures.COLOURS
-        gaps = {
-            (row["arm"], row["task"]): [end - row["difference"] for end in row["interval"]]
-            for row in v["differences"]
-            if row["against"] == SHARING and row["interval"]
-        }
+        gaps = compare.bars(v, SHARING)
         for arm, (x, y) in means.items():
             colour = figures.GREY if arm in weights else colours[arm]
             shape = "o" if arm in weights or arm in figures.COLOURS else next(shapes)
@@ -136,9 +132,8 @@ def draw(v: dict[str, Any], means: dict[str, tuple[float, float]], best: list[st
             if arm in weights:  # told by its place on the line
                 axes.annotate(f"{order[arm]} %", (100 * x, 100 * y), xytext=(5, 5), fontsize=7,
                               textcoords="offset points", color=figures.GREY)  # fmt: skip
-            if None not in (spans := [gaps.get((arm, task)) for task in TASKS]):
-                # From the arm's own mean, which is Joint-Single's plus the difference.
-                (left, right), (low, high) = spans
+            if all((arm, task) in gaps for task in TASKS):
+                (left, right), (low, high) = (gaps[arm, task] for task in TASKS)
                 style: Any = {"color": colour, "linewidth": 0.7, "alpha": 0.5, "zorder": 1}
                 axes.plot([100 * x + left, 100 * x + right], [100 * y] * 2, **style)
                 axes.plot([100 * x] * 2, [100 * y + low, 100 * y + high], **style)

@@ -29,8 +29,9 @@ trained, in fp32.
 
 """
 CAPTION = (
-    "nDCG@10 against the bytes that are trained: mean over seeds, with 95 % intervals over seeds "
-    "and queries where the rank of all experts varies; labels: that rank."
+    "nDCG@10 against the bytes that are trained: mean over seeds; bars: the 95 % intervals, over "
+    "seeds and queries, of the differences to rank 16 for all (the contrasts), around each arm; "
+    "the wider ones of the scores stand in the table of scores. Labels: the rank of all experts."
 )
 
 
@@ -128,14 +129,14 @@ def _line(axes: Axes, v: dict[str, Any], arms: Trials, task: str, ladder: str, a
     steps = {arm: rank for arm in arms if (rank := rank_of(arm, ladder)) is not None}
     order = sorted(steps, key=lambda arm: steps[arm])
     x = [4e-6 * v["arms"][arm]["trainable_parameters"] for arm in order]
-    scores = [v["arms"][arm]["scores"][task] for arm in order]
-    y = [100 * row[METRIC] for row in scores]
+    y = [100 * v["arms"][arm]["scores"][task][METRIC] for arm in order]
+    gaps = compare.bars(v, v["reference"])
     axes.plot(x, y, color=figures.EXPERTS[at], linestyle=figures.DASHES[at], marker="o",
               markersize=3, label=ladder)  # fmt: skip
-    if ladder == "all":
-        for arm, at_x, row, at_y in zip(order, x, scores, y, strict=True):
-            if row["interval"]:
-                axes.plot([at_x] * 2, [100 * end for end in row["interval"]], linewidth=0.8,
-                          color=figures.EXPERTS[at], alpha=0.6)  # fmt: skip
+    for arm, at_x, at_y in zip(order, x, y, strict=True):
+        if gap := gaps.get((arm, task)):
+            axes.plot([at_x] * 2, [at_y + end for end in gap], linewidth=0.8,
+                      color=figures.EXPERTS[at], alpha=0.6)  # fmt: skip
+        if ladder == "all":
             axes.annotate(label(arm).rpartition("-")[2], (at_x, at_y), xytext=(3, 4),
                           textcoords="offset points", fontsize=7, color=figures.GREY)  # fmt: skip
