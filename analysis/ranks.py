@@ -127,6 +127,8 @@ def draw(v: dict[str, Any], arms: Trials) -> Figure:
 
 def _line(axes: Axes, v: dict[str, Any], arms: Trials, task: str, ladder: str, at: int) -> None:
     steps = {arm: rank for arm in arms if (rank := rank_of(arm, ladder)) is not None}
+    if len(steps) < 2:  # its arms were not run
+        return
     order = sorted(steps, key=lambda arm: steps[arm])
     x = [4e-6 * v["arms"][arm]["trainable_parameters"] for arm in order]
     y = [100 * v["arms"][arm]["scores"][task][METRIC] for arm in order]
