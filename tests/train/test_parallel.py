@@ -142,10 +142,9 @@ def test_a_killed_process_ends_the_job_and_one_process_finishes_it(
     assert code == 2 and "Traceback" not in output, output
     assert "rank 0 of 2 lost another process of the job" in output
     assert not any(log.glob("*/joint-moe/seed0.json")), "it was to be killed amid its steps"
-    if not shard:
-        assert run.main(words(tiny_base, tiny_data, tmp_path / "runs", **steps)) == 0
-        assert run.main(words(tiny_base, tiny_data, tmp_path / "whole", **steps)) == 0
-        assert_alike(tmp_path / "whole", tmp_path / "runs")
+    for runs in ("runs", "whole"):  # the one goes on, the other begins
+        assert run.main(words(tiny_base, tiny_data, tmp_path / runs, **steps, shard=shard)) == 0
+    assert_alike(tmp_path / "whole", tmp_path / "runs")
 
 
 def test_what_one_process_began_two_go_on_with_amid_its_steps(
