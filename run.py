@@ -132,14 +132,15 @@ def planned(
 
 def command_run(args: argparse.Namespace) -> None:
     sources("analysis")  # of measures: as it is now, not when the first is taken
-    own = hub.own_split(parts(args.data or Config().data)[0])  # as its authors measure it
+    trained = parts(args.data or Config().data)
+    own = hub.own_split(trained[0])  # as its authors measure it
     split = args.split or (own if own != Config().split else None)
     given = ("base", args.base), ("data", args.data), ("split", split)
     overrides = {key: value for key, value in given if value}
     overrides |= dict(override(text) for text in args.set)
     chosen, folder = chosen_arms(args), setting_folder(args)
     fresh, computed, began = not Path(args.runs).exists(), 0, time.perf_counter()
-    args.evaluate = benchmarks.each(args.evaluate, bases.cache_folder() / "data")
+    args.evaluate, absent = benchmarks.each(args.evaluate, bases.cache_folder() / "data", trained)
     check_elsewhere(args, chosen, folder)
     tasks = leaderboard.named(args.mteb) if args.mteb else []
     if args.wandb:
@@ -203,7 +204,7 @@ def command_run(args: argparse.Namespace) -> None:
     # One collection at a time: all of BEIR fits into few machines.
     folders = [evaluate(d, Workbench(d, *options), args, plain, trials) for d in args.evaluate]
     if folders and parallel.rank() == 0:
-        print(across.write(folder, folders))
+        print(across.write(folder, folders, absent))
     parallel.wait()  # the last time: what follows takes hours, and the others are not needed
     if tasks and parallel.rank() == 0:
         with parallel.alone():

@@ -12,7 +12,7 @@ whose mean within each collection is 0, so that how hard a collection is adds no
 variance: it is that of the collections at hand, not of others that might have been taken.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,16 @@ from model.files import write_json, write_text
 Part = tuple[stats.Arms, Sequence[str]]  # of a collection: arm -> (S, Q) scores, Q cluster labels
 
 
+def counted(names: Sequence[str]) -> list[str]:
+    """As what each collection counts: itself, but the forums of CQADupStack, from BEIR or mteb, are
+    one, as both count them."""
+    forums = ("cqadupstack-", "mteb-cqadupstack")
+    return ["cqadupstack" if name.startswith(forums) else name for name in names]
+
+
 def weights(names: Sequence[str]) -> list[float]:
-    """What each collection counts: one n-th, but the forums of CQADupStack are one collection, as
-    BEIR counts them. They add up to 1."""
-    rows = ["cqadupstack" if name.startswith("cqadupstack-") else name for name in names]
+    """The share of each collection in the mean; of what counts as one, alike. They add up to 1."""
+    rows = counted(names)
     return [1 / (len(set(rows)) * rows.count(row)) for row in rows]
 
 
@@ -114,13 +120,15 @@ def judge(folders: Sequence[Path]) -> dict[str, Any]:
     return decided | {"seeds": seeds, "tasks": tasks, "collections": rows, "names": names}
 
 
-def write(folder: Path, folders: Sequence[Path]) -> str:
+def write(folder: Path, folders: Sequence[Path], absent: Mapping[str, str]) -> str:
     """Put across.json and across.md beside the setting where the models were trained.
 
+    Args:
+        absent: collections that were asked for and left out -> why.
     Returns:
         What it says, for a terminal.
     """
-    found = judge(folders)
+    found = judge(folders) | {"left_out": dict(absent)}
     write_json(folder / "across.json", found)
     text = markdown(folder.name, found)
     write_text(folder / "across.md", text)
@@ -129,10 +137,11 @@ def write(folder: Path, folders: Sequence[Path]) -> str:
 
 def markdown(setting: str, found: dict[str, Any]) -> str:
     """The table of collections with their mean, and the decision."""
+    count = len(set(counted(list(found["names"].values()))))
     lines = [
         f"# {setting}: measured elsewhere",
         "",
-        f"Trained in `{setting}`, measured on {len(found['names'])} other collections, seeds "
+        f"Trained in `{setting}`, measured on {count} other collections, seeds "
         f"{', '.join(map(str, found['seeds']))}. I = 100 (specialist - joint) / specialist, in % "
         "of nDCG@10, with its 95 % interval over seeds and queries; in the mean every collection "
         "weighs the same (the forums of CQADupStack are one), and its interval is for these "
@@ -142,9 +151,11 @@ def markdown(setting: str, found: dict[str, Any]) -> str:
         "| --- |" + " ---: |" * len(TASKS),
     ]
     rows = {found["names"][name]: row for name, row in found["collections"].items()}
-    for name, row in (rows | {f"**mean of {len(rows)}**": found["tasks"]}).items():
+    for name, row in (rows | {f"**mean of {count}**": found["tasks"]}).items():
         cells = [f"{row[t]['interference']:+.2f} {span(row[t]['interval'])}".strip() for t in TASKS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     supported = "yes" if found["supported"] else "no"
     lines += ["", f"**{found['decision']}**, supported by the statistics: **{supported}**.", ""]
-    return "\n".join([*lines, found["reason"], ""])
+    lines += [found["reason"], ""]
+    lines += [f"Left out: {name}: {why}.\n" for name, why in found.get("left_out", {}).items()]
+    return "\n".join(lines)

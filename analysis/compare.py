@@ -227,11 +227,13 @@ def reading(v: dict[str, Any]) -> str:
 
 def bars(v: dict[str, Any], against: str) -> dict[tuple[str, str], tuple[float, float]]:
     """(arm, task) -> the interval of its difference to an arm, from the difference, in points: a
-    bar around the arm's own mean that holds the other's where the two cannot be told apart."""
+    bar around the arm's own mean that holds the other's mean where the interval holds 0. Where the
+    two have other seeds, whose means would lie elsewhere, there is none."""
+    seeds = {arm: row["seeds"] for arm, row in v["arms"].items()}
     return {
         (row["arm"], row["task"]): tuple(end - row["difference"] for end in row["interval"])
         for row in v["differences"]
-        if row["against"] == against and row["interval"]
+        if row["against"] == against and row["interval"] and seeds[row["arm"]] == seeds[against]
     }
 
 

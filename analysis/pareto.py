@@ -26,10 +26,11 @@ of the merged adapter holds.
 """
 CAPTION = (
     "nDCG@10 × 100 of both tasks: mean over seeds. Bars: the 95 % intervals, over seeds and "
-    "queries, of an arm's differences to Joint-Single (the contrasts), around the arm; the "
-    "intervals of the scores themselves, which hold how hard the queries are and are several "
-    "times as wide, stand in the table of scores. Grey line: Joint-Single by the weight of "
-    "retrieval in the loss; dashed stairs: the front of the means; dotted: the specialists."
+    "queries, of an arm's differences to Joint-Single (the contrasts, here without Holm's "
+    "correction), around the arm; the intervals of the scores themselves, which hold how hard the "
+    "queries are and are several times as wide, stand in the table of scores. Grey line: "
+    "Joint-Single by the weight of retrieval in the loss; dashed stairs: the front of the means; "
+    "dotted: the specialists."
 )
 
 

@@ -41,7 +41,8 @@ BODY = """\
 Probes of {pairs:,} pairs of {queries} queries, tested on unseen queries: R² of ridge regression,
 for a yes or no ({yes}) the balanced accuracy of logistic regression. Selectivity: that score less
 the one on a control task, in which each document has one value at random under every query
-({recurring:.0f} % of the pairs are of a document that recurs), or less chance (0, of accuracies
+({recurring:.0f} % of the pairs are of a document that recurs; of what is one value in each query,
+each query), or less chance (0, of accuracies
 0.5) where the control is below it. Code: the bits of each value (of a number, in units of its
 standard deviation) by the online code of the probe (of {portions} % of the queries); bits saved:
 against the values' own distribution, 0 where the features say nothing. The penalty of each probe is

@@ -20,8 +20,8 @@ TEXT = """## How much rank is enough
 
 The smallest rank whose mean is within 1 % of the best of its ladder, on which the rank of all
 experts or of one varies (the others stay at 16). Shown: whether the interval of its difference to
-the best excludes a loss of more than 1 %; otherwise the means alone say so. Bytes: all that is
-trained, in fp32.
+the best excludes a loss of more than 1 %; otherwise the means alone say so. All ranks have the
+learning rate and steps that were settled at 16. Bytes: all that is trained, in fp32.
 
 {table}![ranks](ranks.png)
 
@@ -30,8 +30,9 @@ trained, in fp32.
 """
 CAPTION = (
     "nDCG@10 against the bytes that are trained: mean over seeds; bars: the 95 % intervals, over "
-    "seeds and queries, of the differences to rank 16 for all (the contrasts), around each arm; "
-    "the wider ones of the scores stand in the table of scores. Labels: the rank of all experts."
+    "seeds and queries, of the differences to rank 16 for all (the contrasts, here without Holm's "
+    "correction), around each arm; the wider ones of the scores stand in the table of scores. "
+    "Labels: the rank of all experts."
 )
 
 

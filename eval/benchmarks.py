@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,17 +40,25 @@ def tables(data: Sequence[str]) -> list[Table]:
     return made
 
 
-def each(data: Sequence[str], cache: Path) -> list[str]:
-    """Collections, groups by name replaced by what is in them (`hub.GROUPS`, CQADupStack of "all"
-    by its forums), each once. Of "all" it leaves out, with a word, what cannot be had."""
+def each(
+    data: Sequence[str], cache: Path, trained: Sequence[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Collections, each once, a group by name replaced by what is in it (`hub.GROUPS`, CQADupStack
+    of "all" by its forums).
+
+    Returns:
+        These; and of the groups what is left out -> why: it cannot be had, or is one of `trained`.
+    """
     found: list[str] = []
+    absent: dict[str, str] = {}
     for name in data:
         for row in hub.GROUPS.get(name, (name,)):
-            if name in hub.GROUPS and (why := missing(row, cache)):
-                print(f"{row} of {name} is left out: {why}", file=sys.stderr)
+            why = "the models are trained on it" if row in trained else missing(row, cache)
+            if name in hub.GROUPS and why:
+                absent[row] = why
             else:
                 found += hub.GROUPS.get(row, (row,))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)), absent
 
 
 def joined(names: Sequence[str]) -> str:

@@ -74,6 +74,10 @@ class Settings:
                 f"passages must lie between 1 and depth={self.depth}, got {self.passages}"
             )
         require_sampling(self.temperature, self.top_k, self.top_p)
+        if not self.temperature and (self.top_k, self.top_p, self.seed) != (0, 1.0, 0):
+            raise ValueError(
+                "top_k, top_p and seed are of sampled answers: give a temperature above 0 too"
+            )
 
     def asked(self) -> dict[str, Any]:
         """What decides the answers: no way of drawing where nothing is drawn."""

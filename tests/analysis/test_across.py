@@ -61,7 +61,7 @@ def test_every_collection_weighs_the_same() -> None:
 
 
 def test_the_forums_are_one_collection() -> None:
-    names = ["scifact", "cqadupstack-android", "cqadupstack-tex", "cqadupstack-gis"]
+    names = ["scifact", "cqadupstack-android", "mteb-cqadupstacktexretrieval", "cqadupstack-gis"]
     counts = across.weights(names)
     assert counts == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6])
     parts = [part(40, 10 + i, loss) for i, loss in enumerate((0.1, -0.05, 0.2, 0.05))]
@@ -115,9 +115,10 @@ def test_the_rule_is_applied_to_the_mean(tmp_path: Path, losses, decision: str) 
     wanted = [100 * sum(pair[t] for pair in losses) / 2 for t in (0, 1)]
     values = [found["tasks"][task]["interference"] for task in across.TASKS]
     assert values == pytest.approx(wanted, abs=0.4)
-    said = across.write(tmp_path, places)
+    said = across.write(tmp_path, places, {"robust04": "it is gated"})
     assert "| set0 | " in said and "| **mean of 2** | " in said and f"**{decision}**" in said
     assert (tmp_path / "across.md").read_text() in said
+    assert "Left out: robust04: it is gated." in said
 
 
 def test_what_training_gains_too_little_is_not_measurable(tmp_path: Path) -> None:
@@ -135,6 +136,9 @@ def test_one_seed_supports_nothing(tmp_path: Path) -> None:
     assert (found["decision"], found["supported"]) == ("proceed", False)
     assert found["tasks"]["embedding"]["interval"] is None
     assert "(no interval)" in across.markdown("smoke", found)
+    found["names"] = {name: f"cqadupstack-{i}" for i, name in enumerate(found["names"])}
+    said = across.markdown("smoke", found)
+    assert "on 1 other collections" in said and "**mean of 1**" in said
 
 
 def test_an_arm_that_one_collection_lacks(tmp_path: Path) -> None:

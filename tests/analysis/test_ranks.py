@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import experiments
-from analysis import ranks
+from analysis import compare, ranks
 from tests.analysis.made import Maker
 
 
@@ -54,6 +54,25 @@ def test_with_a_large_spread_the_means_alone_say_so(made: Maker) -> None:
     assert (row["rank"], row["best_rank"], row["shown"]) == (16, 16, None)
     told = "On reranking, r16 for all experts is the best, and no smaller rank within 1 % of it"
     assert told in text
+
+
+def test_bars_are_the_intervals_of_the_differences(made: Maker) -> None:
+    """Around the arm they reach as far as the interval does from the difference, and hold the other
+    arm's mean where it holds 0; none where the means are of other seeds."""
+    made.noise = 0.02
+    for rank, seeds in ((1, 3), (4, 3), (16, 3), (32, 2)):
+        made.arm(f"all-r{rank}", {"embedding": 0.5 + 0.02 * (rank == 1), "reranking": 0.5}, seeds)
+    v = ranks.write(made.folder)
+    found = compare.bars(v, "all-r16")
+    assert {arm for arm, _ in found} == {"all-r1", "all-r4"}
+    for row in v["differences"]:
+        if row["arm"] != "all-r32":
+            low, high = found[row["arm"], row["task"]]
+            assert [row["difference"] + low, row["difference"] + high] == row["interval"]
+            of = [100 * v["arms"][a]["scores"][row["task"]]["ndcg_cut_10"]
+                  for a in (row["arm"], "all-r16")]  # fmt: skip
+            holds_other = of[0] + low <= of[1] <= of[0] + high
+            assert holds_other == (row["interval"][0] <= 0 <= row["interval"][1])
 
 
 def test_each_expert_s_ladder_passes_through_the_common_rank(made: Maker) -> None:

@@ -281,19 +281,18 @@ def test_a_collection_that_was_stopped_goes_on(
         assert len(calls) == 3 + 3 + 5
 
 
-def test_groups_as_collections(tmp_path: Path, capsys) -> None:
-    """For what takes one collection after the other: gated sets only where they lie."""
+def test_groups_as_collections(tmp_path: Path) -> None:
+    """For what takes one collection after the other: gated sets only where they lie, and of a group
+    none that was trained on."""
     (tmp_path / "bioasq").mkdir()
-    found = benchmarks.each(["scifact", "all"], tmp_path)
-    assert found[0] == "scifact" and len(found) == len(set(found)) == 17 + 12 - 3
+    found, absent = benchmarks.each(["scifact", "all"], tmp_path, ["fiqa", "nq-train"])
+    assert found[0] == "scifact" and len(found) == len(set(found)) == 17 + 12 - 4
     assert "bioasq" in found and "cqadupstack/tex" in found and "cqadupstack" not in found
-    said = capsys.readouterr().err
-    assert [line.split(" of all is left out: ")[0] for line in said.splitlines()] == [
-        "signal1m", "trec-news", "robust04"
-    ]  # fmt: skip
-    assert benchmarks.each(["bright", "nowhere"], tmp_path)[-1] == "nowhere"
+    assert set(absent) == {"signal1m", "trec-news", "robust04", "fiqa"}
+    assert "keeps it off the hub" in absent["robust04"] and "trained on it" in absent["fiqa"]
+    assert benchmarks.each(["bright", "nowhere"], tmp_path, [])[0][-1] == "nowhere"
     # One that is named is asked for: that it is missing is said when it is loaded.
-    assert benchmarks.each(["robust04"], tmp_path) == ["robust04"]
+    assert benchmarks.each(["robust04", "fiqa"], tmp_path, ["fiqa"]) == (["robust04", "fiqa"], {})
 
 
 def test_the_groups_are_tables_of_their_own() -> None:

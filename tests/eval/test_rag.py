@@ -434,3 +434,6 @@ def test_settings_that_cannot_work() -> None:
         rag.Settings(depth=2, passages=3)
     with pytest.raises(ValueError, match="expected temperature >= 0"):
         rag.Settings(temperature=-1.0)
+    for drawn in ({"top_p": 0.9}, {"top_k": 5}, {"seed": 1}):
+        with pytest.raises(ValueError, match="give a temperature above 0 too"):
+            rag.Settings(**drawn)
