@@ -33,7 +33,10 @@ from trials import Config
 
 Found = dict[str, dict | list[str]]  # row -> its result, or the models that it needs
 # What makes a row that has to be trained; its model is then given by --models.
-TRAINING = "`python -m run run trained_baselines --scale full --base {base} --arms base-lora`"
+TRAINING = (
+    "`python -m run run trained_baselines --scale full --base {base} --data DATA --arms "
+    "base-lora`, DATA having a train split"
+)
 
 
 def command(args: argparse.Namespace) -> None:
@@ -73,8 +76,16 @@ def asked_rows(args: argparse.Namespace) -> list[Row]:
         raise ValueError(f"--rows {unknown[0]}: expected some of {', '.join(known)}")
     names = dict.fromkeys([BM25, *(args.rows or known)])
     rows = [baselines.adapt(known[name], args.dtype, args.document_tokens) for name in names]
-    bases_of = {read_config(folder)[0].base for folder in map(Path, args.models)}
-    rows = [row for row in rows if row.trains not in bases_of]
+    trained = [read_config(f)[1] for f in map(Path, args.models) if baselines.embeds_as_base(f)]
+    local = dict(text.partition("=")[::2] for text in args.local)
+
+    def is_there(row: Row) -> bool:
+        """Whether a model that is trained on its base is among --models."""
+        place = local.get(row.trains) or (baselines.at_hand(row.trains) if trained else None)
+        known = place and bases.identity(bases.resolve(str(place)))["fingerprint"]
+        return any(of["fingerprint"] == known or of["name"] == row.trains for of in trained)
+
+    rows = [row for row in rows if not (row.trains and is_there(row))]
     for folder in map(Path, args.models):
         rows.append(baselines.ours(folder))
         if args.pseudo_query and read_config(folder)[0].rerank_head != "pseudo_query":

@@ -138,14 +138,26 @@ def ours(folder: Path, asked: PseudoQuery | None = None) -> Row:
         known |= dict.fromkeys(("similarity-mean", "similarity-max"),
                                "LoRAs switched by similarity (RouterRetriever)")  # fmt: skip
         what = known.get(kind, f"LoRAs weighed by {kind}")
-    if config.base in (row.trains for row in published() if row.trains):
-        what = f"{what}, on {config.base}"
+    if embeds_as_base(folder):
+        what = f"reranking LoRA beside {config.base}"
     name, place = saved.name_of(folder), Path(folder)
     if config.rerank_head == "pseudo_query":
         what = f"{what}, pseudo-query"
     elif asked:
         name, what = f"{name}-pseudo-query", f"{what}, pseudo-query"
     return Row(name, what, place, place, asked)
+
+
+def embeds_as_base(folder: Path) -> bool:
+    """Whether a saved model has an expert for reranking alone: its router goes by the task, and
+    the other expert adds nothing."""
+    config, _ = saved.read_config(folder)
+    if config.router is None or config.router.kind != "task" or config.router.always_on:
+        return False
+    assert config.lora is not None
+    mine = config.lora.slices()["embedding"]
+    tensors = saved.read_tensors(folder)
+    return not any(t[:, mine].any() for name, t in tensors.items() if ".lora_B." in name)
 
 
 def bare(folders: Sequence[Path]) -> list[Row]:

@@ -257,4 +257,8 @@ def test_trained_baselines_are_those_of_the_routers_and_a_lora_on_a_frozen_embed
         assert (config.learning_rate, config.clip) == (twin.learning_rate, twin.clip)
     assert on_embedder.starts() == {"shared": ("emb-only",)}
     assert on_base.starts() == {} and on_base.router == on_embedder.router == "task"
-    assert on_base.query_prompt == baselines.embedder("b").prompts.filled("query")
+    asked = baselines.embedder("b")
+    assert on_base.query_prompt == asked.prompts.filled("query")
+    assert (on_base.embedding_pooling, on_base.document_prompt) == (
+        asked.embedding_pooling, asked.prompts.filled("document")
+    )  # fmt: skip

@@ -293,22 +293,32 @@ def test_how_a_model_reads_makes_its_rows(run, tiny_base: Path, data: Path, tmp_
         ]
 
 
-def test_a_row_that_is_trained_first(
-    run, tiny_base: Path, data: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_a_row_that_is_trained_first(run, tiny_base: Path, data: Path, tmp_path: Path) -> None:
     """It names the base and what trains it, until a model on that base is among --models."""
     code, out, err = run("--rows", "qwen3-0.6b-lora")
     assert code == 0, err
     needs = lines(out)["qwen3-0.6b-lora"][0]
     assert needs.startswith("needs Qwen/Qwen3-Embedding-0.6B and training: `python -m run run ")
-    folder = tmp_path / "base-lora" / "seed0.model"
-    UniMoER(model_config(tiny_config(tiny_base, data, **ON_BASE))).save_pretrained(folder)
-    monkeypatch.setattr(baselines, "EMBEDDING", str(tiny_base))
-    asked = ("--rows", "bm25", "qwen3-0.6b-lora", "--models", str(folder))
-    code, out, err = run(*asked, local=[])
+    both = {"base-lora": ON_BASE, "task": {**PAIR, "ranks": (2, 2), "router": "task"}}
+    folders = {name: tmp_path / name / "seed0.model" for name in both}
+    for name, arm in both.items():
+        model = UniMoER(model_config(tiny_config(tiny_base, data, **arm)))
+        with torch.no_grad():
+            for key, parameter in model.trained().items():
+                if ".lora_B" in key and name != "base-lora":
+                    parameter.normal_(std=0.1)
+        model.save_pretrained(folders[name])
+    asked = ("--rows", "bm25", "qwen3-0.6b-lora", "--models")
+    here = [f"Qwen/Qwen3-Embedding-0.6B={tiny_base}"]
+    code, out, err = run(*asked, str(folders["base-lora"]), local=here)
     assert code == 0, err
     assert list(lines(out))[2:] == ["bm25", "base-lora-seed0", "ceiling"]
-    assert f"LoRAs switched by task (jina-embeddings-v3), on {tiny_base}" in out
+    assert f"reranking LoRA beside {tiny_base}" in out
+    # Another model on that base, or such a model on another base, is not it.
+    for name, local in (("task", here), ("base-lora", [])):
+        code, out, err = run(*asked, str(folders[name]), local=local)
+        assert code == 0, err
+        assert lines(out)["qwen3-0.6b-lora"][0].startswith("needs ")
 
 
 def test_two_models_of_one_name(run, saved: list[Path]) -> None:
@@ -327,5 +337,5 @@ def test_what_a_saved_model_is_called(tiny_base: Path, data: Path, tmp_path: Pat
         rows[name] = baselines.ours(folder).what
     assert rows == {
         "a": "one LoRA", "b": "LoRAs switched by similarity (RouterRetriever)",
-        "c": "LoRAs switched by task (jina-embeddings-v3)", "d": "LoRAs weighed by softmax",
+        "c": f"reranking LoRA beside {tiny_base}", "d": "LoRAs weighed by softmax",
     }  # fmt: skip

@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Model
 
+import experiments
 from eval import baselines
 from eval.baselines import Row
 from model import bases
@@ -22,6 +23,7 @@ from model.commits import COMMITS, PUBLISHED
 from model.pseudo import ByPseudoQuery, PseudoQuery
 from model.unimoer import UniMoER
 from tests.eval import qwen
+from train.trial import model_config
 
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
 QUERIES = ["what is the capital of France?", "yes or no", ""]
@@ -97,6 +99,25 @@ def test_vectors_are_those_of_sentence_transformers(embedding_folder: Path) -> N
     assert (vectors @ vectors.t() - torch.eye(len(DOCUMENTS))).abs().max() < 1 - 1e-3
     [ids] = model.tokenizer.queries(["x"])
     assert ids.count(model.tokenizer.end_id) == 1 and ids[-1] == model.tokenizer.end_id
+
+
+def test_a_reranking_lora_leaves_its_embedder_as_it_is(embedding_folder: Path) -> None:
+    """`base-lora` on Qwen3-Embedding has the vectors of the published row, cut where its documents
+    are."""
+    changes = experiments.config("trained_baselines", "base-lora", "full", 0)
+    config = replace(changes, base=str(embedding_folder), dtype="float32")
+    model, alone = UniMoER(model_config(config)), baselines.embedder(str(embedding_folder))
+    alone = UniMoER(replace(alone, document_tokens=config.document_tokens))
+    with torch.no_grad():
+        for name, parameter in model.trained().items():
+            if ".lora_B" in name:  # what it learns is reranking's
+                assert model.config.lora is not None
+                at = model.config.lora.slices()["reranking"]
+                parameter[:, at] = torch.randn(parameter[:, at].shape)
+    for texts, way in ((QUERIES, "query"), (DOCUMENTS, "document")):
+        torch.testing.assert_close(model.encode(texts, task=way), alone.encode(texts, task=way))
+    pairs = [(QUERIES[0], text) for text in DOCUMENTS]
+    assert (model.predict(pairs) - alone.predict(pairs)).abs().max() > 1e-3
 
 
 def test_a_task_of_one_s_own(embedding_folder: Path) -> None:
