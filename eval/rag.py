@@ -303,8 +303,8 @@ def measure(
 
 def table(found: Sequence[dict[str, Any]], title: str) -> str:
     """A line for each side: answers with their 95 % intervals over questions, latencies in ms
-    (median, p95), memory in GB. Below it: whether one, two and three models answer alike, and the
-    paired differences to what lacks a stage."""
+    (median, p95), memory in GB. Below it: whether one, two and three models of the same weights
+    answer alike, and the paired differences to three specialists and to what lacks a stage."""
     stages = "".join(f"{stage:>18}" for stage in (*STAGES, "together"))
     head = f"{'models':<12}{'EM':>14}{'F1':>14}{'found':>7}{stages}{'resident':>10}{'peak':>8}"
     lines = [title, head]
@@ -321,18 +321,20 @@ def table(found: Sequence[dict[str, Any]], title: str) -> str:
         cells += [f"{row['resident_bytes'] / 1e9:10.3f}", f"{row['peak_bytes'] / 1e9:8.3f}"]
         lines.append("".join(cells))
     questions = {row["side"]: row["questions"] for row in found}
-    same = [{q: row["answer"] for q, row in questions[s].items()} for s in SIDES if s in questions]
-    if len(same) > 1:
-        lines.append(f"the sides give the same answers: {'yes' if same[1:] == same[:-1] else 'no'}")
     # The parts are of the one model: what is made of specialists is no whole of theirs.
     wholes = [row["questions"] for side in SIDES for row in found if row["side"] == side
               and not row.get("specialists")]  # fmt: skip
+    same = [{q: row["answer"] for q, row in of.items()} for of in wholes]
+    if len(same) > 1:
+        lines.append(f"the sides give the same answers: {'yes' if same[1:] == same[:-1] else 'no'}")
     whole = next(iter(wholes), {})
-    for part in (part for part in PARTS if whole and part in questions):
+    others = {row["side"]: "three specialists" for row in found if row.get("specialists")}
+    others |= {part: part for part in PARTS if part in questions}
+    for part, name_of in others.items() if whole else ():
         said = []
         for key, name in (("exact_match", "EM"), ("f1", "F1")):
             pairs = [whole[q][key] - row[key] for q, row in questions[part].items()]
             low, high = interval(pairs)
             said.append(f"{np.mean(pairs):+.3f} [{low:+.3f}, {high:+.3f}] {name}")
-        lines.append(f"all stages against {part}: {', '.join(said)}")
+        lines.append(f"all stages against {name_of}: {', '.join(said)}")
     return "\n".join(lines)

@@ -161,8 +161,10 @@ def test_intervals_of_the_table() -> None:
     assert last.startswith("all stages against no-rerank: +0.125 [-0.105, +0.355] EM")
     assert "nan" in rag.table([side("one", [1])], "title")
     # Three specialists are no whole of which a part of one model were left.
-    three = side("three", [1, 0, 1, 0]) | {"specialists": [{}, {}]}
+    three = side("three", [0.75, 0, 0.75, 0]) | {"specialists": [{}, {}]}
     assert "against" not in rag.table([three, side("no-rerank", [0.75, 0, 0.75, 0])], "title")
+    *_, last = rag.table([side("one", [1, 0, 1, 0]), three], "title").splitlines()
+    assert last.startswith("all stages against three specialists: +0.125 [-0.105, +0.355] EM")
 
 
 def test_vectors_of_something_else(folder: Path, data: Path, tmp_path: Path) -> None:
