@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from model.layers import MLP
-from model.lora import LoRAConfig
-from model.packed import Only, Packed, pack, pack_trie
+from model.lora import LinearGroup, LoRAConfig
+from model.packed import Only, Packed, Part, pack, pack_trie
 from model.prefix import TextSet, token_batches
 from model.router import RouterConfig
 from model.unimoer import ModelConfig, UniMoER
@@ -123,14 +123,24 @@ def test_without_a_causal_mask_nothing_is_shared() -> None:
 
 @each
 @fused
-def test_only_the_tokens_that_are_read(case: str, fused: bool) -> None:
-    """Their states, the routing and all gradients are those of the whole last layer."""
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_only_the_tokens_that_are_read(case: str, fused: bool, dropout: float) -> None:
+    """Their states, the routing and all gradients are those of the whole last layer, and so is what
+    is dropped, also where the batch is part of another."""
     made, batch = make(case, fused), pack(TEXTS)
+    if dropout:
+        for module in made.train().modules():
+            if isinstance(module, LinearGroup):
+                module.dropout = dropout
+        lengths = [4, *batch.lengths, 9]
+        part = Part.of(lengths, range(1, len(lengths) - 1), torch.device("cpu"))
+        batch = replace(batch, part=part)
     first = batch.last - torch.tensor(batch.lengths) + 1
     mixed = torch.where(torch.arange(len(TEXTS)) % 2 == 0, batch.last, first)
     trained = [p for p in made.parameters() if p.requires_grad]
     results = []
     for only in (None, Only.of(batch, mixed)):
+        torch.manual_seed(6)
         hidden, routing = made(batch, reranked(batch), only=only)
         rows = hidden[mixed] if only is None else hidden
         generator = torch.Generator().manual_seed(2)

@@ -15,6 +15,9 @@ from tests.train.tiny import NOISY_MOE, build, tiny_config, write_collection
 from train.loop import _backward, train
 from train.trial import repeatable
 
+LAST_IN_PARTS = {
+    "embedding_pooling": "last", "reranking_pooling": "last", "cached_tokens": 30,
+}  # fmt: skip
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -24,10 +27,14 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_same_losses_on_either_path(tiny_base, data, tmp_path, device: str) -> None:
-    """Router noise, dropout, expert dropout, clipping and AdamW included."""
+@pytest.mark.parametrize("changes", [{}, LAST_IN_PARTS], ids=["whole", "parts"])
+def test_the_same_losses_on_either_path(
+    tiny_base, data, tmp_path, device: str, changes: dict[str, Any]
+) -> None:
+    """Router noise, dropout, expert dropout, clipping and AdamW included; also where the last layer
+    is run for one token of each text, and in parts."""
     small = {"layers": 3, "embedding_batch": 2, "reranking_batch": 1, "document_tokens": 8}
-    config = tiny_config(tiny_base, data, steps=2, **{**NOISY_MOE, **small})
+    config = tiny_config(tiny_base, data, steps=2, **{**NOISY_MOE, **small, **changes})
     found = {}
     for kernels in ("torch", "triton"):
         model, batches = build(config, load(str(data)), device, kernels)

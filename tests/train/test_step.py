@@ -35,6 +35,7 @@ ROUTED = {
         "per_token": True,
         "reranking_pooling": "last",
     },
+    "checkpointing": {**NOISY_MOE, "checkpointing": True, "reranking_pooling": "last"},
     "pseudo-queries": {**NOISY_MOE, "rerank_head": "pseudo_query"},
 }
 
