@@ -346,7 +346,7 @@ def _mark(x: np.ndarray, values: dict[str, np.ndarray]) -> str:
     """A hash of what is probed: the features and the properties."""
     digest = hashlib.sha256()
     for layer in x:  # no copy of all of them
-        digest.update(np.ascontiguousarray(layer))
+        digest.update(np.ascontiguousarray(layer).data)
     for name, y in values.items():
         digest.update(name.encode() + np.ascontiguousarray(y).tobytes())
     return digest.hexdigest()
