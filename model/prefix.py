@@ -25,6 +25,7 @@ from torch import Tensor
 from model import processor
 from model.files import write_json
 from model.packed import Packed, common_lengths, pack, pack_trie
+from model.token_lists import TokenLists
 from model.transformer import Decoder
 
 TokenIds = Sequence[Sequence[int]]
@@ -298,10 +299,12 @@ class TextSet:
     """Tokenized texts, with their frozen-prefix states where those are used."""
 
     def __init__(self, ids: TokenIds, states: PrefixStates | None = None):
-        # As lists, which have an order (`batches`).
-        self.ids = [row if isinstance(row, list) else list(row) for row in ids]
+        if isinstance(ids, TokenLists):
+            self.ids, self.lengths = ids, ids.lengths
+        else:  # as lists, which have an order (`batches`)
+            self.ids = [row if isinstance(row, list) else list(row) for row in ids]
+            self.lengths = [len(text) for text in ids]
         self.states = states
-        self.lengths = [len(text) for text in ids]
 
     def batches(self, budget: int, depth: float = 0.0) -> tuple[list[list[int]], bool]:
         """Indices of batches, each sorted by length, of at most `budget` tokens (or one text); and

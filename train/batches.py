@@ -1,8 +1,9 @@
 """The fixed micro-batches of a trial: one set of pairs for all arms, in the seed's order."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 import torch
@@ -11,15 +12,17 @@ from torch import Tensor
 from eval.collections import Collection, require_split
 from model.config import LISTWISE
 from model.listwise import Lists
-from model.prefix import TextSet
+from model.prefix import TextSet, TokenIds
 from model.pseudo import PseudoQuery
+from model.token_lists import TokenLists
 from model.tokens import Tokenizer
 from train.negatives import Mined, best_positive, bm25_negatives, read_mined
 from trials import Config
 
 DROPPED = 0.1  # share of a document's words that its altered copy lacks
 # Tokenized texts -> the same with their frozen-prefix states, where those are used.
-WithStates = Callable[[list[list[int]], str], TextSet]
+WithStates = Callable[[TokenIds, str], TextSet]
+AT_ONCE = 10_000  # texts that are tokenized together
 
 
 @dataclass(frozen=True)
@@ -171,21 +174,22 @@ class TrainingData:
         queries = self.used["embedding"]
         wanted = [d for q in queries for d in [self.positive[q], *self.negatives[q][:hard]]]
         documents = list(dict.fromkeys(wanted))
-        ids = tokenizer.queries([collection.queries[q] for q in queries])
         self.query_at = {q: i for i, q in enumerate(queries)}
-        self.document_at = {d: len(ids) + i for i, d in enumerate(documents)}
-        ids += tokenizer.documents([collection.corpus[d] for d in documents])
-        self.embedding_texts = states(ids, "training texts")
+        self.document_at = {d: len(queries) + i for i, d in enumerate(documents)}
+        sides = (
+            _tokenized(tokenizer.queries, (collection.queries[q] for q in queries)),
+            _tokenized(tokenizer.documents, (collection.corpus[d] for d in documents)),
+        )
+        self.embedding_texts = states(TokenLists(chain(*sides)), "training texts")
 
     def _reranking_texts(self, collection: Collection, tokenizer: Tokenizer, states: WithStates):
-        negatives = self.config.group_size - 1
-        pairs = []
-        self.group_at: dict[str, int] = {}
-        for query in self.used["reranking"]:
-            self.group_at[query] = len(pairs)
-            for document in [self.positive[query], *self.negatives[query][:negatives]]:
-                pairs.append((collection.queries[query], collection.corpus[document]))
-        self.reranking_texts = states(tokenizer.pairs(pairs), "training pairs")
+        groups = self._groups(self.used["reranking"], self.config.group_size)
+        sizes = [len(documents) for _, documents in groups]
+        starts = accumulate(sizes, initial=0)
+        self.group_at = {query: start for (query, _), start in zip(groups, starts, strict=False)}
+        pairs = ((collection.queries[q], collection.corpus[d]) for q, own in groups for d in own)
+        ids = TokenLists(_tokenized(tokenizer.pairs, pairs))
+        self.reranking_texts = states(ids, "training pairs")
 
     def per_epoch(self, task: str) -> int:
         """Batches of a task in an epoch."""
@@ -314,6 +318,13 @@ class TrainingData:
                 "document_tokens"
             )
         return blocks[0].ids
+
+
+def _tokenized(tokenize: Callable[[list], list[list[int]]], texts: Iterable) -> Iterator[list[int]]:
+    """The ids of each text, of which few are in memory at once."""
+    texts = iter(texts)
+    while some := list(islice(texts, AT_ONCE)):
+        yield from tokenize(some)
 
 
 def alter(text: str, rng: random.Random) -> str:

@@ -9,6 +9,7 @@ from itertools import accumulate
 from eval.collections import Collection
 from model.config import LISTWISE
 from model.prefix import TextSet
+from model.token_lists import TokenLists
 from model.tokens import Tokenizer
 from train.batches import (
     EmbeddingBatch,
@@ -122,7 +123,7 @@ class Mixture(TrainingData):
 
     def _joined(self, task: str, sets: list[TextSet], title: str, states: WithStates) -> TextSet:
         self.starts[task] = [0, *accumulate(len(texts.ids) for texts in sets)]
-        return states([list(ids) for texts in sets for ids in texts.ids], title)
+        return states(TokenLists(ids for texts in sets for ids in texts.ids), title)
 
     def place(self, step: int, seed: int | None = None) -> tuple[int, int]:
         """Which collection a step takes, and which of its own steps that is."""

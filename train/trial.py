@@ -21,7 +21,7 @@ from model import bases, parallel, sharding
 from model.files import read_json
 from model.layers import RMSNorm
 from model.lora import LinearGroup, LoRAConfig
-from model.prefix import LIMIT, TextSet, prefix_states
+from model.prefix import LIMIT, TextSet, TokenIds, prefix_states
 from model.processor import resolve_dtype
 from model.router import SIMILARITY, RouterConfig
 from model.tokens import Prompts
@@ -142,20 +142,20 @@ class Workbench:
             sharding.shard(made.decoder)
         return made
 
-    def states(self, model: UniMoER, config: Config) -> Callable[[list[list[int]], str], TextSet]:
+    def states(self, model: UniMoER, config: Config) -> Callable[[TokenIds, str], TextSet]:
         """Turns token ids into a TextSet, with prefix states where the config wants them.
 
         With `shard` the lower layers are run again: each process has but a share of their weights.
         """
 
-        def make(ids: list[list[int]], title: str) -> TextSet:
+        def make(ids: TokenIds, title: str) -> TextSet:
             if not config.prefix or config.shard or config.adapter_layers == 0 or not ids:
                 return TextSet(ids)
             tokens = sum(len(row) for row in ids)
             if 2 * tokens * model.decoder.config.hidden_size > LIMIT:
                 return TextSet(ids)  # the lower layers are run again each time
             fields = (config.adapter_layers, config.dtype, config.causal)
-            text = json.dumps([ids, *fields, model.identity])
+            text = json.dumps([list(ids), *fields, model.identity])
             key = hashlib.sha256(text.encode()).hexdigest()
             found = self._sets.get(key)
             if found is None:

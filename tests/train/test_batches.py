@@ -9,8 +9,10 @@ import torch
 from eval.bm25 import BM25
 from eval.collections import Collection, load
 from experiments import Config
+from model.token_lists import TokenLists
 from model.tokens import Prompts, Tokenizer
 from tests.train.tiny import TRAIN, tiny_config, tokens_only
+from train import batches
 from train.batches import EmbeddingBatch, TrainingData
 
 
@@ -55,6 +57,27 @@ def test_the_pairs_depend_on_neither_seed_nor_arm(make):
         assert other.queries == data.queries
         assert other.positive == data.positive
         assert other.negatives == data.negatives
+
+
+def test_texts_are_tokenized_a_part_at_a_time_and_kept_on_disk(make, monkeypatch):
+    """In whatever parts, they are the same; none of them is a list in memory."""
+    whole, most = make(), 0
+    monkeypatch.setattr(batches, "AT_ONCE", 5)
+    for name in ("queries", "documents", "pairs"):
+        real = getattr(Tokenizer, name)
+
+        def counted(self, texts, real=real):
+            nonlocal most
+            most = max(most, len(texts))
+            return real(self, texts)
+
+        monkeypatch.setattr(Tokenizer, name, counted)
+    parts = make()
+    assert most == 5
+    for name in ("embedding_texts", "reranking_texts"):
+        one, other = (getattr(data, name).ids for data in (whole, parts))
+        assert isinstance(one, TokenLists) and isinstance(other, TokenLists)
+        assert len(one) > 10 and list(one) == list(other)
 
 
 def test_negatives_are_searched_once_for_all_trials(make, collection, monkeypatch):
