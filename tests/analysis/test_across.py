@@ -1,6 +1,7 @@
 """The mean interference over collections: against the formula and each collection's own."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def part(queries: int, seed: int, loss: float, level: float = 0.5) -> across.Par
     return y, [f"c{i // 2}" for i in range(queries)]
 
 
-def mean(parts: list[across.Part]) -> stats.Estimate:
+def mean(parts: Sequence[across.Part]) -> stats.Estimate:
     """Of collections that weigh the same."""
     return across.mean_interference(parts, *PAIR, [1 / len(parts)] * len(parts))
 

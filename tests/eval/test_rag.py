@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -436,6 +437,7 @@ def test_settings_that_cannot_work() -> None:
         rag.Settings(depth=2, passages=3)
     with pytest.raises(ValueError, match="expected temperature >= 0"):
         rag.Settings(temperature=-1.0)
-    for drawn in ({"top_p": 0.9}, {"top_k": 5}, {"seed": 1}):
+    options: tuple[dict[str, Any], ...] = ({"top_p": 0.9}, {"top_k": 5}, {"seed": 1})
+    for drawn in options:
         with pytest.raises(ValueError, match="give a temperature above 0 too"):
             rag.Settings(**drawn)

@@ -17,7 +17,7 @@ from torch import Tensor
 from eval.collections import Collection, load
 from experiments import MOE, Config
 from model import weights
-from model.prefix import TextSet, prefix_states
+from model.prefix import TextSet, TokenIds, prefix_states
 from model.unimoer import UniMoER
 from tests.train.tiny import NOISY_MOE, TRAIN, build, tiny_config
 from train.batches import RerankingBatch, TrainingData
@@ -468,7 +468,7 @@ def test_prefix_states_change_the_losses_by_their_rounding_alone(tiny, collectio
         model, data = build(replace(tiny, steps=4), collection)
         if with_states:
 
-            def states(ids: list[list[int]], title: str, model: UniMoER = model) -> TextSet:
+            def states(ids: TokenIds, title: str, model: UniMoER = model) -> TextSet:
                 return TextSet(ids, prefix_states(model.decoder, ids, "test", None))
 
             data = TrainingData(collection, model.tokenizer, data.config, states)

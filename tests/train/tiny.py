@@ -10,7 +10,7 @@ import torch
 import experiments
 from eval.collections import Collection, load
 from experiments import Config
-from model.prefix import TextSet
+from model.prefix import TextSet, TokenIds
 from model.unimoer import UniMoER
 from train.batches import TrainingData
 from train.trial import model_config
@@ -88,7 +88,7 @@ def tiny_config(base: Path, data: Path, **changes: object) -> Config:
     return replace(config, **changes)  # pyright: ignore[reportArgumentType]
 
 
-def tokens_only(ids: list[list[int]], title: str) -> TextSet:
+def tokens_only(ids: TokenIds, title: str) -> TextSet:
     """Texts without prefix states."""
     return TextSet(ids)
 
