@@ -160,7 +160,7 @@ def test_mined_and_trained_on_from_disk(
                  for data, b in zip(made, batches, strict=True)]  # fmt: skip
         assert texts[0] == texts[1] and batches[0].relevant.equal(batches[1].relevant)
         assert made[0].reranking(step).pairs == made[1].reranking(step).pairs
-    assert made[0].reranking_texts.ids == made[1].reranking_texts.ids
+    assert list(made[0].reranking_texts.ids) == list(made[1].reranking_texts.ids)
     drawn = [
         TrainingData(c, Tokenizer(tiny_base, Prompts(), 24),
                      tiny_config(tiny_base, tiny_folder), tokens_only).negatives
