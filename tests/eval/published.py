@@ -18,6 +18,7 @@ from eval.hub import HUB_SPLITS, MMARCO
 from eval.stdlib import Pair, documented_functions
 
 HEADER = "query-id\tcorpus-id\tscore"
+SPLITS = {"train": range(20), "dev": range(20, 26), "test": range(26, 36)}
 ARTICLES = {
     "sw": [
         ("Watu wote wamezaliwa huru, hadhi na haki zao ni sawa.", "nani amezaliwa huru"),
@@ -213,3 +214,20 @@ def hotpotqa_answers(files: Files, answers: dict[str, str]) -> None:
     ]
     name = "distractor/validation-00000-of-00001.parquet"
     files["hotpotqa/hotpot_qa"] = {name: as_parquet(rows)}
+
+
+def of_functions(folder: Path) -> Path:
+    """A BEIR folder of 36 functions with `answers.json`: a function's name answers."""
+    pairs = functions()[:36]
+    assert len(pairs) == 36
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [{"_id": f"d{i}", "text": pair.document} for i, pair in enumerate(pairs)]
+    queries = [{"_id": f"q{i}", "text": pair.query} for i, pair in enumerate(pairs)]
+    (folder / "corpus.jsonl").write_bytes(jsonl(corpus))
+    (folder / "queries.jsonl").write_bytes(jsonl(queries))
+    for split, numbers in SPLITS.items():
+        rows = [HEADER, *(f"q{i}\td{i}\t1" for i in numbers)]
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    answers = {f"q{i}": [pair.id.split(".")[-1]] for i, pair in enumerate(pairs)}
+    (folder / "answers.json").write_text(json.dumps(answers))
+    return folder

@@ -22,7 +22,7 @@ from model import bases
 from model.pseudo import ByPseudoQuery, PseudoQuery
 from model.saved import read_config
 from model.unimoer import UniMoER
-from tests.eval import qwen
+from tests.eval import published, qwen
 from tests.train.tiny import tiny_config, write_collection
 from train.trial import model_config
 
@@ -32,14 +32,15 @@ MARKS = ("<|embed_token|>", "<|rerank_token|>")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_collection(tmp_path_factory.mktemp("baselines") / "Tiny")
+    """Real texts, in a folder of that name."""
+    return published.of_functions(tmp_path_factory.mktemp("baselines") / "Tiny")
 
 
 @pytest.fixture(scope="module")
 def folders(make_base: Callable[..., Path], data: Path) -> dict[str, Path]:
     """hub id -> a tiny model that plays it; no 4B, no 8B."""
     texts = [json.loads(line)["text"] for line in (data / "corpus.jsonl").read_text().splitlines()]
-    fast = qwen.tokenizer([*texts, "yes", "no", "yes", "no"], (*qwen.CHAT, *MARKS))
+    fast = qwen.tokenizer([*texts, *["yes", "no"] * 200], (*qwen.CHAT, *MARKS))
 
     def make(seed: int) -> Path:
         place = make_base(seed, model_type="qwen3", vocab_size=fast.get_vocab_size())

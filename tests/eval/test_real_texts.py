@@ -18,26 +18,12 @@ from tests.train.tiny import tiny_config
 from train import __main__ as training
 from train.trial import model_config
 
-SPLITS = {"train": range(20), "dev": range(20, 26), "test": range(26, 36)}
 METRIC = "ndcg_cut_10"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BEIR folder of 36 functions with `answers.json`: a function's name answers."""
-    folder, pairs = tmp_path_factory.mktemp("real") / "email", published.functions()[:36]
-    assert len(pairs) == 36
-    (folder / "qrels").mkdir(parents=True)
-    corpus = [{"_id": f"d{i}", "text": pair.document} for i, pair in enumerate(pairs)]
-    queries = [{"_id": f"q{i}", "text": pair.query} for i, pair in enumerate(pairs)]
-    (folder / "corpus.jsonl").write_bytes(published.jsonl(corpus))
-    (folder / "queries.jsonl").write_bytes(published.jsonl(queries))
-    for split, numbers in SPLITS.items():
-        rows = [published.HEADER, *(f"q{i}\td{i}\t1" for i in numbers)]
-        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(rows) + "\n")
-    answers = {f"q{i}": [pair.id.split(".")[-1]] for i, pair in enumerate(pairs)}
-    (folder / "answers.json").write_text(json.dumps(answers))
-    return folder
+    return published.of_functions(tmp_path_factory.mktemp("real") / "email")
 
 
 @pytest.fixture(scope="module")
