@@ -27,7 +27,7 @@ PROPERTY_NAMES = {
     "covered_terms": "covered query terms", "covered_share": "share of terms covered",
     "tf_sum": "sum of TF", "idf_sum": "sum of IDF", "bm25": "BM25",
     "bigrams": "share of query bigrams", "length": "document length (ln)",
-    "exact": "a query bigram is there", "similarity": "similarity in the base",
+    "exact": "has a query bigram", "similarity": "similarity in the base",
     "nouns": "nouns in the query", "verbs": "verbs in the query", "relevant": "relevant",
 }  # fmt: skip
 COLUMNS = ("score", "selectivity", "code", "bits saved", "seeds")
