@@ -44,7 +44,9 @@ the one on a control task, in which each document has one value at random under 
 ({recurring:.0f} % of the pairs are of a document that recurs), or less chance (0, of accuracies
 0.5) where the control is below it. Code: the bits of each value (of a number, in units of its
 standard deviation) by the online code of the probe; bits saved: against the values' own
-distribution, 0 where the features say nothing. {how}
+distribution, 0 where the features say nothing. Portions of that code: {portions} % of the queries.
+The penalty of each probe is the one that does best on queries left out of what it is fitted to; of
+what is one value in each query the control has one for each query.
 At the layer with the highest mean score (of the base all layers are probed, of an arm the adapted
 ones: those below are the base's); mean over seeds ± their standard deviation, with its 95 %
 interval; the base is one model.
@@ -52,16 +54,6 @@ interval; the base is one model.
 {table}The same behind the last layer, which is what the heads read.
 
 {last}{picture}{tests}{ablation}{arms}"""
-HOW = (
-    "Portions of that code: {portions} % of the queries. The penalty of each probe is the one that "
-    "does best on queries left out of what it is fitted to; of what is one value in each query the "
-    "control has one for each query."
-)
-EARLIER = (  # what lacks the code itself
-    "These probes are of an earlier version: ridge took the penalty that does best on pairs left "
-    "out, logistic regression a fixed one (so that it saves too few bits), and the portions of the "
-    "code were 10, 20, 40, 60, 80 and 100 % of the queries."
-)
 TESTS = """Differences by seed, tested where there are several, with Holm's correction over this
 table. Scores at the best of the layers that an arm adapts, chosen on the same queries, of an arm by
 its mean over seeds, of the base, one model, by its one score among the same layers. p is of other
@@ -281,7 +273,7 @@ def _cells(row: dict[str, Any], view: str) -> list[str]:
     if view == "base":  # one model, whatever the seeds of the arms
         row = {key: over_seeds(row[key]["seeds"][:1]) for key in row}
     seeds = str(len(row["score"]["seeds"]))
-    return [*(spread(row[k]) if k in row else "-" for k in MEASURED), seeds]
+    return [*(spread(row[k]) for k in MEASURED), seeds]
 
 
 def markdown(v: dict[str, Any]) -> str:
@@ -308,9 +300,7 @@ def markdown(v: dict[str, Any]) -> str:
     unsure.insert(0, "Whether the model uses what a probe reads: that needs an intervention.")
     body = BODY.format(
         pairs=one["pairs"],
-        how=HOW.format(portions=", ".join(f"{100 * share:g}" for share in PORTIONS))
-        if all("bits" in row for of in one["views"]["model"].values() for row in of["layers"])
-        else EARLIER,
+        portions=", ".join(f"{100 * share:g}" for share in PORTIONS),
         queries=one["queries"],
         yes=", ".join(PROPERTY_NAMES[name] for name in one["binary"]),
         recurring=100 * one["recurring"] / one["pairs"],
