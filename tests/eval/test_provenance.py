@@ -1,4 +1,4 @@
-"""Who made a result."""
+"""Who made a result, and by which code."""
 
 import subprocess
 
@@ -35,3 +35,18 @@ def test_outside_of_a_repository_it_is_not_known(monkeypatch: pytest.MonkeyPatch
         subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 128, "", "fatal")
     )
     assert provenance.made_by("cpu")["git"] == {"commit": None, "dirty": None}
+
+
+def test_sources_are_the_modules_that_make_numbers(tmp_path, monkeypatch):
+    folders = ("kernels", "model", "eval", "train", "analysis", "tests")
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text("1")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    sources = provenance.sources.__wrapped__  # which a process asks once
+    seen = [sources()]
+    for folder in folders:
+        (tmp_path / folder / "a.py").write_text("2")
+        seen.append(sources())
+    assert len(set(seen[:5])) == 5  # each of the first four counts
+    assert seen[4] == seen[5] == seen[6]  # what only reads results does not

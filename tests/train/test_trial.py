@@ -1,12 +1,16 @@
-"""What the trials of a process share."""
+"""What the trials of a process share, how each starts, what it is measured on."""
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval.provenance import sources
 from model import parallel
+from model.unimoer import UniMoER
 from tests.train.tiny import tiny_config, write_collection
 from train import loop, trial
 from train.loop import before
@@ -89,3 +93,45 @@ def test_the_time_of_a_trial_that_was_stopped(
     bench.collection = replace(bench.collection, fingerprint="other")
     with pytest.raises(ValueError, match=r"another origin .*other.*remove .*seed0\.checkpoint"):
         trial.run_trial(config, "arm", place, bench)
+
+
+def test_a_model_is_not_kept_beyond_its_trial(tiny_base, tiny_data, tmp_path):
+    """The evaluation set is, and with it the base would stay in memory beside the next one."""
+    bench = trial.Workbench(str(tiny_data), "cpu", tmp_path, keep_prefix=False)
+    config, models, make = tiny_config(tiny_base, tiny_data, prefix=True), [], bench.model
+
+    def model(config: Config) -> UniMoER:
+        made = make(config)
+        models.append(weakref.ref(made))
+        return made
+
+    bench.model = model
+    trial.run_baselines(config, bench, lambda *_: None)
+    gc.collect()
+    assert bench.evaluation(make(config), config)._sets and [ref() for ref in models] == [None]
+
+
+def test_seed_and_offset_decide_how_a_model_starts(tiny_base, tiny_data, tmp_path):
+    bench = trial.Workbench(str(tiny_data), "cpu", tmp_path, keep_prefix=False)
+    config = tiny_config(tiny_base, tiny_data)
+
+    def head(**changes: int) -> list[float]:
+        trained = bench.model(replace(config, **changes)).trained()
+        return trained["head.linear.weight"].flatten().tolist()
+
+    assert head() == head() != head(seed=1)
+    assert head(seed_offset=1000) == head(seed=1000) != head()
+
+
+def test_each_head_is_measured_on_the_tokens_it_is_trained_on(tiny_base, tiny_data, tmp_path):
+    """yes_no reads its answer behind the template, with no end token, whatever ran before it."""
+    bench = trial.Workbench(str(tiny_data), "cpu", tmp_path, keep_prefix=False)
+    for head in ("linear", "yes_no"):
+        config = tiny_config(tiny_base, tiny_data, rerank_head=head, reranking_pooling="last")
+        model = bench.model(config)
+        evaluation = bench.evaluation(model, config)
+        texts = evaluation.collection
+        pairs = [(texts.queries[q], texts.corpus[d]) for q, d in evaluation.pairs]
+        expected = model.score_pairs(pairs).double()
+        scores = evaluation.pair_scores(model)
+        assert torch.as_tensor(scores).double().allclose(expected, atol=1e-5), head

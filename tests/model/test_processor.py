@@ -1,0 +1,28 @@
+"""model/processor.py: which dtype `auto` is."""
+
+import pytest
+import torch
+
+from model import processor
+
+
+def test_dtypes():
+    assert processor.resolve_dtype("float16", "cpu") == "float16"
+    assert processor.resolve_dtype("auto", "cpu") in ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize(
+    ("make", "avx", "amx", "expected"),
+    [
+        ("AMD EPYC 9R14", True, False, "bfloat16"),
+        ("Intel(R) Xeon(R) Processor", True, True, "bfloat16"),
+        ("Intel(R) Xeon(R) Processor", True, False, "float32"),
+        ("AMD EPYC 7B13", False, False, "float32"),
+    ],
+)
+def test_auto_takes_bfloat16_where_it_is_faster(make, avx, amx, expected, monkeypatch):
+    """There are processors with instructions for it that run it at half the speed of float32."""
+    monkeypatch.setattr(processor, "name", lambda: make)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert processor.resolve_dtype("auto", "cpu") == expected
