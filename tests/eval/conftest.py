@@ -36,6 +36,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Files, list[tu
 
 
 @pytest.fixture
+def hub_files(hub: tuple[Files, list[tuple]]) -> tuple[Files, list[tuple]]:
+    """The same, for tests in whose file `hub` is the module."""
+    return hub
+
+
+@pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts that `rag` starts as processes of their own, whose imports take most of a test."""
     here = SimpleNamespace(

@@ -14,6 +14,8 @@ from typing import Any
 
 from pyarrow import parquet, table
 
+from eval import hub
+from eval.collections import load
 from eval.hub import HUB_SPLITS, MMARCO
 from eval.stdlib import Pair, documented_functions
 
@@ -231,3 +233,9 @@ def of_functions(folder: Path) -> Path:
     answers = {f"q{i}": [pair.id.split(".")[-1]] for i, pair in enumerate(pairs)}
     (folder / "answers.json").write_text(json.dumps(answers))
     return folder
+
+
+def asked(name: str) -> dict[str, str]:
+    """The questions of a set as it is loaded."""
+    data = load(name)
+    return {q: data.queries[q] for q in data.qrels[hub.own_split(name)]}

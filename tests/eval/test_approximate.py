@@ -12,7 +12,7 @@ from torch import Tensor
 from eval import approximate
 from eval.retrieval import ABSENT, Ids, exact, from_keys
 from eval.vectors import Vectors
-from tests.eval.test_retrieval import grid, names, store
+from tests.eval.stored import grid, names, store
 
 
 def made(folder: Path, documents: Tensor, window: int = 64, dtype: str = "float32") -> Vectors:

@@ -254,3 +254,24 @@ def test_an_index_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch
     assert exit_status(lambda: BM25(["a"], ["red"], folder=tmp_path)) == 2
     assert f"error: {tmp_path}" in (said := capsys.readouterr().err) and "Make room" in said
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_bm25_s_index_of_many_documents_is_kept_by_their_content(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNIMOER_CACHE", str(tmp_path))
+    texts = {"a": "red fish", "b": "blue bird"}
+
+    def made(fingerprint: str, **corpus: str) -> collections.Collection:
+        return collections.Collection(
+            "x", corpus, {"q": "red"}, {"test": {"q": {"a": 1}}}, {}, {"test": list(corpus)},
+            fingerprint, {},
+        )  # fmt: skip
+
+    assert list(made("1", **texts).bm25("test").search({"q": "red"}, 2)["q"]) == ["a"]
+    assert not (tmp_path / "bm25").exists()
+    monkeypatch.setattr(collections, "KEPT_FROM", 1)
+    # The texts decide, not the fingerprint, which is of the judgments too.
+    for fingerprint, red in (("1", "a"), ("2", "a"), ("1", "b")):
+        of = {red: "red", "ab".replace(red, ""): "blue"}
+        of = dict(sorted(of.items()))
+        assert list(made(fingerprint, **of).bm25("test").search({"q": "red"}, 2)["q"]) == [red]
+    assert len([path for path in (tmp_path / "bm25").iterdir() if path.is_dir()]) == 2

@@ -6,11 +6,14 @@ import json
 import re
 
 import huggingface_hub
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from eval import collections as C
 from eval import hub as H
 from tests.eval import published as P
+from tests.eval.folders import CORPUS, QUERIES, serve
 
 
 def test_the_benchmarks_have_their_known_sizes() -> None:
@@ -280,3 +283,65 @@ def test_ms_marcos_test_split_has_grades_below_relevant(hub) -> None:
     assert C.load("msmarco").relevant_from == {"test": 2}
     P.beir(files, "scifact", 1)
     assert C.load("scifact").relevant_from == {}
+
+
+def test_a_hub_set(hub, tmp_path):
+    files, asked = hub
+    serve(files, "scifact", {"train.tsv": "q1\td1\t1", "test.tsv": "q2\td2\t1"})
+    data = C.load("scifact", tmp_path / "cache")
+    assert data.name == "scifact"
+    assert data.corpus == {"d1": "One\nfirst", "d2": ""}
+    assert data.qrels["test"] == {"q2": {"d2": 1}}
+    assert data.provenance["BeIR/scifact"] == "commit-of-scifact"
+    assert data.provenance["BeIR/scifact-qrels"] == "commit-of-scifact-qrels"
+    assert {call[3] for call in asked} == {tmp_path / "cache"}
+    # after the first file of a repository, the others come from the same commit
+    revisions = [(repo, revision) for repo, _, revision, _ in asked]
+    assert revisions == [
+        ("BeIR/scifact-qrels", None),
+        ("BeIR/scifact-qrels", "commit-of-scifact-qrels"),
+        ("BeIR/scifact", None),
+        ("BeIR/scifact", "commit-of-scifact"),
+    ]
+
+
+@pytest.mark.parametrize("dev", ["dev.tsv", "validation.tsv"])
+def test_the_hub_dev_split_under_either_name(hub, dev):
+    rows = {"train.tsv": "q1\td1\t1", dev: "q2\td1\t1", "test.tsv": "q2\td2\t1"}
+    serve(hub[0], "msmarco", rows)
+    assert C.load("msmarco").qrels == {
+        "train": {"q1": {"d1": 1}},
+        "dev": {"q2": {"d1": 1}},
+        "test": {"q2": {"d2": 1}},
+    }
+
+
+def test_a_hub_set_in_parquet(hub, tmp_path):
+    files, _ = hub
+    serve(files, "scidocs", {"test.tsv": "q2\td2\t1"})
+    expected = C.load("scidocs")
+    files["BeIR/scidocs"] = {}
+    for part, rows in (("corpus", CORPUS), ("queries", QUERIES)):
+        columns = ("_id", "title", "text")
+        table = pa.table({c: [row.get(c, "") for row in rows] for c in columns})
+        parquet.write_table(table, tmp_path / "table")
+        name = f"{part}/{part}-00000-of-00001.parquet"
+        files["BeIR/scidocs"][name] = (tmp_path / "table").read_bytes()
+    data = C.load("scidocs")
+    assert data.fingerprint == expected.fingerprint
+    assert data.provenance["BeIR/scidocs"] == "commit-of-scidocs"
+    del files["BeIR/scidocs"]["corpus/corpus-00000-of-00001.parquet"]  # and in one shard a document
+    for number, row in enumerate(CORPUS):
+        table = pa.table({c: [row.get(c, "")] for c in columns})
+        parquet.write_table(table, tmp_path / "table")
+        name = f"corpus/corpus-{number:05}-of-{len(CORPUS):05}.parquet"
+        files["BeIR/scidocs"][name] = (tmp_path / "table").read_bytes()
+    assert C.load("scidocs").fingerprint == expected.fingerprint
+
+
+def test_without_network_and_cache_the_error_says_what_to_do(hub):
+    with pytest.raises(ValueError, match=r"BeIR/fiqa-qrels: .*no network.*DATA=path"):
+        C.load("fiqa")
+    serve(hub[0], "fiqa", {"train.tsv": "q1\td1\t1", "test.tsv": "q1\td1\t1"})
+    with pytest.raises(ValueError, match=r"dev\.tsv: .*404.*validation\.tsv"):
+        C.load("fiqa")

@@ -1,6 +1,5 @@
 """eval/retrieval.py: exact search, whatever the chunk, the shards and the ties."""
 
-import json
 import math
 import random
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.retrieval import ABSENT, Ids, exact, from_keys, plan, search, to_keys, to_run
-from eval.vectors import Vectors
+from tests.eval.stored import grid, names, store
 
 QUERIES = [f"q{i}" for i in range(7)]
 DOCUMENTS = [f"d{i}" for i in range(23)]
@@ -81,13 +80,6 @@ def test_scores_that_float32_cannot_tell_apart_are_ties():
     assert keys.argmax() == 1
 
 
-def grid(rows: int, width: int, seed: int) -> Tensor:
-    """Rows of -1, 0 and 1: their products are exact in every dtype, and most scores are ties."""
-    return torch.randint(
-        -1, 2, (rows, width), generator=torch.Generator().manual_seed(seed)
-    ).float()
-
-
 def by_hand(queries: Tensor, documents: Tensor, ids: list[str], k: int) -> list[list[str]]:
     """All documents by score, equal ones by id, descending; cut at k."""
     scores = queries.double() @ documents.double().t()
@@ -95,25 +87,6 @@ def by_hand(queries: Tensor, documents: Tensor, ids: list[str], k: int) -> list[
         [d for _, d in sorted(zip(row, ids, strict=True), reverse=True)[:k]]
         for row in scores.tolist()
     ]
-
-
-def names(count: int) -> list[str]:
-    """Ids of several lengths and scripts, in no order."""
-    made = [f"{'aé文z'[i % 4]}{i * 7919 % 1000}" for i in range(count)]
-    assert len(set(made)) == count
-    return made
-
-
-def store(folder: Path, documents: Tensor, ids: list[str], window: int, dtype: str) -> Vectors:
-    """A folder as `encode` leaves it."""
-    manifest = {"format": 1, "documents": len(ids), "dimension": documents.shape[1],
-                "window": window, "dtype": dtype}  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    for shard in range(-(-len(ids) // window)):
-        part = slice(shard * window, (shard + 1) * window)
-        np.save(folder / f"{shard:05}.npy", documents[part].numpy().astype(dtype))
-        np.save(folder / f"{shard:05}.ids.npy", np.array([key.encode() for key in ids[part]]))
-    return Vectors(folder)
 
 
 @pytest.mark.parametrize("k", [1, 5, 40, 100])
