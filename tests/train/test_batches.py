@@ -7,18 +7,13 @@ import pytest
 import torch
 
 from eval.bm25 import BM25
-from eval.collections import Collection, load
+from eval.collections import Collection
 from experiments import Config
 from model.token_lists import TokenLists
 from model.tokens import Prompts, Tokenizer
 from tests.train.tiny import TRAIN, tiny_config, tokens_only
 from train import batches
 from train.batches import EmbeddingBatch, TrainingData
-
-
-@pytest.fixture(scope="module")
-def collection(tiny_data: Path) -> Collection:
-    return load(str(tiny_data))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.collections import Collection, load
 from experiments import Config
 from model.listwise import Interaction
 from model.packed import pack
@@ -16,11 +15,6 @@ from tests.train.tiny import NOISY_MOE, TRAIN, build, tiny_config
 from train.batches import DROPPED, TrainingData, alter
 from train.loop import train
 from train.step import WORK, lists, run, task_loss
-
-
-@pytest.fixture(scope="module")
-def collection(tiny_data: Path) -> Collection:
-    return load(str(tiny_data))
 
 
 @pytest.fixture(scope="module")

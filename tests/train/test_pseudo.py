@@ -6,18 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.collections import Collection, load
 from experiments import Config
 from kernels.reference import info_nce
 from model.packed import pack
 from tests.train.tiny import NOISY_MOE, build, tiny_config
 from train.loop import train
 from train.step import WORK, pseudo, run, task_loss
-
-
-@pytest.fixture(scope="module")
-def collection(tiny_data: Path) -> Collection:
-    return load(str(tiny_data))
 
 
 @pytest.fixture(scope="module")

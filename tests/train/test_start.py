@@ -7,27 +7,17 @@ import pytest
 import torch
 from peft.utils.merge_utils import ties as peft_ties
 
-from eval.collections import Collection, load
+from eval.collections import Collection
 from experiments import ON_BASE, ON_EMBEDDER, Config
 from model.lora import LinearGroup
 from model.saved import read_config
 from model.unimoer import UniMoER
-from tests.train.tiny import build, tiny_config
+from tests.train.tiny import build
 from train import start
 from train.loop import train
 from train.start import Held, begin
 
 PAIR = {"experts": ("embedding", "reranking"), "ranks": (4, 4), "router": "uniform"}
-
-
-@pytest.fixture(scope="module")
-def collection(tiny_data: Path) -> Collection:
-    return load(str(tiny_data))
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_base: Path, tiny_data: Path) -> Config:
-    return tiny_config(tiny_base, tiny_data)
 
 
 @pytest.fixture(scope="module")
