@@ -41,6 +41,10 @@ def undefined_memory_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def error(found: Tensor, truth: Tensor) -> float:
     """RMS of the difference over the RMS of the truth; of the difference where the truth is 0."""
     if truth.numel() == 0:

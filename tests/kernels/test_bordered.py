@@ -14,13 +14,13 @@ from tests.kernels.compare import (
     PLACES,
     Inputs,
     check,
+    draw,
     error,
     places,
     results,
     texts,
     undefined_memory_is_nan,
 )
-from tests.kernels.test_fused import draw
 
 undefined = pytest.fixture(autouse=True)(undefined_memory_is_nan)
 D, OUTS, RANKS, SCALES = 40, (24, 8, 16), (4, 3, 9), (2.0, 0.5, 1.0)

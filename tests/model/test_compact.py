@@ -7,7 +7,7 @@ import torch
 
 from model.prefix import TextSet
 from model.unimoer import UniMoER
-from tests.model.test_unimoer import QUERY, TEXTS, make
+from tests.model.made import QUERY, TEXTS, make
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])

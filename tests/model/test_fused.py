@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from kernels.choice import use_triton
-from model.config import DecoderConfig, ModelConfig
+from model.config import ModelConfig
 from model.lora import LoRAConfig
 from model.packed import Packed, pack
 from model.prefix import prefix_states
@@ -18,39 +17,16 @@ from model.router import RouterConfig
 from model.transformer import Decoder
 from model.unimoer import UniMoER
 from tests.kernels.compare import FLOOR, PLACES, error, undefined_memory_is_nan
+from tests.model.decoders import decoder
 
 undefined = pytest.fixture(autouse=True)(undefined_memory_is_nan)
 places = pytest.mark.parametrize(("device", "dtype"), PLACES)
-
 EXPERTS = ("embedding", "reranking", "shared")
 LORA = LoRAConfig(EXPERTS, (4, 3, 9), (8.0, 3.0, 18.0))
 SOME = LoRAConfig(EXPERTS, (4, 3, 9), (8.0, 3.0, 18.0), targets=("o_proj", "up_proj"))
 UPPER = LoRAConfig(EXPERTS, (4, 3, 9), (8.0, 3.0, 18.0), first_layer=1)
 TEXTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9] * 4, [3] * 17]
 TASKS = [0, 1, 1, 0]
-
-
-def decoder(
-    family: str, lora, router, dtype, device: str, fused: bool, window: int | None = None, **options
-) -> Decoder:
-    """The same random weights for the same arguments, whatever the path, device and dtype."""
-    shape = DecoderConfig(
-        family, 32, 48, 2, 4, 2, 16, 50, 1e-5, 1e4, sliding_window=window, **options
-    )
-    with torch.device(device):
-        made = Decoder(shape, lora, router, dtype, fused=fused)
-    generator = torch.Generator().manual_seed(1)
-
-    def values(t: Tensor, scale: float, mean: float = 0.0) -> Tensor:
-        return torch.randn(t.shape, generator=generator, dtype=torch.float64) * scale + mean
-
-    with torch.no_grad():
-        for _, t in sorted(made.named_weights().items()):
-            t.copy_(values(t, 0.2) if t.ndim > 1 else values(t, 0.3, 1.0))
-        for name, p in sorted(made.named_parameters()):
-            if p.requires_grad:
-                p.copy_(values(p, 0.2) if not name.endswith("router.v") else values(p, 0.1, 1.0))
-    return made
 
 
 def run(made: Decoder, batch: Packed, base: bool = False, train: bool = False) -> dict:

@@ -18,14 +18,14 @@ from model.router import RouterConfig
 from model.tokens import Prompts
 from model.tokens import Tokenizer as OurTokenizer
 from model.unimoer import ModelConfig, UniMoER
-from tests.model import test_unimoer
+from tests.model import made
 
 LORA = LoRAConfig(("embedding", "reranking", "shared"), (4, 3, 2), (8.0, 6.0, 4.0), first_layer=1)
 QUERY = "what is the capital of France?"
 DOCUMENTS = ["Paris", "the capital of France is Paris", "", "yes", "def read(path): return None"]
 
 
-make = partial(test_unimoer.make, rerank_head="interaction")
+make = partial(made.make, rerank_head="interaction")
 
 
 @pytest.fixture(scope="module")

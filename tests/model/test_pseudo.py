@@ -11,9 +11,9 @@ from model.packed import pack
 from model.pseudo import ByPseudoQuery, PseudoQuery
 from model.router import RouterConfig
 from model.unimoer import ModelConfig, UniMoER
-from tests.model import test_unimoer
+from tests.model import made
 
-make = partial(test_unimoer.make, rerank_head="pseudo_query")
+make = partial(made.make, rerank_head="pseudo_query")
 QUERY, OTHER = "what is the capital of France?", "who?"
 DOCUMENTS = ["the Seine", "Paris", "", "a path", "Paris, on the Seine"]
 

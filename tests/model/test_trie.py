@@ -14,7 +14,7 @@ from model.packed import Only, Packed, Part, pack, pack_trie
 from model.prefix import TextSet, token_batches
 from model.router import RouterConfig
 from model.unimoer import ModelConfig, UniMoER
-from tests.model.test_fused import decoder
+from tests.model.decoders import decoder
 
 LORA = LoRAConfig(("embedding", "reranking", "shared"), (4, 3, 2), (8.0, 6.0, 4.0))
 UPPER = replace(LORA, first_layer=1)

@@ -1,6 +1,5 @@
-"""The model as its user meets it: save and load, encode, rank, refuse; and that it can learn."""
+"""The model as its user meets it: seeds, encode, rank, refuse."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,158 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from model import texts
-from model.lora import LinearGroup, LoRAConfig
 from model.packed import pack
-from model.router import ROUTES, SIMILARITY, RouterConfig
-from model.tokens import Prompts
+from model.router import RouterConfig
 from model.unimoer import ModelConfig, UniMoER
-
-LORA = LoRAConfig(("embedding", "reranking", "shared"), (4, 3, 2), (8.0, 6.0, 4.0), first_layer=1)
-TEXTS = ["Paris", "the capital of France", "", "yes", "def read(path): return the text", "Paris"]
-QUERY = "what is the capital of France?"
-
-
-def make(base: Path, **changes: object) -> UniMoER:
-    """An untrained model, moved away from its start: experts, routers and head do something."""
-    config = ModelConfig(base=str(base), lora=LORA, router=RouterConfig(), document_tokens=32)
-    model = UniMoER(replace(config, **changes))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.trained().values():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(0.2 * noise.to(parameter))
-    return model
+from tests.model.made import A_NAME, LORA, QUERY, TEXTS, make
 
 
 @pytest.fixture(scope="module")
 def model(tiny_base: Path) -> UniMoER:
     return make(tiny_base)
-
-
-# On disk -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"router": RouterConfig(kind, always_on="shared")}
-        for kind in sorted(set(ROUTES) - set(SIMILARITY))
-    ]
-    + [
-        {"router": None},
-        {"lora": None, "router": None},
-        {"rerank_head": "yes_no", "reranking_pooling": "mean"},
-        {"causal": False, "embedding_pooling": "first"},
-        {"layers": 2, "dtype": "bfloat16", "prompts": Prompts(query="Find:{query}")},
-        {"dtype": "float64", "lora": replace(LORA, targets=("q_proj", "down_proj"))},
-    ],
-    ids=lambda changes: "-".join(getattr(v, "kind", str(v)[:8]) for v in changes.values()),
-)
-def test_saved_and_loaded_is_identical(tiny_base: Path, tmp_path: Path, changes: dict) -> None:
-    model = make(tiny_base, **changes)
-    model.save_pretrained(tmp_path / "saved")
-    loaded = UniMoER.from_pretrained(tmp_path / "saved")
-    assert loaded.config == model.config
-    assert not loaded.training, "what is loaded is ready for use: no dropout, no noise"
-    assert loaded.trained().keys() == model.trained().keys()
-    for name, parameter in model.trained().items():
-        assert torch.equal(loaded.trained()[name], parameter), name
-    assert torch.equal(loaded.encode_query([QUERY]), model.encode_query([QUERY]))
-    assert torch.equal(loaded.encode_document(TEXTS), model.encode_document(TEXTS))
-    assert loaded.rank(QUERY, TEXTS) == model.rank(QUERY, TEXTS)
-    plain = UniMoER(model.config)
-    assert not torch.equal(plain.predict([(QUERY, "a")]), model.predict([(QUERY, "a")])) or (
-        not model.trained()
-    ), "an untrained model must give something else"
-
-
-def test_saved_folder_holds_the_adapters_and_no_base(model: UniMoER, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "config.json",
-        "adapters.safetensors",
-        "heads.safetensors",
-    }
-    adapters = load_file(tmp_path / "adapters.safetensors")
-    assert not [name for name in adapters if "bordered" in name or "embed_tokens" in name]
-    assert len(adapters) == 3 * (7 * 2 + 5), "three layers: A and B of seven, a router of five"
-    assert set(load_file(tmp_path / "heads.safetensors")) == {
-        "head.linear.weight",
-        "head.linear.bias",
-    }
-    record = json.loads((tmp_path / "config.json").read_text())
-    assert record["model"]["prompts"]["query"] == model.config.prompts.query
-
-
-def test_saving_over_an_older_one_replaces_it(tiny_base: Path, tmp_path: Path) -> None:
-    make(tiny_base, lora=None, router=None).save_pretrained(tmp_path)
-    model = make(tiny_base)
-    model.save_pretrained(tmp_path)
-    loaded = UniMoER.from_pretrained(tmp_path)
-    assert torch.equal(loaded.encode(TEXTS), model.encode(TEXTS))
-
-
-def test_another_base_is_refused(
-    model: UniMoER, make_base: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Same shapes, other weights: nothing but the fingerprint can tell."""
-    model.save_pretrained(tmp_path)
-    other = make_base(seed=1)
-    with pytest.raises(ValueError, match="give the original base"):
-        UniMoER.from_pretrained(tmp_path, base=str(other))
-    moved = make_base()  # the same content in another place
-    loaded = UniMoER.from_pretrained(tmp_path, base=str(moved))
-    assert torch.equal(loaded.encode(TEXTS), model.encode(TEXTS))
-
-
-A_NAME = "decoder.layers.1.self_attn.qkv.lora_A.q_proj"
-
-
-@pytest.mark.parametrize("what", ["missing", "unexpected", "shape"])
-def test_tensors_that_do_not_fit(model: UniMoER, tmp_path: Path, what: str) -> None:
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "adapters.safetensors"
-    tensors = load_file(path)
-    if what == "missing":
-        del tensors[A_NAME]
-    elif what == "unexpected":
-        tensors["decoder.layers.9.x"] = torch.zeros(1)
-    else:
-        tensors[A_NAME] = tensors[A_NAME][:-1].clone()
-    save_file(tensors, path)
-    with pytest.raises(ValueError, match=f"{what}: ") as error:
-        UniMoER.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(error.value)
-    expected = {"missing": A_NAME, "unexpected": "layers.9.x", "shape": "(8, 32), expected (9, 32)"}
-    assert expected[what] in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["config.json", "adapters.safetensors", "heads.safetensors"])
-def test_absent_files_are_named(model: UniMoER, tmp_path: Path, name: str) -> None:
-    model.save_pretrained(tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match=name):
-        UniMoER.from_pretrained(tmp_path)
-
-
-def test_truncated_adapters_are_named(model: UniMoER, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "adapters.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"adapters.safetensors is truncated"):
-        UniMoER.from_pretrained(tmp_path)
-
-
-def test_another_format_is_refused(model: UniMoER, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(ValueError, match="format 99"):
-        UniMoER.from_pretrained(tmp_path)
 
 
 # Seeds ---------------------------------------------------------------------------------------
@@ -345,19 +204,6 @@ def test_an_end_token_that_the_base_does_not_embed(make_base: Callable[..., Path
         UniMoER(ModelConfig(base=str(folder), end_token="yes"))
 
 
-@pytest.mark.parametrize("damage", [
-    lambda r: r["identity"].pop("fingerprint"), lambda r: r["model"].update(lora=[]),
-    lambda r: r["model"].update(dtype="int4"), lambda r: r["model"].update(unknown=1),
-])  # fmt: skip
-def test_a_damaged_config_is_named(model: UniMoER, tmp_path: Path, damage: Callable) -> None:
-    model.save_pretrained(tmp_path)
-    record = json.loads((tmp_path / "config.json").read_text())
-    damage(record)
-    (tmp_path / "config.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="config.json is not what save_pretrained writes"):
-        UniMoER.from_pretrained(tmp_path)
-
-
 def test_unknown_task(model: UniMoER) -> None:
     with pytest.raises(ValueError, match="'passage'"):
         model.encode(TEXTS, task="passage")
@@ -397,73 +243,3 @@ def test_tasks_reach_the_router(tiny_base: Path) -> None:
             assert len(routing) == 3, "one for each adapted layer"
             for weights in routing:
                 assert torch.equal(weights, torch.tensor(expected).expand(6, 3))
-
-
-# Learning ------------------------------------------------------------------------------------
-
-QUERIES = ["capital", "read a file", "yes or no", "river", "the text", "path", "France", "none"]
-DOCUMENTS = ["Paris is it.", "open(path)", "no", "the Seine", "a, b", "/a/b", "Lyon", "None"]
-
-
-def steps_until(loss: Callable[[], torch.Tensor], model: UniMoER, steps: int) -> list[float]:
-    optimizer = torch.optim.Adam(model.trained().values(), lr=4e-3)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.trained().values(), 1.0)
-        optimizer.step()
-        losses.append(value.item())
-    return losses
-
-
-@pytest.mark.parametrize("kind", ["sparsegen", "uniform"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_embedding_batch_can_be_learnt(tiny_base: Path, kind: str, checkpointing: bool) -> None:
-    config = ModelConfig(
-        base=str(tiny_base), lora=LORA, router=RouterConfig(kind), checkpointing=checkpointing
-    )
-    model = UniMoER(config).train()
-    q = pack(model.tokenizer.queries(QUERIES))
-    d = pack(model.tokenizer.documents(DOCUMENTS))
-
-    def loss() -> torch.Tensor:
-        scores = model.embed(q)[0] @ model.embed(d)[0].t() / 0.1
-        return F.cross_entropy(scores, torch.arange(8))
-
-    losses = steps_until(loss, model, 40)
-    assert losses[0] > 1.5 and losses[-1] < 0.02, losses
-
-
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_one_reranking_batch_can_be_learnt(tiny_base: Path, pooling: str) -> None:
-    """Which document goes with which query: the head alone, on states of the base, cannot tell."""
-    config = ModelConfig(
-        base=str(tiny_base), lora=LORA, router=RouterConfig(), reranking_pooling=pooling
-    )
-    model = UniMoER(config).train()
-    pairs = [(q, d) for q in QUERIES[:4] for d in DOCUMENTS[:4]]
-    batch = pack(model.tokenizer.pairs(pairs))
-    labels = torch.eye(4).flatten()
-
-    def loss() -> torch.Tensor:
-        return F.binary_cross_entropy_with_logits(model.score(batch)[0], labels)
-
-    losses = steps_until(loss, model, 90)
-    assert losses[0] > 0.5 and losses[-1] < 0.02, losses
-
-
-def test_training_leaves_the_base_alone(tiny_base: Path) -> None:
-    model = make(tiny_base)
-    groups = [m for m in model.modules() if isinstance(m, LinearGroup)]
-    before = [group.weight(name).clone() for group in groups for name in group.outs]
-    table = model.decoder.embed_tokens.weight.clone()
-    batch = pack(model.tokenizer.documents(DOCUMENTS))
-    steps_until(lambda: model.embed(batch)[0][:, 0].sum(), model.train(), 3)
-    after = [group.weight(name) for group in groups for name in group.outs]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert torch.equal(model.decoder.embed_tokens.weight, table)
-    assert all(p.requires_grad for p in model.trained().values())
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    assert all(name.endswith(("norm.weight", "embed_tokens.weight")) for name in frozen)
