@@ -1,16 +1,19 @@
 """Trials as run.py stores them, with scores that were made up."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import experiments
 from analysis.figures import TASKS
 
 QUERIES, CLUSTERS = 60, 12
 METRICS = ("ndcg_cut_10", "map", "recip_rank", "recall_100")
+ARMS = ("emb-only", "rank-only", "joint-single", "joint-moe")
 EVERY: dict[str, Any] = {
     "schema": 1,
     "base": {"name": "tiny", "revision": None, "fingerprint": "b" * 8},
@@ -21,6 +24,8 @@ EVERY: dict[str, Any] = {
     "device": "cpu, 1 threads",
     "peak_bytes": 10**9,
 }
+Make = Callable[..., Path]  # the fixture `make`, conftest.py
+words_alone = pytest.mark.usefixtures("no_figures")  # and `no_figures`
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -30,6 +35,14 @@ def write_json(path: Path, content: dict) -> None:
 
 def rows(values: np.ndarray) -> dict[str, dict[str, float]]:
     return {f"q{i}": dict.fromkeys(METRICS, float(v)) for i, v in enumerate(values)}
+
+
+def change(path: Path, **new: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **new}))
+
+
+def text_of(folder: Path) -> str:
+    return (folder / "report.md").read_text(encoding="utf-8")
 
 
 class Maker:

@@ -1,7 +1,6 @@
-"""CKA, spectra and STIR at values that are known."""
+"""What is measured of trained models: features, gradients, changes; and what is claimed of them."""
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,201 +10,16 @@ import pytest
 import torch
 
 import experiments
-from analysis import gradients, representation, representations, spectra, subspaces
-from analysis.cka import CKA, cka, hsic
+from analysis import gradients, representation, representations, subspaces
 from analysis.page import over_seeds
 from analysis.representation_claims import claims
-from analysis.subspace import between, factor, rank_for, stir
 from eval import stats
 from eval.collections import load
 from eval.protocol import EvaluationSet, without_states
 from model.packed import pack
+from tests.analysis.drawn import normal
 from tests.train.tiny import build, tiny_config, write_collection
 from train.loop import train
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def rotation(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.linalg.qr(normal(n, n, seed=seed))[0]
-
-
-# CKA -------------------------------------------------------------------------------------------
-
-
-def test_cka_of_rotated_features_is_one() -> None:
-    x = normal(200, 12)
-    assert cka(x, 3 * x @ rotation(12) + 5, batch=64) == pytest.approx(1)
-
-
-def test_cka_of_unrelated_features_is_zero_even_where_they_are_wide() -> None:
-    """The biased estimate is far from 0 here: 50 inputs of 400 features."""
-    values = [cka(normal(50, 400, seed=i), normal(50, 400, seed=100 + i)) for i in range(20)]
-    assert sum(values) / 20 == pytest.approx(0, abs=0.02)  # type: ignore[arg-type]
-    k, l = (t @ t.t() for t in (normal(50, 400), normal(50, 400, seed=1)))  # noqa: E741
-    centre = torch.eye(50, dtype=torch.float64) - 1 / 50
-    k, l = centre @ k @ centre, centre @ l @ centre  # noqa: E741
-    assert (k * l).sum() / (k.norm() * l.norm()) > 0.8
-
-
-def test_hsic_is_unbiased() -> None:
-    """Its mean over samples of 5 is the population's squared covariance, here 1 for y = x."""
-    found = [
-        hsic(*(t @ t.t() for t in (x, x))) for x in (normal(5, 1, seed=s) for s in range(4000))
-    ]
-    assert torch.stack(found).mean().item() == pytest.approx(1, abs=0.15)
-
-
-def test_minibatches_are_averaged_before_the_ratio() -> None:
-    x, y = normal(128, 6), normal(128, 6) + normal(128, 6, seed=1)
-    made = CKA()
-    for a, b in zip(x.split(32), y.split(32), strict=True):
-        made.add(a, b)
-    parts = [[hsic(p @ p.t(), q @ q.t()) for p, q in zip(u.split(32), v.split(32), strict=True)]
-             for u, v in ((x, y), (x, x), (y, y))]  # fmt: skip
-    cross, first, second = (torch.stack(p).sum() for p in parts)
-    assert made.value == pytest.approx((cross / (first * second).sqrt()).item())
-    assert cka(x[:100], y[:100], batch=33) == cka(x[:99], y[:99], batch=33)  # a rest of one
-
-
-def test_cka_of_what_does_not_vary() -> None:
-    assert cka(torch.ones(10, 3), normal(10, 3)) is None
-    with pytest.raises(ValueError, match="at least 4"):
-        CKA().add(normal(3, 2), normal(3, 2))
-    with pytest.raises(ValueError, match="must be the same"):
-        CKA().add(normal(5, 2), normal(6, 2))
-
-
-# Spectra ---------------------------------------------------------------------------------------
-
-
-def test_singular_values_are_those_of_the_product() -> None:
-    a, b = normal(4, 30), normal(20, 4, seed=1)
-    expected = torch.linalg.svdvals(b @ a)[:4]
-    torch.testing.assert_close(spectra.singular_values(a, b), expected)
-    assert spectra.singular_values(a, torch.zeros(20, 4)).tolist() == [0] * 4
-
-
-@pytest.mark.parametrize(
-    ("values", "effective", "stable"),
-    [([1, 1, 1, 1], 4, 4), ([1, 0, 0, 0], 1, 1), ([2, 1, 1, 0], 2 * math.sqrt(2), 1.5),
-     ([0, 0, 0, 0], 0, 0)],
-)  # fmt: skip
-def test_ranks(values: list[float], effective: float, stable: float) -> None:
-    made = torch.tensor(values, dtype=torch.float64)
-    assert spectra.effective_rank(made) == pytest.approx(effective)
-    assert spectra.stable_rank(made) == pytest.approx(stable)
-
-
-def test_principal_angles_are_those_that_were_planted() -> None:
-    """Three directions: shared, turned by 60 degrees, orthogonal."""
-    q = rotation(10)
-    x = q[:, :3]
-    turned = q[:, 1] * math.cos(math.pi / 3) + q[:, 4] * math.sin(math.pi / 3)
-    y = torch.stack((q[:, 0], turned, q[:, 5]), 1) @ normal(3, 3)
-    assert spectra.principal_cosines(x, y).tolist() == pytest.approx([1, 0.5, 0], abs=1e-9)
-    found = spectra.overlap(x, y)
-    assert found["overlap"] == pytest.approx(1.25 / 3) and found["by_chance"] == 0.3
-
-
-def test_random_spaces_overlap_by_chance() -> None:
-    found = [spectra.overlap(normal(40, 4, seed=i), normal(40, 6, seed=99 + i)) for i in range(200)]
-    assert sum(row["overlap"] for row in found) / 200 == pytest.approx(6 / 40, abs=0.01)
-    assert found[0]["by_chance"] == 6 / 40
-
-
-def test_experts_are_compared_in_pairs() -> None:
-    a, b = normal(3, 12), normal(8, 3, seed=1)
-    found = spectra.experts({"one": (a, b, 2.0), "twin": (a, 3 * b, 2.0), "other":
-                             (normal(3, 12, seed=2), torch.zeros(8, 3), 2.0)})  # fmt: skip
-    twin = found["pairs"][0]
-    assert twin["experts"] == ["one", "twin"] and twin["cosine"] == pytest.approx(1)
-    assert twin["inputs"]["overlap"] == pytest.approx(1) == twin["outputs"]["overlap"]
-    assert found["alone"]["twin"]["norm"] == pytest.approx(3 * found["alone"]["one"]["norm"])
-    assert found["alone"]["one"]["norm"] == pytest.approx((2 * b @ a).norm().item())
-    assert found["pairs"][1]["cosine"] is None and found["alone"]["other"]["norm"] == 0
-
-
-# STIR ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shared", [0, 3, 6])
-def test_stir_has_its_closed_values(shared: int) -> None:
-    """k = 6 of d = 30 directions with equal energy, of which the tasks share some."""
-    k, d, n = 6, 30, 20_000
-    q = rotation(d)
-    e = normal(n, k, seed=1) @ q[:, :k].t()
-    r = normal(n, k, seed=2) @ q[:, k - shared : 2 * k - shared].t()
-    found = stir((e,), (r,), k=k)
-    expected = (shared / k - k / d) / (1 - k / d)
-    assert found["stir"] == pytest.approx(expected, abs=0.03)
-    assert found["within"] == pytest.approx(1, abs=0.01)
-    assert found["null"] == pytest.approx(k / d, abs=0.02)
-
-
-def test_stir_takes_the_rank_that_holds_the_energy() -> None:
-    values = torch.tensor([5.0, 4.1, 0.5, 0.4], dtype=torch.float64)
-    c = torch.diag(values.sqrt()) @ rotation(4).t()
-    assert (rank_for(c), rank_for(c, 0.95), rank_for(c, most=1)) == (2, 3, 1)
-    x = normal(400, 4) @ torch.diag(values.sqrt())
-    found = stir((x,), (x,))
-    assert found["k"] in (2, 3) and found["stir"] == pytest.approx(1, abs=0.05)
-    with pytest.raises(ValueError, match="8 inputs"):
-        stir((normal(4, 3),), (normal(40, 3),))
-
-
-def test_a_factor_s_gram_matrix_is_the_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In batches, far from the origin, of a difference and of chosen rows."""
-    monkeypatch.setattr("analysis.subspace.BATCH", 7)
-    x, y, rows = normal(50, 4) + 1e4, normal(50, 4, seed=1), torch.arange(0, 50, 2)
-    made = factor((x, y), rows)
-    torch.testing.assert_close(made.t() @ made, torch.cov((x - y)[rows].t()), rtol=1e-9, atol=1e-9)
-
-
-def test_null_is_what_random_spaces_hold() -> None:
-    x, d, k = normal(40, 12) * torch.arange(1, 13), 12, 3
-    null = between((x, x), (x, x), k)["null"]
-    spaces = [torch.linalg.qr(normal(d, k, seed=s))[0] for s in range(3000)]
-    own = torch.linalg.svd(x).Vh[:k].t()
-    held = [(x @ u).square().sum() / (x @ own).square().sum() for u in spaces]
-    assert null == pytest.approx(torch.stack(held).mean().item(), rel=0.02)
-
-
-def test_a_task_that_shares_nothing_with_itself_has_no_stir() -> None:
-    halves = [normal(3, 60, seed=s) for s in range(4)]
-    found = between((halves[0], halves[1]), (halves[2], halves[3]), 3)
-    assert found["stir"] is None and abs(found["within"] - found["null"]) < 0.05
-
-
-@pytest.mark.parametrize("shared", [0, 2, 4])
-def test_stir_of_planted_changes(shared: int) -> None:
-    """Two experts of rank 4 that write to `shared` common directions of 24; they read noise."""
-    k, d = 4, 24
-    q = rotation(d)
-    e, r = q[:, :k], q[:, k - shared : 2 * k - shared]
-    mix = [rotation(k, seed=s) for s in range(4)]  # equal energies, another basis in each half
-    reads = [normal(k, 200, seed=10 + s) for s in range(4)]
-    made = [subspaces.sides((torch.linalg.qr(a.t())[0].t(), b @ m, 2.0))
-            for a, b, m in zip(reads, (e, e, r, r), mix, strict=True)]  # fmt: skip
-    first, second, third, fourth = (one["outputs"] for one in made)
-    found = between((first, second), (third, fourth), k)
-    assert found["stir"] == pytest.approx((shared / k - k / d) / (1 - k / d))
-    first, second, third, fourth = (one["inputs"] for one in made)
-    assert between((first, second), (third, fourth), k)["stir"] is None
-
-
-def test_sides_have_the_moments_of_the_change() -> None:
-    a, b = normal(3, 12), normal(8, 3, seed=1)
-    w = 2.0 * b @ a
-    found = subspaces.sides((a, b, 2.0))
-    torch.testing.assert_close(found["inputs"].t() @ found["inputs"], w.t() @ w)
-    torch.testing.assert_close(found["outputs"].t() @ found["outputs"], w @ w.t())
-
-
-# The measure -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
