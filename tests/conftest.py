@@ -46,15 +46,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 # Files that take a minute or more, each on one worker: begun first, they leave none idle at last.
 LONG = (
-    "test_run.py", "train/test_parallel.py", "model/test_fused.py", "bench/test_bench.py",
-    "test_run_study.py", "model/test_trie.py", "kernels/test_fused.py", "eval/test_stats.py",
-    "analysis/test_representation.py", "eval/test_rag.py", "analysis/test_overview.py",
-    "eval/test_collections.py", "eval/test_benchmarks.py", "bench/test_compiled.py",
+    "run/test_resumed.py", "run/test_run.py", "train/test_parallel.py", "model/test_fused.py",
+    "bench/test_bench.py", "run/test_study.py", "model/test_trie.py", "kernels/test_fused.py",
+    "eval/test_calibration.py", "analysis/test_representation.py", "eval/test_rag.py",
+    "analysis/test_overview.py", "eval/test_stdlib.py", "eval/test_benchmarks.py",
+    "bench/test_compiled.py",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     root = Path(__file__).parent
+    if gone := [name for name in LONG if not (root / name).is_file()]:
+        raise pytest.UsageError(f"LONG in {__file__} names what is not there: {', '.join(gone)}")
 
     def place(item: pytest.Item) -> int:
         path = item.path.relative_to(root).as_posix()
