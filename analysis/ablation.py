@@ -45,7 +45,7 @@ trained anew. Means over seeds ± their standard deviation, with 95 % intervals 
 """
 CAPTION = (
     "Left: points lost without a component; right: share of the gain over the base that it keeps "
-    "alone. Means over seeds with 95 % intervals over seeds."
+    "alone (cut at -1 and 2). Means over seeds, where there are several with 95 % intervals."
 )
 
 
@@ -163,8 +163,8 @@ def reading(ablated: dict[str, dict[str, Any]]) -> str:
                 told = {name: _with_interval(lost[name]) for name in ("MLP", "attention", worst)}
                 said.append(
                     f"On {TASKS[task]} {label(arm)} loses {told['MLP']} points without its MLP "
-                    f"changes, {told['attention']} without those of attention; the largest mean "
-                    f"of a single projection is that without {worst} ({told[worst]})."
+                    f"changes, {told['attention']} without those of attention; of single "
+                    f"projections {worst} costs most ({told[worst]})."
                 )
     return " ".join(said)
 
@@ -200,9 +200,10 @@ def draw(ablated: dict[str, dict[str, Any]]) -> Figure:
                 axes.set_yticks(range(len(names)), names, fontsize=7)
                 axes.set_ylim(len(names) - 0.4, -0.6)
                 axes.tick_params(axis="y", length=0)
-            line[0].set_title(f"{text.capitalize()}: without it", fontweight="bold")
-            line[1].set_title(f"{text.capitalize()}: it alone", fontweight="bold")
-            line[1].set_xlim(-1, 2)
+            line[0].set_title(f"{text.capitalize()}: component removed", fontweight="bold")
+            line[1].set_title(f"{text.capitalize()}: component alone", fontweight="bold")
+            low, high = line[1].get_xlim()
+            line[1].set_xlim(max(low, -1), min(high, 2))
         grid[-1][0].set_xlabel("points of nDCG@10 lost")
         grid[-1][1].set_xlabel("share of the gain kept")
         seen = {}

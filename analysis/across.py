@@ -3,13 +3,12 @@
 For one task, collection k has I_k = 100 (P_k - J_k) / P_k, and I = sum_k w_k I_k with the w_k of
 `weights`: each weighs the same, however many queries it has. The queries of different collections
 are different ones, the trained models are the same; so I is one smooth function of all queries'
-scores, whose interval `eval.stats.estimate` finds from its gradient. With n_k of Q queries in
-collection k,
+scores, whose interval `eval.stats.estimate_over` finds from its gradient,
 
-    u_q = w_k Q / n_k * 100 * (J_k / P_k * Y_P[q] - Y_J[q]) / P_k      of a query q of k
+    w_k 100 (J_k / P_k dP_k - dJ_k) / P_k      in collection k
 
-whose mean within each collection is 0, so that how hard a collection is adds nothing to the
-variance: it is that of the collections at hand, not of others that might have been taken.
+Each collection has its own variance over its clusters, and how hard it is adds nothing: the
+interval is for the collections at hand, not for others that might have been taken.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from analysis.figures import TASKS, span
-from analysis.judge import JOINT, METRIC, NEEDED, SPECIALIST, arrays, load
-from eval import stats
+from analysis.figures import TASKS, percent, span
+from analysis.judge import (
+    JOINT,
+    METRIC,
+    NEEDED,
+    SPECIALIST,
+    arrays,
+    load,
+    origin,
+    trials_by_file,
+)
+from analysis.page import warnings
+from eval import inference, rule, stats
 from model.files import write_json, write_text
 
 Part = tuple[stats.Arms, Sequence[str]]  # of a collection: arm -> (S, Q) scores, Q cluster labels
@@ -48,23 +57,17 @@ def mean_interference(
         parts: the same seeds, in the same order, in each. Means of the specialist must be > 0.
         counts: w_k of each.
     """
-    total, values, labels = sum(len(of) for _, of in parts), [], []
-    columns: dict[str, list[np.ndarray]] = {specialist: [], joint: []}
-    for at, ((y, of), count) in enumerate(zip(parts, counts, strict=True)):
+    value, found = 0.0, []
+    for (y, labels), count in zip(parts, counts, strict=True):
         p, j = float(y[specialist].mean()), float(y[joint].mean())
-        weight = 100 * total * count / len(of)
-        values.append(100 * (p - j) / p)
-        columns[specialist].append(weight * j / p**2 * y[specialist])
-        columns[joint].append(-weight / p * y[joint])
-        labels += [f"{at} {label}" for label in of]
-    scaled = {arm: np.concatenate(of, axis=1) for arm, of in columns.items()}
-    return stats.estimate(
-        float(np.dot(counts, values)), dict.fromkeys(columns, 1.0), scaled, labels
-    )
+        value += count * 100 * (p - j) / p
+        gradient = {specialist: count * 100 * j / p**2, joint: -count * 100 / p}
+        found.append(stats.Part(gradient, y, labels))
+    return stats.estimate_over(value, found)
 
 
 def judge(folders: Sequence[Path]) -> dict[str, Any]:
-    """What across.json holds: `collections`, and by `stats.decide` the decision on their mean.
+    """What across.json holds: `collections`, and by `rule.decide` the decision on their mean.
 
     A task is measurable if its specialists' gain over the untrained base is, in the mean.
 
@@ -102,22 +105,35 @@ def judge(folders: Sequence[Path]) -> dict[str, Any]:
     counts = weights(list(names.values()))
     means = {t: mean_interference(parts[t], SPECIALIST[t], JOINT, counts) for t in TASKS}
     known = {task: None if mean.interval is None else mean.p for task, mean in means.items()}
-    adjusted = stats.holm([1.0 if p is None else p for p in known.values()])
+    level = rule.alpha_at_look(len(seeds)) / len(TASKS)
+    adjusted = inference.holm([1.0 if p is None else p for p in known.values()])
     tasks = {}
     for (task, mean), p in zip(means.items(), adjusted, strict=True):
         sure = mean.interval is not None
         tasks[task] = {
-            "measurable": round(float(np.dot(counts, gains[task])), 9) >= stats.MEASURABLE_GAIN,
+            "measurable": round(float(np.dot(counts, gains[task])), 9) >= rule.MEASURABLE_GAIN,
             "interference": mean.value,
             "interval": mean.interval,
             "p": known[task],
             "p_holm": p if sure else None,
-            "p_equivalence": stats.tost(mean.value, mean.se, mean.df, stats.PROCEED_FROM)
+            "detectable": inference.smallest_detectable_effect(mean.se, mean.df, level)
+            if sure
+            else None,
+            "p_equivalence": inference.tost(mean.value, mean.se, mean.df, rule.PROCEED_FROM)
             if sure
             else None,
         }
-    decided = stats.decide(tasks, len(seeds))
-    return decided | {"seeds": seeds, "tasks": tasks, "collections": rows, "names": names}
+    decided = rule.decide(tasks, len(seeds))
+    files = {
+        f"{name}/{file}": result
+        for name, (baselines, arms) in loaded.items()
+        for file, result in {"baselines.json": baselines, **trials_by_file(arms)}.items()
+    }
+    first = next(iter(loaded.values()))[0]
+    return decided | {
+        **{"seeds": seeds, "tasks": tasks, "collections": rows, "names": names},
+        **{"split": first["config"]["split"], "warnings": origin(files)["warnings"]},
+    }
 
 
 def write(folder: Path, folders: Sequence[Path], absent: Mapping[str, str]) -> str:
@@ -140,6 +156,7 @@ def markdown(setting: str, found: dict[str, Any]) -> str:
     count = len(set(counted(list(found["names"].values()))))
     lines = [
         f"# {setting}: measured elsewhere",
+        *warnings({**found, "setting": setting}).splitlines(),
         "",
         f"Trained in `{setting}`, measured on {count} other collections, seeds "
         f"{', '.join(map(str, found['seeds']))}. I = 100 (specialist - joint) / specialist, in % "
@@ -155,6 +172,11 @@ def markdown(setting: str, found: dict[str, Any]) -> str:
         cells = [f"{row[t]['interference']:+.2f} {span(row[t]['interval'])}".strip() for t in TASKS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     supported = "yes" if found["supported"] else "no"
+    least = [
+        f"{name} {percent(found['tasks'][task]['detectable'])}" for task, name in TASKS.items()
+    ]
+    lines += ["", f"Detectable in the mean, with 80 % power at half this look's level: "
+              f"{', '.join(least)}."]  # fmt: skip
     lines += ["", f"**{found['decision']}**, supported by the statistics: **{supported}**.", ""]
     lines += [found["reason"], ""]
     lines += [f"Left out: {name}: {why}.\n" for name, why in found.get("left_out", {}).items()]

@@ -8,11 +8,11 @@ from typing import Any
 from analysis.figures import TASKS, label, table
 from trials import Config
 
-COLUMNS = ("experts (rank)", "router", "trained on", "else")
+COLUMNS = ("adapters (rank)", "router", "trained on", "other differences")
 ROUTER = ("router", "router_noise", "expert_dropout", "always_on", "per_token", "router_frozen")
 # Shown in columns of their own, or not what an arm is.
 APART = ("tasks", "experts", "ranks", *ROUTER, "scored", "seed", "measured_on", "negatives_sha256")
-TEXT = """What each arm is made of; else: in what it differs from most of them.
+TEXT = """What each arm is made of; other differences: to most of the arms.
 
 """
 
@@ -30,11 +30,10 @@ def describe(arms: Mapping[str, Mapping[int, dict]]) -> dict[str, list[str]]:
     }
     found = {}
     for arm, c in whole.items():
-        experts = zip(c["experts"], c["ranks"], strict=True)
         differs = [_said(name, c[name]) for name, value in usual.items()
                    if json.dumps(c[name]) != value]  # fmt: skip
         found[arm] = [
-            ", ".join(f"{name} {rank}" for name, rank in experts),
+            _adapters(c),
             _router(c) if c["router"] else "-",
             " and ".join(TASKS[task] for task in c["tasks"]) if c["steps"] else "nothing",
             ", ".join(differs) or "-",
@@ -47,6 +46,14 @@ def markdown(made_of: Mapping[str, list[str]]) -> str:
     if not made_of:
         return ""
     return TEXT + table(["", *COLUMNS], [[label(arm), *cells] for arm, cells in made_of.items()])
+
+
+def _adapters(c: dict[str, Any]) -> str:
+    """`one LoRA, 16`; of several experts each with its rank."""
+    experts = list(zip(c["experts"], c["ranks"], strict=True))
+    if len(experts) == 1:
+        return f"one LoRA, {experts[0][1]}"
+    return ", ".join(f"{name} {rank}" for name, rank in experts)
 
 
 def _router(c: dict[str, Any]) -> str:

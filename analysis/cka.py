@@ -47,9 +47,11 @@ class CKA:
 
 
 def cka(x: Tensor, y: Tensor, batch: int = BATCH) -> float | None:
-    """CKA of features (n, D) and (n, D') that are at hand; a rest of under 4 inputs is left out."""
+    """CKA of features (n, D), (n, D') that are at hand, in batches of like size, at most `batch`.
+
+    (A small rest would be noise with a batch's weight.) Raises ValueError for fewer than 4 inputs.
+    """
     found = CKA()
-    for a, b in zip(x.split(batch), y.split(batch), strict=True):
-        if len(a) >= 4:
-            found.add(a, b)
+    for a, b in zip(*(t.tensor_split(-(-len(x) // batch)) for t in (x, y)), strict=True):
+        found.add(a, b)
     return found.value

@@ -15,33 +15,42 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import experiments
-from analysis import arm_table, figures, judge
+from analysis import arm_table, figures, judge, roles
 from analysis.figures import METRIC, TASKS, label, p_value, span, table
 from analysis.page import frame, limits, mean, with_holm, write_folder
-from eval import stats
+from eval import inference, rule, stats
 from model.router import NOT_LEARNED
 
-SPECIALISTS = tuple(stats.SPECIALIST.values())
+SPECIALISTS = tuple(rule.SPECIALIST.values())
 BODY = """\
 ## Scores
 
-nDCG@10 × 100, {v[split]} split: the mean over {seeds} seeds ± their standard deviation, and its
-95 % interval over seeds and queries ({queries}). Collapsed: the share of seeds in whose last step
-an expert carried under 1 % of the weight in more than half of the layers.
+nDCG@10 × 100, {v[split]} split{seeds} ({queries}).{collapsed}
 
 {scores}## {differences_title}
 
-In points of nDCG@10 with 95 % intervals over seeds and queries, at the seeds that both arms have;
-above 0 the arm is the better one.
-Holm: p adjusted over all {family} differences of this table. Detectable: the smallest difference
-that this run would find with 80 % power at Holm's first step.
+In points of nDCG@10{with_intervals}, at the seeds that both arms have; above 0 the arm is better.
+{family}
 
 {differences}{picture}{more}## Where the weights went
 
-Mean expert weights over the last training batch, all layers and seeds.
+Mean expert weights over the last training batch, all layers and seeds; of a learned router by the
+role that each seed gave an expert, whatever its name.
 
 {routing}
 """
+SEVERAL = (
+    ": the mean over {seeds} seeds ± their standard deviation, and its 95 % interval over seeds "
+    "and queries"
+)
+COLLAPSED = (
+    " Collapsed: the share of seeds in whose last step an expert carried under 1 % of the weight "
+    "in more than half of the layers."
+)
+FAMILY = (
+    "Holm: p adjusted over all {family} differences of this table. Detectable: the smallest "
+    "difference that this run would find with 80 % power at Holm's first step."
+)
 PAIRED = (
     "Paired: by seed, where both see the same batches and begin alike, or the one where the other "
     "ended; the other arms count as independent of each other.\n\n"
@@ -49,7 +58,10 @@ PAIRED = (
 CAPTION = (
     "Difference of each arm to {reference} in points of nDCG@10: mean over seeds (large dot) with "
     "its 95 % interval over seeds and queries, and single seeds (small dots), each held against "
-    "the other's seed of that number; orange: told from chance after Holm's correction."
+    "the other's seed of that number; black: significant after Holm's correction, grey: not."
+)
+ONE_SEED = (
+    "Difference of each arm to {reference} in points of nDCG@10, at one seed: nothing is tested."
 )
 Trials = judge.Trials
 
@@ -110,7 +122,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
             "tasks": _tasks(first["config"] if first else planned[arm]),
             "trainable_parameters": first["trainable_parameters"] if first else None,
             "training_seconds": judge.usual_seconds(trials),
-            "experts": list(first["config"]["experts"]) if first else [],
+            "experts": roles.columns(first)[0] if first else [],
             "router": first["config"]["router"] if first else None,
             "shaken": bool(first) and _shaken(first["config"]),
             "routing": _routing(list(trials.values())),
@@ -120,13 +132,13 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
         }
     differences = []
     for arm, other, task, shows in _pairs(study, y):
-        if len(set(labels[task])) < 2:
-            continue
         both = judge.at_common_seeds(y[task], arms, arm, other)
         if not len(both[arm]):
             continue
         pairs = (arm, other) in study.paired and len(both[arm]) > 1
-        e = stats.arm_difference(both, labels[task], arm, other, by_seed=pairs)
+        e = stats.Estimate(100 * float(both[arm].mean() - both[other].mean()))
+        if len(set(labels[task])) > 1:  # one cluster gives no interval
+            e = stats.arm_difference(both, labels[task], arm, other, by_seed=pairs)
         differences.append({
             "arm": arm, "against": other, "task": task, "shows": shows, "paired": pairs,
             "difference": e.value, "interval": e.interval,
@@ -136,9 +148,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
     with_holm(differences)
     for row in differences:
         row.pop("df")
-    files = {"baselines.json": baselines} | {
-        f"{arm}/seed{seed}.json": trial for arm in arms for seed, trial in arms[arm].items()
-    }
+    files = {"baselines.json": baselines} | judge.trials_by_file(arms)
     return {
         "experiment": folder.parent.name,
         "setting": folder.name,
@@ -183,12 +193,12 @@ def _last(trials: Iterable[dict]) -> list[dict]:
 
 
 def _routing(trials: list[dict]) -> dict[str, list[float]]:
-    """task -> mean weight of each expert in the last step."""
-    last = _last(trials)
+    """task -> mean weight of each expert in the last step, in the order of `roles.columns`."""
+    last = [(trial["curve"][-1], roles.columns(trial)[1]) for trial in trials if trial["curve"]]
     return {
-        task: np.mean([line[f"weights_{task}"] for line in last], axis=0).tolist()
+        task: np.mean([[line[key][i] for i in order] for line, order in last], axis=0).tolist()
         for task in TASKS
-        if last and all(f"weights_{task}" in line for line in last)
+        if last and all((key := f"weights_{task}") in line for line, _ in last)
     }
 
 
@@ -198,9 +208,9 @@ def reading(v: dict[str, Any]) -> str:
     said = []
     if not shown:
         none = "There is nothing to compare yet."
-        untested = "No difference can be tested: that takes two seeds."
+        untested = "No difference can be tested: that takes two seeds, and queries of two clusters."
         said.append(untested if v["differences"] else none)
-    sure = [row for row in shown if row["p_holm"] <= stats.ALPHA]
+    sure = [row for row in shown if row["p_holm"] <= inference.ALPHA]
     for row in sure:
         word = "above" if row["difference"] > 0 else "below"
         said.append(
@@ -215,8 +225,8 @@ def reading(v: dict[str, Any]) -> str:
         many = f"{len(unsure)} differences" if len(unsure) > 1 else "difference"
         seen = f"{least:.1f} to {most:.1f}" if least < most else f"{least:.1f}"
         said.append(
-            f"The {'other ' if sure else ''}{many}{to} cannot be told from chance; what could have "
-            f"been seen is {seen} points."
+            f"The {'other ' if sure else ''}{many}{to} {'are' if len(unsure) > 1 else 'is'} not "
+            f"significant (detectable: {seen} points)."
         )
     for task in TASKS:
         best = _best(v, task)
@@ -246,9 +256,15 @@ def markdown(v: dict[str, Any], more: str = "") -> str:
     """more: sections with their headings."""
     reference = label(v["reference"]) if v["reference"] else "the one it is held against"
     shown = {len(row["seeds"]) for row in v["arms"].values() if row["seeds"]}
+    family = sum(row["p"] is not None for row in v["differences"])
+    caption = CAPTION if family else ONE_SEED
     body = BODY.format(
         v=v,
-        seeds=" or ".join(map(str, sorted(shown))),
+        seeds=SEVERAL.format(seeds=" or ".join(map(str, sorted(shown))))
+        if max(shown) > 1
+        else "; one seed each, so no interval and no test",
+        collapsed=COLLAPSED * any(row["collapsed"] is not None for row in v["arms"].values()),
+        with_intervals=" with 95 % intervals over seeds and queries" if family else "",
         queries=", ".join(
             f"{v['queries'][task]:,} queries in {v['clusters'][task]} clusters for {name}"
             for task, name in TASKS.items()
@@ -256,9 +272,9 @@ def markdown(v: dict[str, Any], more: str = "") -> str:
         scores=scores_table(v),
         differences_title=f"Differences to {reference}" if v["reference"] else "Contrasts",
         more=more,
-        family=sum(row["p"] is not None for row in v["differences"]),
+        family=FAMILY.format(family=family) if family else "",
         differences=differences_table(v),
-        picture=f"![differences](differences.png)\n\n*{CAPTION.format(reference=reference)}*\n\n"
+        picture=f"![differences](differences.png)\n\n*{caption.format(reference=reference)}*\n\n"
         if v["differences"]
         else "",
         routing=_weights(v),
@@ -286,6 +302,8 @@ def scores_table(v: dict[str, Any]) -> str:
         cells = [f"{100 * found[task]:.2f}" if task in found else "-" for task in TASKS]
         rows.append([text, *cells, "-", "-", "-", "-"])
     for arm, row in v["arms"].items():
+        if not row["seeds"]:
+            continue  # named under what could not be concluded
         absent = {task: "missing" if task in row["tasks"] else "-" for task in TASKS}
         cells = [
             figures.score(row["scores"][task]) if task in row["scores"] else absent[task]
@@ -352,13 +370,13 @@ def draw(v: dict[str, Any]) -> Figure:
 
 def _panel(axes: Axes, rows: list[dict[str, Any]], task: str) -> None:
     for at, row in enumerate(rows):
-        sure = row.get("p_holm") is not None and row["p_holm"] <= stats.ALPHA
-        colour = figures.COLOURS["joint-single"] if sure else figures.COLOURS["emb-only"]
+        colour = figures.mark(row.get("p_holm"))
         if row["interval"]:
             axes.plot(row["interval"], [at, at], color=colour, linewidth=1.2)
         axes.plot(row["difference"], at, "o", color=colour, markersize=4.2)
-        axes.plot(row["by_seed"], [at + 0.28] * len(row["by_seed"]), "o", color=colour,
-                  markersize=2.2, alpha=0.6, markeredgewidth=0)  # fmt: skip
+        if len(row["by_seed"]) > 1:
+            axes.plot(row["by_seed"], [at + 0.28] * len(row["by_seed"]), "o", color=colour,
+                      markersize=2.2, alpha=0.6, markeredgewidth=0)  # fmt: skip
     axes.axvline(0, color="black", linewidth=0.6, zorder=0)
     axes.set_title(TASKS[task].capitalize(), fontweight="bold")
     names = [

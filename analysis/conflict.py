@@ -24,7 +24,7 @@ from analysis.page import (
     with_holm,
     write_folder,
 )
-from eval import stats
+from eval import inference
 from model.lora import PROJECTIONS
 
 STATISTICS = ("cosine", "corrected", "reliability", "ratio", "similarity", "removed")
@@ -240,9 +240,9 @@ def reading(v: dict[str, Any]) -> str:
         cosine, corrected = found["spaces"]["w"]["cosine"], found["spaces"]["w"]["corrected"]
         if cosine["mean"] is None:
             continue
-        sure = cosine["interval"] is not None and cosine.get("p_holm", 1) <= stats.ALPHA
+        sure = cosine["interval"] is not None and cosine.get("p_holm", 1) <= inference.ALPHA
         word = "agree" if cosine["mean"] > 0 else "conflict"
-        word = word if sure else "neither agree nor conflict beyond chance"
+        word = word if sure else "neither agree nor conflict significantly"
         text = (
             f"In {label(arm)} the tasks' gradients {word} on the whole: cosine "
             f"{cosine['mean']:+.3f} {span(cosine['interval'], 1, '', 3)} on W"
@@ -256,14 +256,14 @@ def reading(v: dict[str, Any]) -> str:
         if not sure and "detectable" in cosine:
             least = cosine["detectable"]
             text += (
-                f"; what could have been seen is {least:.2f}"
+                f"; detectable is {least:.2f}"
                 if least <= 1
-                else ("; with these seeds none could have been told from 0")
+                else "; with these seeds no cosine was detectable"
             )
         negative = found["spaces"]["w"]["conflicts"]
         share = f"{100 * negative['mean']:.0f} % {span(negative['interval'], 100, '', 0)}"
         said.append(f"{text}; {share} of the cosines are negative (50 % by chance).")
-    sure = [row for row in v["between"] if row["difference"].get("p_holm", 1) <= stats.ALPHA]
+    sure = [row for row in v["between"] if row["difference"].get("p_holm", 1) <= inference.ALPHA]
     said += [
         f"In {label(row['arm'])} ({row['in']}) the cosine is "
         f"{row['difference']['mean']:+.3f} {span(row['difference']['interval'], 1, '', 3)} from "
@@ -274,8 +274,8 @@ def reading(v: dict[str, Any]) -> str:
         on = [f"{_plain(row['difference']['detectable'])} for {label(row['arm'])}"
               for row in v["between"]
               if row["in"] == SPACE_NAMES["w"] and "detectable" in row["difference"]]  # fmt: skip
-        seen = f"; on W what could have been seen is {', '.join(on)}" if on else ""
-        said.append(f"No arm's cosine can be told from {label(v['reference'])}'s{seen}.")
+        seen = f" (detectable on W: {', '.join(on)})" if on else ""
+        said.append(f"No arm's cosine differs significantly from {label(v['reference'])}'s{seen}.")
     said.append(compare.reading(v))
     return " ".join(said)
 

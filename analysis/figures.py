@@ -13,9 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
+from analysis import roles
 from analysis.bands import shade
-from eval.stats import PIVOT_BELOW, PROCEED_FROM
+from eval.inference import ALPHA
+from eval.rule import PIVOT_BELOW, PROCEED_FROM
 
 Arms = Mapping[str, Mapping[int, dict]]  # arm -> seed -> trial as stored
 
@@ -30,28 +33,34 @@ REFERENCE_ROWS = {
     "untrained": "untrained base (reranking: mean of 20 random heads)",
     "ceiling": "ceiling of the BM25 candidates",
 }
-EXPERTS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# Okabe and Ito's palette. The specialists share a colour: no panel has both.
+# Arms have Okabe and Ito's palette, experts and kinds of text Paul Tol's muted one, both safe for
+# the colour-blind: no colour is an arm here and an expert there. Whether a difference is
+# significant is no colour of either: black, or grey.
 COLOURS = {
     "emb-only": "#0072B2",
-    "rank-only": "#0072B2",
+    "rank-only": "#CC79A7",
     "joint-single": "#D55E00",
     "joint-moe": "#009E73",
 }
-SPARE = ("#CC79A7", "#E69F00", "#56B4E9", "#000000")  # for arms not named above
+SPARE = ("#E69F00", "#56B4E9", "#000000", "#7F4F24", "#8A8A00")  # for arms not named above
+EXPERTS = ("#332288", "#CC6677", "#44AA99", "#882255", "#DDAA33", "#88CCEE")
 DASHES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1.2)))  # tells lines apart in grey
 REFERENCES = {"bm25": "BM25", "untrained": "untrained", "ceiling": "ceiling"}
 GREY = "#666666"
+SIGNIFICANT, UNSURE = "#000000", "#999999"
 CAPTIONS = {
     "scores": "nDCG@10 of each arm: mean over seeds (large dot) with its 95 % interval over seeds "
     "and queries, single seeds (small dots); lines: BM25, the untrained base, and the ceiling that "
     "BM25's candidates set (an interval is of a mean and knows no ceiling). Below, interference "
-    "beside the limits of the rule, between which it asks for more seeds; A/A: of two specialists "
-    "that differ in their seeds alone.",
+    "beside the limits of the rule, between which it asks for more seeds; black: significant at "
+    "this look's level after Holm's correction, grey: not, though a 95 % interval may exclude 0; "
+    "A/A: of two specialists that differ in their seeds alone.",
     "curves": "Training loss: single seeds (faint, cut at the axis), and their mean after "
     "smoothing over a tenth of the steps with its 95 % interval over seeds.",
     "routing": "Joint-MoE's expert weights, averaged over layers and texts of a batch and smoothed "
-    "over a tenth of the steps; mean over seeds with its 95 % interval, cut at 0 and 1.",
+    "over a tenth of the steps; mean over seeds with its 95 % interval, cut at 0 and 1. Experts by "
+    "the role that each seed gave them: a task's own is the one that its texts give more weight "
+    "than the other task's do, over the last quarter of the steps.",
 }
 STYLE: dict[Any, Any] = {
     **{f"{kind}size": 8 for kind in ("font.", "axes.title", "axes.label", "legend.font")},
@@ -73,6 +82,11 @@ def label(arm: str) -> str:
         words.get(word, word if re.fullmatch(r"r\d+", word) else word.capitalize())
         for word in arm.split("-")
     )
+
+
+def mark(p_holm: float | None, alpha: float = ALPHA) -> str:
+    """The colour of a difference: whether it is significant after Holm's correction."""
+    return SIGNIFICANT if p_holm is not None and p_holm <= alpha else UNSURE
 
 
 def draw(verdict: dict[str, Any], arms: Arms) -> dict[str, Figure]:
@@ -141,11 +155,8 @@ def _score_panel(axes: Axes, verdict: dict[str, Any], task: str, arms: list[str]
 def _effects(verdict: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     """(text, colour, statistics) of each row of the interference panel."""
     return [
-        (f"{TASKS[task].capitalize()}{kind}", colour, found)
-        for tasks, kind, colour in (
-            (verdict["tasks"], "", COLOURS["joint-single"]),
-            (verdict["aa"], " A/A", GREY),
-        )
+        (f"{TASKS[task].capitalize()}{kind}", mark(found["p_holm"], verdict["alpha"]), found)
+        for tasks, kind in ((verdict["tasks"], ""), (verdict["aa"], " A/A"))
         for task, found in tasks.items()
         if found["interference"] is not None
     ]
@@ -214,14 +225,20 @@ def curves(arms: Arms) -> Figure | None:
 def routing(arms: Arms, arm: str = "joint-moe") -> Figure | None:
     """Mean expert weight of each task by step; None where the arm was not run or has no router."""
     trials = arms.get(arm, {})
-    lines = {task: _lines(trials, f"weights_{task}") for task in TASKS}
-    figure, panels = _panels([task for task in TASKS if lines[task]], "Mean expert weight")
+    orders = [roles.columns(trial)[1] for trial in trials.values()]
+    lines = {
+        task: [line[:, at] for line, at in zip(of, orders, strict=True)]
+        for task in TASKS
+        for of in [_lines(trials, f"weights_{task}")]
+        if len(of) == len(orders)
+    }
+    figure, panels = _panels([task for task in TASKS if lines.get(task)], "Mean expert weight")
     for task, axes in panels.items():
-        names = next(iter(trials.values()))["config"]["experts"]
+        names = roles.columns(next(iter(trials.values())))[0]
         for i, name in enumerate(names):
             of = [line[:, i] for line in lines[task]]
             colour, dash = EXPERTS[i % len(EXPERTS)], DASHES[i % len(DASHES)]
-            _mean_and_spread(axes, of, colour, dash, f"{name} expert")
+            _mean_and_spread(axes, of, colour, dash, name)
         axes.axhline(1 / len(names), color=GREY, linewidth=0.6, zorder=0)
         axes.set_ylim(0, 1)
         axes.legend(handlelength=2.6)
@@ -266,6 +283,14 @@ def _mean_and_spread(
     shade(axes, at, smooth.T, colour)
     axes.plot(at, smooth.mean(0), color=colour, linestyle=dash, label=text)
     return smooth.ravel()
+
+
+def layer_ticks(axes: Axes, layers: Sequence[int]) -> None:
+    """A tick at each layer, or at some of them where there are many."""
+    if len(layers) > 8:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    else:
+        axes.set_xticks(layers)
 
 
 def picture(name: str, drawn: Sequence[str]) -> str:

@@ -9,14 +9,16 @@ from matplotlib.figure import Figure
 
 from analysis import figures, judge
 from analysis.figures import TASKS
-from eval.stats import ALPHA, PIVOT_BELOW, PROCEED_FROM
+from eval.inference import ALPHA
+from eval.rule import PIVOT_BELOW, PROCEED_FROM
 
 CAPTION = (
     "Interference I in each record of the kill gate (by collection, with its seeds) and of the "
-    "scale study (by layers): 95 % interval over seeds and queries; orange: told from none after "
-    "the correction of its own record; open: the task is not measurable there. Grey: the same "
-    "paired by seed, which was not declared and decides nothing. Shaded: under 1 %, pivot, and 2 % "
-    "or more, proceed. Records have trials in common, and no correction over records is made."
+    "scale study (by layers): 95 % interval over seeds and queries; black: significant after the "
+    "correction of its own record, grey: not; open: the task is not measurable there. Thin line "
+    "below: the same paired by seed, which was not declared and decides nothing. Shaded: under 1 % "
+    "(blue; on both tasks: pivot), and 2 % or more (amber: proceed). Records have trials in "
+    "common, and no correction over records is made."
 )
 WIDEST = 40.0  # % either way; an interval beyond is cut
 
@@ -78,7 +80,7 @@ def _panel(axes: Axes, rows: list[dict[str, Any] | None]) -> None:
     for at, row in enumerate(rows):
         if row is None:
             continue
-        colour = figures.COLOURS["joint-single" if row["sure"] else "emb-only"]
+        colour = figures.SIGNIFICANT if row["sure"] else figures.UNSURE
         axes.plot(row["interval"], [at, at], color=colour, linewidth=1.2)
         axes.plot(row["interference"], at, "o", color=colour, markersize=4.2,
                   mfc=colour if row["measurable"] else "white")  # fmt: skip

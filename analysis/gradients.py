@@ -49,8 +49,7 @@ def watch(model: UniMoER, data: TrainingData, config: Config) -> Callback | None
     """
     if not config.probes:
         return None
-    # Halves that share a query would agree by that, and pass for reliable.
-    batches = min(config.probes, *(data.per_epoch(task) // 2 for task in config.tasks))
+    batches = halves(data, config.tasks, config.probes)
     if not batches:
         raise ValueError(
             f"probes={config.probes} compare two halves, but an epoch has one batch: raise steps"
@@ -65,6 +64,12 @@ def watch(model: UniMoER, data: TrainingData, config: Config) -> Callback | None
             line["gradients_seconds"] = round(time.perf_counter() - started, 3)
 
     return callback
+
+
+def halves(data: TrainingData, tasks: Sequence[str], most: int) -> int:
+    """How many batches of each task a half of the probe set has: `most`, or half an epoch's. Halves
+    that shared a query would agree by that, and pass for reliable."""
+    return min(most, *(data.per_epoch(task) // 2 for task in tasks))
 
 
 def unwatched(result: dict[str, Any]) -> dict[str, Any]:

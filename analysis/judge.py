@@ -15,11 +15,11 @@ from analysis import arm_table
 from analysis.figures import METRIC, METRICS, REFERENCE_ROWS, TASKS
 from analysis.page import with_holm
 from analysis.sensitivity import sensitivity
-from eval import stats
+from eval import inference, rule, stats
 from model.files import read_json
 from trials import Config
 
-SPECIALIST = stats.SPECIALIST
+SPECIALIST = rule.SPECIALIST
 JOINT, MOE = "joint-single", "joint-moe"
 NEEDED = (*SPECIALIST.values(), JOINT)  # without all of these there is no verdict
 RIVALS = (MOE, "joint-2r", "joint-3r", "uniform-moe", "oracle-moe")  # may win back the loss
@@ -60,9 +60,9 @@ def load(folder: Path) -> tuple[dict, Trials]:
     first = {arm: folder / arm / f"seed{min(trials)}.json" for arm, trials in found.items()}
     for path in whole:
         _comparable(whole, path, first[path.parent.name], ("seed",))
-    rule = [first[arm] for arm in (*NEEDED, MOE) if arm in found]
-    for path in rule[1:]:
-        _comparable(whole, path, rule[0], MAY_DIFFER)
+    named = [first[arm] for arm in (*NEEDED, MOE) if arm in found]
+    for path in named[1:]:
+        _comparable(whole, path, named[0], MAY_DIFFER)
     order = dict.fromkeys([*planned(folder), *found])
     return baselines, {arm: dict(sorted(found[arm].items())) for arm in order if arm in found}
 
@@ -82,6 +82,11 @@ def read(path: Path, *needs: str) -> dict:
         what = f"it lacks {', '.join(lacks)}"
         raise ValueError(f"{path} is no result, {what}: remove it, then run it again")
     return found
+
+
+def trials_by_file(arms: Trials) -> dict[str, dict]:
+    """Where each trial lies in its setting's folder -> the trial."""
+    return {f"{arm}/seed{at}.json": trial for arm in arms for at, trial in arms[arm].items()}
 
 
 def usual_seconds(trials: dict[int, dict]) -> float | None:
@@ -138,7 +143,7 @@ def planned(folder: Path, extras: bool = True) -> dict[str, dict]:
 
 
 def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> dict[str, Any]:
-    """What verdict.json holds; the numbers of `tasks` are those of `stats.verdict`.
+    """What verdict.json holds; the numbers of `tasks` are those of `rule.verdict`.
 
     Compared are the seeds that all needed arms have; another arm enters with those of them that it
     has, and what it wins back is told at these. The verdict is the same whichever controls were
@@ -158,7 +163,7 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
     ready = [t for t in wide if common and {SPECIALIST[t], JOINT} <= y[t].keys()]
     found: dict[str, Any] = {"seeds": len(common), "alpha": None, "tasks": {}}
     if ready:
-        found = stats.verdict({t: y[t] for t in ready}, base, labels)
+        found = rule.verdict({t: y[t] for t in ready}, base, labels, family=len(TASKS))
     if len(ready) < len(TASKS):
         why = "the needed arms have no seed in common, or all queries are of one cluster"
         if absent := [arm for arm in NEEDED if arm not in arms]:
@@ -167,7 +172,9 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
     # The A/A arm takes the joint arm's place, under a name that both tasks share.
     twin = {task: y[task].get(f"{SPECIALIST[task]}-aa") for task in ready}
     twins = {task: {**y[task], "aa": aa} for task, aa in twin.items() if aa is not None}
-    aa = stats.verdict(twins, base, labels, joint="aa", moe="")["tasks"] if twins else {}
+    aa = {}
+    if twins:
+        aa = rule.verdict(twins, base, labels, joint="aa", moe="", family=len(TASKS))["tasks"]
 
     beside = [
         {"arm": MOE, "against": arm, "task": task}
@@ -201,9 +208,7 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         }
 
     rows, every = planned(folder), sorted({s for a in arms.values() for s in a})
-    files = {"baselines.json": baselines} | {
-        f"{arm}/seed{seed}.json": trial for arm in used for seed, trial in used[arm].items()
-    }
+    files = {"baselines.json": baselines} | trials_by_file(used)
     shown = {arm: row(arm) for arm in dict.fromkeys([*planned(folder, False), *arms])}
     if MOE in used and list(used[MOE]) != common:
         for task, mine in shown[MOE]["against_joint"].items():
@@ -214,7 +219,7 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
                 why = "no loss of which that can be told at the seeds that all three arms have"
                 found["tasks"][task]["won_back_reason"] = why
     tested = [d for line in shown.values() for d in line["against_joint"].values()]
-    with_holm([*tested, *beside], found["alpha"] or stats.ALPHA)
+    with_holm([*tested, *beside], found["alpha"] or inference.ALPHA)
     return {
         "experiment": experiment,
         "setting": folder.name,

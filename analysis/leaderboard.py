@@ -17,7 +17,8 @@ import numpy as np
 
 from analysis import across, judge
 from analysis.figures import label, percent, span, table
-from eval import stats
+from analysis.page import warnings
+from eval import inference, rule, stats
 from model.files import write_json, write_text
 from model.unimoer import UniMoER
 from model.weights import revision
@@ -27,12 +28,14 @@ from trials import Config
 Scores = dict[str, dict[int, dict[str, float]]]  # arm -> seed -> task of MTEB -> main score
 BASE = "base"  # the untrained one, whose only seed is 0
 PAGE = """# {setting}: MTEB for the embedding side
-
+{notes}
 Trained in `{setting}`, seeds {seeds}; vectors measured on {count} tasks through `mteb`. Main scores
 × 100: mean over seeds ± their standard deviation. I = 100 (specialist - joint) / specialist, in %;
 of the mean with its 95 % interval over seeds and tasks, each task a cluster of its own.
 
-{table}{against}Reranking on {v[reranking_on]}: I {other}.
+{table}Detectable in the mean, with 80 % power at half this look's level: {least}.
+
+{against}Reranking on {v[reranking_on]}: I {other}.
 
 **{v[decision]}**, supported by the statistics: **{supported}**.
 
@@ -86,7 +89,7 @@ def measure(folder: Path, tasks: Sequence[Any], device: str, kernels: str) -> Sc
 
 
 def decide(folder: Path, scores: Scores, elsewhere: Sequence[Path] = ()) -> dict[str, Any]:
-    """What mteb.json holds: by arm and task, and by `stats.decide` the decision on both sides.
+    """What mteb.json holds: by arm and task, and by `rule.decide` the decision on both sides.
 
     Compared are the seeds that both sides have; an arm without one of them is left out.
 
@@ -96,7 +99,7 @@ def decide(folder: Path, scores: Scores, elsewhere: Sequence[Path] = ()) -> dict
         ValueError: see `analysis.judge.load` and `analysis.across.judge`; an arm is missing, or no
             seed is on both sides.
     """
-    pair = (stats.SPECIALIST["embedding"], judge.JOINT)
+    pair = (rule.SPECIALIST["embedding"], judge.JOINT)
     if missing := [arm for arm in pair if arm not in scores]:
         raise ValueError(f"{folder}: no trained model of {', '.join(missing)} was measured on MTEB")
     if elsewhere:
@@ -106,6 +109,7 @@ def decide(folder: Path, scores: Scores, elsewhere: Sequence[Path] = ()) -> dict
         other = judge.judge(folder, *judge.load(folder))
         if other["decision"] is None:
             raise ValueError(f"{folder}: {other['reason']}")
+        other["split"] = other["config"]["split"]
         known, where = other["seeds_compared"], f"`{folder.name}`"
     seeds = sorted(set(known).intersection(*(scores[arm] for arm in pair)))
     if not seeds:
@@ -120,28 +124,25 @@ def decide(folder: Path, scores: Scores, elsewhere: Sequence[Path] = ()) -> dict
         for arm, rows in used.items()
     }
     base = y.pop(BASE)[0]
-    found = stats.verdict({"embedding": y}, {"embedding": base}, {"embedding": None})
+    found = rule.verdict(
+        {"embedding": y}, {"embedding": base}, {"embedding": None}, family=len(rule.SPECIALIST)
+    )
     both = {"embedding": found["tasks"]["embedding"], "reranking": other["tasks"]["reranking"]}
-    adjusted = stats.holm([1.0 if row["p"] is None else row["p"] for row in both.values()])
+    adjusted = inference.holm([1.0 if row["p"] is None else row["p"] for row in both.values()])
     for row, p in zip(both.values(), adjusted, strict=True):
         row["p_holm"] = None if row["p"] is None else p
-    mine = both["embedding"]
-    mine["detectable_alpha"] = found["alpha"] / len(both)
-    if mine["se"] is not None:
-        least = stats.smallest_detectable_effect(mine["se"], mine["df"], mine["detectable_alpha"])
-        mine["smallest_detectable_effect"] = least
-        mine["detectable_interval"] = list(stats.detectable_interval(least, mine["df"]))
     against = {
         arm: stats.arm_difference(y, None, arm, judge.JOINT)
         for arm in y if arm not in (*pair, "emb-only-aa")
     }  # fmt: skip
     return {
-        **stats.decide(both, len(seeds)),
+        **rule.decide(both, len(seeds), names={"embedding": "MTEB"}),
         "seeds": seeds,
         "alpha": found["alpha"],
         "scores": {arm: {str(s): row for s, row in rows.items()} for arm, rows in used.items()},
         "tasks": both,
         "reranking_on": where,
+        **{key: other[key] for key in ("split", "warnings")},
         "differences": {
             arm: {"difference": e.value, "interval": e.interval, "p": e.p if e.interval else None}
             for arm, e in against.items()
@@ -162,7 +163,7 @@ def write(
 
 def markdown(setting: str, v: Mapping[str, Any]) -> str:
     arms = {arm: rows for arm, rows in v["scores"].items() if arm != BASE}
-    names, pair = list(v["scores"][BASE]["0"]), (stats.SPECIALIST["embedding"], judge.JOINT)
+    names, pair = list(v["scores"][BASE]["0"]), (rule.SPECIALIST["embedding"], judge.JOINT)
 
     def line(title: str, of: Sequence[str], loss: str) -> list[str]:
         """One row of the table, of a task or of the mean over tasks."""
@@ -194,5 +195,7 @@ def markdown(setting: str, v: Mapping[str, Any]) -> str:
         if against
         else "",
         other=f"{percent(other['interference'])} {span(other['interval'])}",
+        least=percent(mine["smallest_detectable_effect"]),
+        notes=warnings({**v, "setting": setting}),
         supported="yes" if v["supported"] else "no",
     )

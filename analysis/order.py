@@ -1,7 +1,7 @@
 """Pointwise against listwise: the report of `compare` with what each mode costs, how much the order
 of the documents matters, and which of them gains more from routing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from analysis import compare, judge
 from analysis.compare import Section, Trials, summary
 from analysis.figures import label, p_value, span, table
 from analysis.page import with_holm
-from eval import stats
+from eval import inference, stats
 from eval.order import sensitivity, speed
 from eval.protocol import EvaluationSet
 from experiments import MODES
@@ -25,16 +25,18 @@ POINTWISE = "pointwise"
 MODE_NAMES = {mode: "by pseudo-query" if mode == "e2rank" else mode for mode in MODES}
 TEXT = """## Order and speed
 
+{what}{table}## Which mode gains more from routing?
+
+{gain}
+
+"""
+WHAT = """\
 {queries} queries, their BM25 candidates in {orders} random orders: nDCG@10 × 100 as the mean over
 orders and seeds, its standard deviation over the orders of a seed (mean over seeds), and Kendall's
 tau between the rankings that two orders lead to. A model that scores pairs never sees an order.
 Speed: pairs per second of `rank`, one query after the other, with tokenization and without prefix
 states, on this machine and whatever else ran on it: mean over seeds (lowest to highest); and where
 reranking compares a pseudo-query with the documents' vectors, with these at hand from retrieval.
-
-{table}## Which mode gains more from routing?
-
-{gain}
 
 """
 
@@ -64,7 +66,7 @@ def write(folder: Path) -> dict[str, Any]:
         judge.add_measures(v, measured, "order")
         found = {arm: summarise(list(rows.values())) for arm, rows in measured.items()}
         gain = routing_gain(*judge.arrays(baselines, arms), arms)
-        return section(found, gain)
+        return section(found, gain, [arm for arm in arms if arm not in found])
 
     return compare.write(folder, add)
 
@@ -124,7 +126,10 @@ def routing_gain(
     return {"by_mode": by_mode, "against": against}
 
 
-def section(found: dict[str, dict[str, Any]], gain: dict[str, Any] | None) -> Section:
+def section(
+    found: dict[str, dict[str, Any]], gain: dict[str, Any] | None, unmeasured: Sequence[str] = ()
+) -> Section:
+    """unmeasured: the arms with trials whose order and speed were not measured."""
     rows = [
         [
             label(arm),
@@ -138,11 +143,13 @@ def section(found: dict[str, dict[str, Any]], gain: dict[str, Any] | None) -> Se
     ]
     head = ["arm", "nDCG@10 over orders", "spread", "Kendall's tau", "pairs per second",
             "vectors at hand"]  # fmt: skip
-    first = next(iter(found.values()), {"queries": 0, "orders": ORDERS})
+    first = next(iter(found.values()), {})
     text = TEXT.format(
-        queries=first["queries"],
-        orders=first["orders"],
-        table=table(head, rows) if rows else "Nothing was measured yet.\n\n",
+        what=WHAT.format(queries=first["queries"], orders=first["orders"]) if first else "",
+        table=(table(head, rows) if rows else "Nothing was measured yet.\n\n")
+        + (
+            f"Not measured: {', '.join(map(label, unmeasured))}.\n\n" if rows and unmeasured else ""
+        ),
         gain=gained(gain),
     )
     return Section(text, reading(found, gain), {"order": found, "routing_gain": gain})
@@ -150,7 +157,9 @@ def section(found: dict[str, dict[str, Any]], gain: dict[str, Any] | None) -> Se
 
 def gained(gain: dict[str, Any] | None) -> str:
     if gain is None:
-        return "Not told: it takes both arms of pointwise and of another way, and several clusters."
+        return (
+            "Not known: it takes both arms of pointwise and of another way, and several clusters."
+        )
     by_mode = ", ".join(f"{points:+.2f} ({MODE_NAMES[m]})" for m, points in gain["by_mode"].items())
     told = []
     for mode, row in gain["against"].items():
@@ -161,9 +170,13 @@ def gained(gain: dict[str, Any] | None) -> str:
             else ""
         )
         told.append(f"{MODE_NAMES[mode]} {row['difference']:+.2f}{sure}")
+    tested = any(row["interval"] for row in gain["against"].values())
+    end = "these differences of differences are a family of their own" if tested else (
+        "one seed: not tested"
+    )  # fmt: skip
     return (
         f"On reranking MoE adds to a single LoRA, in points: {by_mode}. Against pointwise: "
-        f"{'; '.join(told)} (these differences of differences are a family of their own)."
+        f"{'; '.join(told)} ({end})."
     )
 
 
@@ -190,8 +203,8 @@ def reading(found: dict[str, dict[str, Any]], gain: dict[str, Any] | None) -> st
         more, less = (mode, POINTWISE) if row["difference"] > 0 else (POINTWISE, mode)
         said.append(
             f"Routing adds more {MODE_NAMES[more]} than {MODE_NAMES[less]}."
-            if row["p_holm"] <= stats.ALPHA
-            else f"Whether routing adds more pointwise or {MODE_NAMES[mode]} cannot be told from "
-            "chance."
+            if row["p_holm"] <= inference.ALPHA
+            else f"Whether routing adds more pointwise or {MODE_NAMES[mode]} is undetermined "
+            f"(Holm p {p_value(row['p_holm'])})."
         )
     return " ".join(said)

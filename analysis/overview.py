@@ -131,10 +131,15 @@ def collections(runs: Path, setting: str) -> str:
 
 def agreement(found: Mapping[str, dict]) -> str:
     """In what the verdicts of several settings are alike and in what not, in words."""
-    decided = Counter(str(verdict["decision"]) for verdict in found.values())
+    decided = Counter(verdict["decision"] or "no verdict" for verdict in found.values())
     [(most, count), *others] = decided.most_common()
     apart = "".join(f", {kind} in {n}" for kind, n in others)
-    said = [f"The decision is {most} in {count} of {len(found)} settings{apart}."]
+    sure = [name for name, verdict in found.items() if verdict["supported"]]
+    backed = f"in {len(sure)} ({', '.join(sure)})" if sure else "in none"
+    said = [
+        f"The decision is {most} in {count} of {len(found)} settings{apart}; the statistics "
+        f"support it {backed}."
+    ]
     for task, title in TASKS.items():
         rows = {name: (row, verdict["alpha"]) for name, verdict in found.items()
                 if (row := verdict["tasks"].get(task)) and row["measurable"]
@@ -150,8 +155,8 @@ def agreement(found: Mapping[str, dict]) -> str:
             f"{losses[0]:+.1f} %")  # fmt: skip
         said.append(
             f"On {title}, measurable in {len(rows)}, I is above 0 in {sum(x > 0 for x in losses)} "
-            f"({reach}) and told from none by its look's level in {', '.join(sure) or 'none'}; "
-            f"Joint-MoE wins back a part that can be told from none in {', '.join(back) or 'none'}."
+            f"({reach}), significant at its look's level in {', '.join(sure) or 'none'}; "
+            f"Joint-MoE wins back a significant part in {', '.join(back) or 'none'}."
         )
     return " ".join(said)
 

@@ -15,8 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
+import experiments
 from analysis import figures
-from eval import stats
+from eval import inference, rule
 from eval.metrics import interval
 
 FRAME = """# {title}
@@ -116,20 +117,22 @@ def by_seed_less(
     return [None if a is None or b is None else a - b for a, b in pairs]
 
 
-def with_holm(rows: Iterable[dict[str, Any]], alpha: float = stats.ALPHA) -> list[dict[str, Any]]:
+def with_holm(
+    rows: Iterable[dict[str, Any]], alpha: float = inference.ALPHA
+) -> list[dict[str, Any]]:
     """The rows that have a `p`; each gets `p_holm`, adjusted over all of them, and `detectable`.
 
     That is the smallest effect that its test finds with 80 % power at Holm's first step of the
     level alpha, by the row's `se` and `df`, or by its values over `seeds`.
     """
     tested = [row for row in rows if row.get("p") is not None]
-    for row, p in zip(tested, stats.holm([row["p"] for row in tested]), strict=True):
+    for row, p in zip(tested, inference.holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = p
         se, df = row.get("se"), row.get("df")
         if se is None or df is None:
             n = len(row["seeds"])
             se, df = float(np.std(row["seeds"], ddof=1)) / math.sqrt(n), n - 1
-        row["detectable"] = stats.smallest_detectable_effect(se, df, alpha / len(tested))
+        row["detectable"] = inference.smallest_detectable_effect(se, df, alpha / len(tested))
     return tested
 
 
@@ -176,20 +179,39 @@ def warnings(v: dict[str, Any]) -> str:
     return "".join(f"\n> **{text}**\n" for text in notes(v))
 
 
+def missing(arms: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Which arms were not run, and which have fewer seeds than another; an item each.
+
+    arms: arm -> a row with `seeds` and `missing_seeds`.
+    """
+    absent = [figures.label(arm) for arm, row in arms.items() if not row["seeds"]]
+    lacking: dict[str, list[str]] = {}  # seeds -> the arms without them
+    for arm, row in arms.items():
+        if row["seeds"] and row["missing_seeds"]:
+            lacking.setdefault(seed_names(row["missing_seeds"]), []).append(figures.label(arm))
+    said = [f"Anything about what was not run: {', '.join(absent)}."] if absent else []
+    if lacking:
+        told = "; ".join(f"{of} of {', '.join(names)}" for of, names in lacking.items())
+        said.append(f"Anything that needs seeds that were not run: {told}.")
+    return said
+
+
+def seed_names(numbers: Sequence[int]) -> str:
+    """`seed 1`, `seeds 0 to 2`, `seeds 0, 2`."""
+    first, *rest = numbers
+    if not rest:
+        return f"seed {first}"
+    if list(numbers) == list(range(first, first + len(numbers))):
+        return f"seeds {first} to {numbers[-1]}"
+    return f"seeds {', '.join(map(str, numbers))}"
+
+
 def limits(v: dict[str, Any]) -> list[str]:
     """What could not be concluded from the numbers of `compare.compare`, an item each."""
     said = []
-    missing = [
-        f"{figures.label(arm)} {', '.join(map(str, row['missing_seeds']))}"
-        for arm, row in v["arms"].items()
-        if row["missing_seeds"]
-    ]
-    if missing:
-        said.append(f"Anything that needs what is missing (arm, seeds): {'; '.join(missing)}.")
+    said += missing(v["arms"])
     sizes = {
-        r["trainable_parameters"]
-        for a, r in v["arms"].items()
-        if a not in stats.SPECIALIST.values()
+        r["trainable_parameters"] for a, r in v["arms"].items() if a not in rule.SPECIALIST.values()
     }
     if len(sizes - {None}) > 1:
         said.append(
@@ -204,6 +226,12 @@ def limits(v: dict[str, Any]) -> list[str]:
         said.append(
             "Whether a difference comes from the router or from the noise on its logits and the "
             f"expert dropout in training. With these: {names[0]}; without: {names[1]}."
+        )
+    seen = max((len(row["seeds"]) for row in v["arms"].values()), default=0)
+    if seen > experiments.seeds(v["experiment"], v["setting"]):
+        said.append(
+            f"What an earlier look at fewer seeds adds to chance: p at {seen} seeds are not "
+            "adjusted for one."
         )
     wide = [row for row in v["differences"] if (row.get("detectable") or 0) > 1]
     if wide:

@@ -1,5 +1,6 @@
 """Remedies beside routing: the report of `compare` with the plane of both tasks and its front."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ from matplotlib.figure import Figure
 from analysis import compare, figures
 from analysis.compare import SPECIALISTS, Section, Trials, summary
 from analysis.figures import METRIC, TASKS, label, table
-from eval import stats
+from eval import inference
 
 __all__ = ["summary", "write"]
 ROUTING, SHARING = "joint-moe", "joint-single"
+FRONT = "#3B7DD8"
 TEXT = """## Both tasks at once
 
 An arm is on the front if no other has a mean at least as high on both tasks; merges of the
@@ -28,9 +30,9 @@ CAPTION = (
     "nDCG@10 × 100 of both tasks: mean over seeds. Bars: the 95 % intervals, over seeds and "
     "queries, of an arm's differences to Joint-Single (the contrasts, here without Holm's "
     "correction), around the arm; the intervals of the scores themselves, which hold how hard the "
-    "queries are and are several times as wide, stand in the table of scores. Grey line: "
-    "Joint-Single by the weight of retrieval in the loss; dashed stairs: the front of the means; "
-    "dotted: the specialists."
+    "queries are and are several times as wide, stand in the table of scores; Joint-Single, to "
+    "which they are, has none. Grey line: Joint-Single by the weight of retrieval in the loss; "
+    "dashed stairs: the front of the means; dotted: the specialists."
 )
 
 
@@ -70,7 +72,7 @@ def front(v: dict[str, Any], baselines: dict, arms: Trials) -> Section:
         ]
         for arm, others in by.items()
     ]
-    head = ["arm", *TASKS.values(), "on the front", "behind", "kept"]
+    head = ["arm", *TASKS.values(), "on the front", "dominated by", "kept"]
     numbers = {"front": [arm for arm, others in by.items() if not others], "dominated": by}
     return Section(
         TEXT.format(table=table(head, rows), caption=CAPTION) if rows else "",
@@ -81,12 +83,12 @@ def front(v: dict[str, Any], baselines: dict, arms: Trials) -> Section:
 
 
 def against_routing(v: dict[str, Any]) -> str:
-    """Whether routing beats the remedies: the differences to it that are told from chance."""
+    """Whether routing beats the remedies: the significant differences to it."""
     rows = [row for row in v["differences"] if row["against"] == ROUTING and "p_holm" in row]
     remedies = {row["arm"] for row in rows}
     if not remedies:
         return ""
-    sure = [row for row in rows if row["p_holm"] <= stats.ALPHA]
+    sure = [row for row in rows if row["p_holm"] <= inference.ALPHA]
     beaten = {(row["arm"], row["task"]) for row in sure if row["difference"] < 0}
     better = {(row["arm"], row["task"]) for row in sure if row["difference"] > 0}
     whole = {arm for arm in remedies if all((arm, task) in beaten for task in TASKS)}
@@ -100,9 +102,11 @@ def against_routing(v: dict[str, Any]) -> str:
             )
             said.append(f"Routing ({label(ROUTING)}) {word}: {listed}.")
     if whole == remedies:
-        return " ".join([*said, "It beats every remedy on both tasks."])
+        return " ".join(
+            [*said, f"It beats every remedy that was run ({len(whole)}) on both tasks."]
+        )
     told = "not every remedy" if whole else "no remedy"
-    said.append(f"Routing beats {told} on both tasks beyond chance.")
+    said.append(f"Routing beats {told} significantly on both tasks.")
     return " ".join(said)
 
 
@@ -118,12 +122,13 @@ def draw(v: dict[str, Any], means: dict[str, tuple[float, float]], best: list[st
         line = [means[arm] for arm in sorted(order, key=lambda a: order[a])]
         if len(line) > 1:
             axes.plot(*zip(*[(100 * x, 100 * y) for x, y in line], strict=True),
-                      color=figures.GREY, linewidth=0.8, zorder=0,
+                      color=figures.GREY, linewidth=0.8, zorder=0)  # fmt: skip
+            axes.plot([], [], "o-", color=figures.GREY, linewidth=0.8, markersize=5,
                       label="weight of retrieval")  # fmt: skip
         shapes = iter("D^vP*Xh<>dp8" * 2)
-        colours = {arm: figures.SPARE[i % len(figures.SPARE)] for i, arm in enumerate(
-            a for a in means if a not in figures.COLOURS and a not in weights)}  # fmt: skip
-        colours |= figures.COLOURS
+        others = [a for a in means if a not in figures.COLOURS and a not in weights]
+        spare = itertools.cycle(figures.SPARE)
+        colours = dict(zip(others, spare, strict=False)) | figures.COLOURS
         gaps = compare.bars(v, SHARING)
         for arm, (x, y) in means.items():
             colour = figures.GREY if arm in weights else colours[arm]
@@ -141,10 +146,10 @@ def draw(v: dict[str, Any], means: dict[str, tuple[float, float]], best: list[st
         stairs = sorted(means[arm] for arm in best)
         for (x, y), (right, down) in zip(stairs, stairs[1:], strict=False):
             axes.plot([100 * x, 100 * x, 100 * right], [100 * y, 100 * down, 100 * down],
-                      color="black", linewidth=0.8, linestyle=(0, (5, 1.5)), zorder=0)  # fmt: skip
-        ends = {(0, (5, 1.5)): "front of the means", ":": "specialists"}
-        for dash, name in ends.items():
-            axes.plot([], [], color="black", linewidth=0.8, linestyle=dash, label=name)
+                      color=FRONT, linewidth=0.8, linestyle=(0, (5, 1.5)), zorder=0)  # fmt: skip
+        ends = {"front of the means": (FRONT, (0, (5, 1.5))), "specialists": ("black", ":")}
+        for name, (colour, dash) in ends.items():
+            axes.plot([], [], color=colour, linewidth=0.8, linestyle=dash, label=name)
         for arm, (task, draw_line) in zip(
             SPECIALISTS, (("embedding", axes.axvline), ("reranking", axes.axhline)), strict=True
         ):

@@ -22,10 +22,10 @@ import scales
 from analysis import figures, judge
 from analysis.figures import METRIC, TASKS, table
 from analysis.page import provenance, warnings, write_folder
-from eval import stats
+from eval import rule
 
 AS_IS = "as-is"
-ENOUGH = 2 * stats.MEASURABLE_GAIN  # one seed has to leave a margin
+ENOUGH = 2 * rule.MEASURABLE_GAIN  # one seed has to leave a margin
 MOST = 1.2  # fixed when the CPU default's kill gate was taken to need 25 of its 30 minutes
 PAGE = """# Pilot: {v[setting]}
 
@@ -48,8 +48,8 @@ forward and backward from the first layer with experts up, and 1/{readers} of a 
 nothing learns and what comes out is kept for {readers} trials. Time: what training took here, for
 the record; a shared machine's speed drifts. Can be taken, by the rule that was fixed before the
 run: both gains at least {enough:.0f}.00, twice what the kill gate asks for, and a work of at most
-{most}, fixed when the CPU default's kill gate was taken to need 25 of its 30 minutes.
-Differences of a point or two are within what seeds do. BM25 has {bm25}.
+{most}, fixed when the CPU default's kill gate was taken to need 25 of its 30 minutes. A margin of
+twice the gain is asked for because a seed may do a point or two. BM25 has {bm25}.
 
 {rows}{picture}## How it learns
 
@@ -89,7 +89,7 @@ def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
     readers = _readers(scale)
     for name, change in scales.PILOT.items():
         tasks = {}
-        for task, special in stats.SPECIALIST.items():
+        for task, special in rule.SPECIALIST.items():
             arm = f"{special}-{name}"
             if arm not in arms:
                 continue
@@ -99,7 +99,7 @@ def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
             tasks[task] = _task(files[of], arms[arm], task, readers)
         if tasks:
             whole = all(f"{s}-{name}" in arms or f"{s}-{name}" not in planned
-                        for s in stats.SPECIALIST.values())  # fmt: skip
+                        for s in rule.SPECIALIST.values())  # fmt: skip
             rows[name] = {"change": change, "tasks": tasks, "whole": whole}
     _judge(rows)
     return {

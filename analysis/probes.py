@@ -28,7 +28,8 @@ PROPERTY_NAMES = {
     "tf_sum": "sum of TF", "idf_sum": "sum of IDF", "bm25": "BM25",
     "bigrams": "share of query bigrams", "length": "document length (ln)",
     "exact": "has a query bigram", "similarity": "similarity in the base",
-    "nouns": "nouns in the query", "verbs": "verbs in the query", "relevant": "relevant",
+    "nouns": "share of nouns in the query", "verbs": "share of verbs in the query",
+    "relevant": "relevant",
 }  # fmt: skip
 COLUMNS = ("score", "selectivity", "code", "bits saved", "seeds")
 MEASURED = ("score", "selectivity", "bits", "saved_bits")  # what these are of
@@ -61,8 +62,9 @@ seeds, not of other queries. Detectable: with 80 % power at the first step of th
 
 """
 CAPTION = (
-    "Score of the probes by layer, R² or, where it says so, balanced accuracy: mean over seeds "
-    "with its 95 % interval; grey, dotted: the untrained base."
+    "Score of the probes by layer, R² or, where it says so, balanced accuracy: mean over seeds, "
+    "where there are several with its 95 % interval; grey, dotted: the untrained base. Each panel "
+    "has a range of its own."
 )
 
 
@@ -203,6 +205,11 @@ def _unselective(probed: dict[str, dict[str, Any]]) -> str | None:
     )
 
 
+def _coded(of: dict[str, Any]) -> bool:
+    """Whether the probe of a property saves bits of its code somewhere."""
+    return any((row["saved_bits"]["mean"] or 0) > 0 for row in of["layers"])
+
+
 def _told(row: dict[str, Any]) -> str:
     """A difference with Holm's p; of one seed, without."""
     gap = row["difference"]
@@ -235,11 +242,13 @@ def reading(v: dict[str, Any]) -> str:
         if (of := base["views"]["base"][name])["best"] is not None
     ]
     if held:
-        said.append(f"Of the base's layers the best read {', '.join(held)}.")
+        said.append(f"In the base BM25 and its ingredients are read best so: {', '.join(held)}.")
     for arm, found in v["probed"].items():
         gains = {}  # of R^2 alone: those of accuracies have another unit
         for name in (n for n in found["views"]["model"] if n not in found["binary"]):
             of = found["views"]["model"][name]
+            if not _coded(of):
+                continue  # R² without a bit saved says nothing of the property
             depth = len(of["layers"])
             base_rows = found["views"]["base"][name]["layers"][-depth:]
             best, other = _at_best(of["layers"]), _at_best(base_rows)

@@ -7,11 +7,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import t as student
 
 from analysis import compare, figures, judge
 from analysis.compare import Section, Trials, summary
 from analysis.figures import METRIC, TASKS, label, span, table
-from eval import stats
+from eval import inference, stats
 
 __all__ = ["summary", "write"]
 ENOUGH = 0.01  # of the best mean
@@ -19,8 +20,10 @@ LADDERS = ("all", "embedding", "reranking", "shared")  # which expert's rank var
 TEXT = """## How much rank is enough
 
 The smallest rank whose mean is within 1 % of the best of its ladder, on which the rank of all
-experts or of one varies (the others stay at 16). Shown: whether the interval of its difference to
-the best excludes a loss of more than 1 %; otherwise the means alone say so. All ranks have the
+experts or of one varies (the others stay at 16). Loss: with its 95 % interval, corrected neither
+for the ladders nor for having been chosen as small. Shown: whether a loss of 1 % or more is
+excluded for it, one-sided, with Holm's correction over all ranks below the best of each ladder and
+task; otherwise the means alone say so. All ranks have the
 learning rate and steps that were settled at 16. Bytes: all that is trained, in fp32.
 
 {table}![ranks](ranks.png)
@@ -51,7 +54,7 @@ def rank_of(arm: str, ladder: str) -> int | None:
 
 def ladders(v: dict[str, Any], baselines: dict, arms: Trials) -> Section:
     y, labels = judge.arrays(baselines, arms)
-    rows, found = [], []
+    found: list[dict[str, Any]] = []
     for ladder in LADDERS:
         steps = {arm: rank for arm in arms if (rank := rank_of(arm, ladder)) is not None}
         if len(steps) < 2:
@@ -60,11 +63,15 @@ def ladders(v: dict[str, Any], baselines: dict, arms: Trials) -> Section:
             row = enough({a: y[task][a] for a in steps}, steps, labels[task])
             bytes_ = 4 * v["arms"][row["arm"]]["trainable_parameters"]
             found.append({"ladder": ladder, "task": task, "bytes": bytes_, **row})
-            rows.append([
-                ladder, TASKS[task], f"r{row['best_rank']}", f"r{row['rank']}",
-                f"{row['loss']:+.2f} % {span(row['interval'])}",
-                {True: "yes", False: "no", None: "-"}[row["shown"]], f"{bytes_ / 1e6:.2f} MB",
-            ])  # fmt: skip
+    settle(found)
+    rows = [
+        [
+            row["ladder"], TASKS[row["task"]], f"r{row['best_rank']}", f"r{row['rank']}",
+            f"{row['loss']:+.2f} % {span(row['interval'])}",
+            {True: "yes", False: "no", None: "-"}[row["shown"]], f"{row['bytes'] / 1e6:.2f} MB",
+        ]
+        for row in found
+    ]  # fmt: skip
     if not rows:
         return Section("", "", {})
     head = ["rank of", "task", "best", "smallest within 1 %", "loss to the best", "shown", "bytes"]
@@ -78,22 +85,37 @@ def ladders(v: dict[str, Any], baselines: dict, arms: Trials) -> Section:
 def enough(y: dict[str, np.ndarray], steps: dict[str, int], labels: list[str]) -> dict[str, Any]:
     """The smallest rank within 1 % of the best, y: arm -> (seeds, queries), steps: arm -> rank.
 
-    loss: of that arm to the best, in % of the best's mean, with its interval; shown: whether the
-    interval lies below 1 %, None where it is the best itself: that none smaller does is not shown.
+    loss: of that arm to the best, in % of the best's mean, with its interval; excluded: rank -> p
+    of a loss of 1 % or more, one-sided, of all ranks below the best's that have an interval.
     """
     means = {arm: float(scores.mean()) for arm, scores in y.items()}
     best = max(means, key=lambda arm: (means[arm], -steps[arm]))
     near = [arm for arm in steps if means[arm] >= (1 - ENOUGH) * means[best]]
     arm = min(near, key=lambda a: steps[a])
-    found = {"arm": arm, "rank": steps[arm], "best": best, "best_rank": steps[best]}
-    if arm == best:
-        return found | {"loss": 0.0, "interval": None, "shown": None}
+    lost = 100 * (1 - means[arm] / means[best]) if means[best] else 0.0
+    found = {"arm": arm, "rank": steps[arm], "best": best, "best_rank": steps[best],
+             "loss": lost, "interval": None, "excluded": {}}  # fmt: skip
     if len(set(labels)) < 2:  # one cluster gives no interval
-        loss = 100 * (1 - means[arm] / means[best]) if means[best] else 0.0
-        return found | {"loss": loss, "interval": None, "shown": False}
-    loss = stats.interference(y, labels, best, arm)
-    shown = loss.interval is not None and loss.interval[1] < 100 * ENOUGH
-    return found | {"loss": loss.value, "interval": loss.interval, "shown": shown}
+        return found
+    for other in (a for a in steps if steps[a] < steps[best]):
+        loss = stats.interference(y, labels, best, other)
+        if loss.interval and loss.se:
+            below = (loss.value - 100 * ENOUGH) / loss.se
+            found["excluded"][steps[other]] = float(student.cdf(below, loss.df))
+            found["interval"] = loss.interval if other == arm else found["interval"]
+    return found
+
+
+def settle(found: list[dict[str, Any]]) -> None:
+    """Give each row `shown`: whether Holm's correction over all ladders and tasks leaves a loss of
+    1 % or more excluded for its rank; None where that is the best itself."""
+    every = [(row, rank) for row in found for rank in row["excluded"]]
+    adjusted = inference.holm([row["excluded"][rank] for row, rank in every])
+    sure = {(id(row), rank) for (row, rank), p in zip(every, adjusted, strict=True)
+            if p <= inference.ALPHA}  # fmt: skip
+    for row in found:
+        chosen = row["rank"] != row["best_rank"]
+        row["shown"] = (id(row), row["rank"]) in sure if chosen else None
 
 
 def told(found: list[dict[str, Any]]) -> str:
@@ -131,7 +153,8 @@ def _line(axes: Axes, v: dict[str, Any], arms: Trials, task: str, ladder: str, a
     if len(steps) < 2:  # its arms were not run
         return
     order = sorted(steps, key=lambda arm: steps[arm])
-    x = [4e-6 * v["arms"][arm]["trainable_parameters"] for arm in order]
+    # The ladders of single experts have as many parameters at each rank: moved apart a little.
+    x = [4e-6 * v["arms"][arm]["trainable_parameters"] * 1.03**at for arm in order]
     y = [100 * v["arms"][arm]["scores"][task][METRIC] for arm in order]
     gaps = compare.bars(v, v["reference"])
     axes.plot(x, y, color=figures.EXPERTS[at], linestyle=figures.DASHES[at], marker="o",
@@ -141,5 +164,5 @@ def _line(axes: Axes, v: dict[str, Any], arms: Trials, task: str, ladder: str, a
             axes.plot([at_x] * 2, [at_y + end for end in gap], linewidth=0.8,
                       color=figures.EXPERTS[at], alpha=0.6)  # fmt: skip
         if ladder == "all":
-            axes.annotate(label(arm).rpartition("-")[2], (at_x, at_y), xytext=(3, 4),
+            axes.annotate(label(arm).rpartition("-")[2], (at_x, at_y), xytext=(4, -9),
                           textcoords="offset points", fontsize=7, color=figures.GREY)  # fmt: skip

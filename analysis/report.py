@@ -11,8 +11,8 @@ import scales
 from analysis import arm_table, figures, sensitivity, verdict_tables
 from analysis.figures import TASKS, label, p_value, span
 from analysis.judge import JOINT, MOE, SAME_SIZE, SPECIALIST, judge, load
-from analysis.page import notes, warnings, write_folder
-from eval import stats
+from analysis.page import missing, notes, warnings, write_folder
+from eval import rule
 from trials import parts
 
 DECISIONS = ("proceed", "pivot", "more_seeds", "inconclusive")
@@ -117,13 +117,15 @@ def headline(verdict: dict[str, Any]) -> str:
     """The verdict in one plain sentence."""
     size = {t: round(f["interference"], 9) for t, f in verdict["tasks"].items() if f["measurable"]}
     told = {t: f"{value:+.2f} % on {TASKS[t]}" for t, value in size.items()}
-    large = " and ".join(told[t] for t in size if size[t] >= stats.PROCEED_FROM)
+    large = " and ".join(told[t] for t in size if size[t] >= rule.PROCEED_FROM)
     lost = " and ".join(TASKS[t] for t in verdict["tasks"] if t not in size)
     both = " and ".join(told.values())
     unseen = f"{lost} cannot be measured here" if lost else ""
     return {
-        "proceed": f"Proceed: sharing one adapter costs 2 % or more ({large}).",
-        "pivot": f"Pivot: sharing one adapter costs under 1 % ({both}).",
+        "proceed": f"Proceed: one adapter for both scores 2 % or more below the specialist "
+        f"({large}).",
+        "pivot": f"Pivot: one adapter for both scores less than 1 % below the specialists "
+        f"({both}).",
         "more_seeds": f"More seeds: {'no measurable' if lost else 'no'} task loses 2 %, but not "
         f"all lose under 1 % ({'; '.join(filter(None, (both, unseen)))}).",
         "inconclusive": f"Inconclusive: {'; '.join(filter(None, (both, unseen)))}.",
@@ -143,8 +145,8 @@ def reading(verdict: dict[str, Any]) -> str:
         elif f["interval"]:
             sure = "" if f["p_holm"] <= verdict["alpha"] else "not "
             end += f" (95 % interval of I {span(f['interval'], 1, ' %')}; Holm p "
-            end += f"{p_value(f['p_holm'])}), {sure}distinguishable from none at this look's level "
-            end += f"of {verdict['alpha']:.4f}"
+            end += f"{p_value(f['p_holm'])}), {sure}significant at this look's level of "
+            end += f"{verdict['alpha']:.4f}"
         pair = f"{label(SPECIALIST[task])} scores {special:.2f} and Joint-Single {joint:.2f}"
         said.append(f"On {TASKS[task]} {pair}: {end}.")
     return " ".join(said) or "Until the needed arms are there, nothing is compared."
@@ -159,20 +161,30 @@ def limits(verdict: dict[str, Any]) -> list[str]:
             said.append(f"Whether sharing hurts {name}: the task is not measurable here.")
         elif interval is None:
             said.append(f"How sure the value on {name} is: one seed gives no interval.")
-        elif smallest > stats.PROCEED_FROM:
+        elif smallest > rule.PROCEED_FROM:
             said.append(f"An effect of 2 % on {name}: detectable is {smallest:.2f} % or more.")
-        if f["measurable"] and interval and interval[0] <= 0 and interval[1] >= stats.PROCEED_FROM:
+        if f["measurable"] and interval and interval[0] <= 0 and interval[1] >= rule.PROCEED_FROM:
             said.append(f"Whether it is 0 or 2 % on {name}: the interval holds both.")
     for task, f in verdict["aa"].items():
         if f["interval"] and f["interval"][0] * f["interval"][1] > 0:
             said.append(f"Small effects on {TASKS[task]}: even the A/A pair shows one.")
-    if late := [f"{label(a)} {seed}" for a, row in arms.items() for seed in row["missing_seeds"]]:
-        said.append(f"Anything that needs what is missing (arm, seed): {', '.join(late)}.")
+    said += missing(arms)
     if (n := verdict["seeds"]) < (planned := verdict["seeds_planned"] or 0):
         said.append(f"What {planned} seeds would show: {n} can be compared.")
     if arms.get(MOE, {}).get("seeds") and not all(arms.get(a, {}).get("seeds") for a in SAME_SIZE):
         size = "Joint-3r and Uniform-MoE were not both run (`CONTROLS=1`)"
         said.append(f"Whether routing sets Joint-MoE apart, or its threefold size: {size}.")
+    said.append(
+        f"What longer texts would show: the models read {config['document_tokens']} tokens of a "
+        "document, BM25 all of it."
+    )
+    shaken = [label(arm) for arm, row in arms.items() if row.get("shaken")]
+    if MOE in arms and arms[MOE].get("shaken"):
+        calm = [label(arm) for arm in arms if label(arm) not in shaken]
+        said.append(
+            "Whether what Joint-MoE lacks or gains is the router's or that of the noise on its "
+            f"logits and the expert dropout in training, which {', '.join(calm)} do without."
+        )
     if verdict["setting"].partition("-on-")[0] not in scales.TUNED:
         said.append(
             "Whether each arm has the learning rate that suits it: none was swept for this setting "
@@ -184,8 +196,8 @@ def limits(verdict: dict[str, Any]) -> list[str]:
 
 def _off_plan(seeds: int) -> str:
     """What a look at another number of seeds takes the place of."""
-    later = [look for look in stats.LOOKS if look > seeds] or [stats.LOOKS[-1]]
-    if seeds in stats.LOOKS or seeds < 2:
+    later = [look for look in rule.LOOKS if look > seeds] or [rule.LOOKS[-1]]
+    if seeds in rule.LOOKS or seeds < 2:
         return ""
     return (
         f" This look, at {seeds}, takes the place of the one at {later[0]}: look at both, and they "
@@ -265,12 +277,13 @@ def summary(verdict: dict[str, Any]) -> str:
         f"supported: {'yes' if v['supported'] else 'no'}. {v['reason']}",
     ]
     for task, f in v["tasks"].items():
-        scores = {"specialist": f["specialist"], JOINT: f["joint"], MOE: f["moe"]}
+        scores = {"specialist": f["specialist"], label(JOINT): f["joint"], label(MOE): f["moe"]}
         cells = [f"{name} {100 * x:.2f}" for name, x in scores.items() if x is not None]
-        cells += [f"I {figures.percent(f['interference'])} {span(f['interval'])}"]
+        unsure = "" if f["measurable"] else " (not measurable)"
+        cells += [f"I {figures.percent(f['interference'])} {span(f['interval'])}{unsure}"]
         lines += [
             f"{TASKS[task]}: {', '.join(cells)}",
-            f"  {MOE} wins back: {verdict_tables.back(f)}",
+            f"  {label(MOE)} wins back: {verdict_tables.back(f)}",
         ]
     lines.append(f"seeds {v['seeds_compared']}, {len(v['trials']) - 1} trials")
     return "\n".join([*lines, *notes({**v, "split": v["config"]["split"]})])

@@ -56,13 +56,13 @@ def draw_experts(v: dict[str, Any]) -> Figure:
                 for at, (pair, rows) in enumerate(found["experts"][kind].items()):
                     x = [found["first_layer"] + i for i in range(len(rows))]
                     known = [[value for value in values if value is not None] for values in rows]
-                    colour = figures.SPARE[at % len(figures.SPARE)]
+                    colour = figures.EXPERTS[at % len(figures.EXPERTS)]
                     middle = [np.mean(values) if values else np.nan for values in known]
                     axes.plot(x, middle, color=colour, marker="os^Dv"[at % 5], markersize=3,
                               linestyle=figures.DASHES[at % 4],
                               label=pair.replace(" | ", " with "))  # fmt: skip
                     shade(axes, x, known, colour)
-                    axes.set_xticks(x)
+                    figures.layer_ticks(axes, x)
         for axes, text in zip(grid[0], KIND_NAMES.values(), strict=True):
             axes.set_title(text.capitalize(), fontweight="bold")
         for axes in grid[-1]:
@@ -93,20 +93,19 @@ def _by_layer(
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(figures.WIDTH, 2.4), layout="constrained")
         panels = figure.subplots(1, len(titles), sharey=True)
-        # The specialists share a colour elsewhere; here both are in one panel.
-        own = {arm: c for arm, c in figures.COLOURS.items() if arm != "rank-only"}
-        spare = dict(zip([a for a in v["measured"] if a not in own], figures.SPARE, strict=False))
+        others = [arm for arm in v["measured"] if arm not in figures.COLOURS]
+        colours = dict(zip(others, figures.SPARE, strict=False)) | figures.COLOURS
         for axes, (key, title) in zip(panels, titles.items(), strict=True):
             for at, (arm, found) in enumerate(v["measured"].items()):
                 rows = values(found, key)
                 known = [i for i, row in enumerate(rows) if row]
-                colour = own.get(arm, spare.get(arm, figures.GREY))
+                colour = colours.get(arm, figures.GREY)
                 x = [found["first_layer"] + i for i in known]
                 axes.plot(x, [np.mean(rows[i]) for i in known], color=colour,
                           marker="os^Dv"[at % 5], linestyle=figures.DASHES[at % 4],
                           markersize=3, label=label(arm))  # fmt: skip
                 shade(axes, x, [rows[i] for i in known], colour)
-                axes.set_xticks([found["first_layer"] + i for i in range(len(rows))])
+                figures.layer_ticks(axes, [found["first_layer"] + i for i in range(len(rows))])
             axes.set_title(title, fontweight="bold")
             axes.set_xlabel("layer")
         panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -28,7 +28,7 @@ from analysis.representation_figures import (
     draw_spectra,
     draw_stir,
 )
-from eval import stats
+from eval import inference
 
 BODY = """\
 All views are of the same {texts} documents and {texts} pairs: the mean over a text's tokens of the
@@ -204,7 +204,7 @@ def reading(v: dict[str, Any]) -> str:
             continue
         gaps = [row["difference"] for row in v["tests"]
                 if row["arm"] == arm and row["what"].startswith("CKA")]  # fmt: skip
-        sure = [gap["mean"] > 0 for gap in gaps if gap.get("p_holm", 1) <= stats.ALPHA]
+        sure = [gap["mean"] > 0 for gap in gaps if gap.get("p_holm", 1) <= inference.ALPHA]
         unsure = not gaps or len(sure) < len(gaps) or len(set(sure)) > 1
         first, second = sorted(near, key=lambda other, near=near: -sum(near[other]))
         values = {o: " and ".join(f"{value:.2f}" for value in near[o]) for o in near}
@@ -212,7 +212,7 @@ def reading(v: dict[str, Any]) -> str:
             f"{label(arm)} is nearer to {label(first)} (CKA {values[first]} on "
             f"{' and '.join(text.split()[0] for text in KIND_NAMES.values())}) than to "
             f"{label(second)} ({values[second]})"
-            f"{', which cannot be told from chance' if unsure else ''}."
+            f"{', not significantly' if unsure else ''}."
         )
     shared = [
         f"{found['stir'][-1]['stir']['mean']:.2f} in {label(arm)}"
@@ -251,13 +251,13 @@ def _unrouted(v: dict[str, Any]) -> str:
             if row["arm"] == judge.MOE and row["what"].endswith(f"(write) {end}")]  # fmt: skip
     if not gaps:
         return ""
-    told = [gap["mean"] for gap in gaps if gap.get("p_holm", 1) <= stats.ALPHA]
+    told = [gap["mean"] for gap in gaps if gap.get("p_holm", 1) <= inference.ALPHA]
     if not any("p_holm" in gap for gap in gaps):
         return ""
     if len(told) == len(gaps) and len({gap < 0 for gap in told}) == 1:
         less = f"{_range([abs(gap) for gap in told])} {'less' if told[0] < 0 else 'more'}"
         return f", {less} than those of {label(UNROUTED)}"
-    return f"; {len(told)} of {len(gaps)} can be told from those of {label(UNROUTED)}"
+    return f"; {len(told)} of {len(gaps)} differ significantly from those of {label(UNROUTED)}"
 
 
 def _range(values: list[float]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from model.router import TASKS
+from model.router import NOT_LEARNED, TASKS
 
 OWN = {task: f"{task}'s own" for task in TASKS}
 
@@ -24,6 +24,22 @@ def assign(by_task: dict[str, np.ndarray], experts: Sequence[str]) -> dict[str, 
     rows, columns = linear_sum_assignment(-(mean - mean.mean(0)))
     found = zip(rows.tolist(), columns.tolist(), strict=True)
     return {list(by_task)[int(i)]: experts[int(j)] for i, j in found}
+
+
+def columns(trial: dict[str, Any]) -> tuple[list[str], list[int]]:
+    """The experts as what is averaged over seeds orders them: (their roles, where they stand).
+
+    Where a router learns: each task's own, then the other; else, and where several are left over,
+    as they are named.
+    """
+    experts, router = trial["config"]["experts"], trial["config"]["router"]
+    learned = router and router not in NOT_LEARNED and not trial["config"].get("router_frozen")
+    names = of_trial(trial) if learned else {}
+    first = [*OWN.values(), "the other"]
+    if sorted(names.values()) != sorted(first):
+        return list(experts), list(range(len(experts)))
+    order = sorted(range(len(experts)), key=lambda i: first.index(names[experts[i]]))
+    return first, order
 
 
 def of_trial(trial: dict[str, Any]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from analysis.page import (
     spread,
     write_folder,
 )
-from eval import stats
+from eval import inference
 
 SHIFTS = ("task", "template", "content")
 KIND_NAMES = {"query": "queries", "document": "documents", "pair": "pairs"}
@@ -48,7 +48,7 @@ of the text. Total variation between the mean weights of two kinds of text, in %
 Mean weight over layers and seeds, by the expert's name: each seed settles anew what a name is used
 for, so a mean near a third may be of seeds that differ (the spread tells). Dead: layers whose mean
 weight over both tasks is under 1 %, of all layers and seeds. Role: the task that the expert is
-matched to (Hungarian, on the mean weight), in how many seeds.
+matched to (Hungarian, on its mean weight in the task less that over both), in how many seeds.
 
 {experts}{layers}By layer: information on the task, the shift between the tasks' mean weights and
 the entropy of the weights.
@@ -98,10 +98,10 @@ def summarise(trials: dict[int, dict[str, Any]]) -> dict[str, Any]:
     every = list(trials.values())
 
     def told(rows: Callable[[dict[str, Any]], list[dict[str, float]]]) -> dict[str, Any]:
-        adjusted = stats.holm([row["p"] for trial in every for row in rows(trial)])
+        adjusted = inference.holm([row["p"] for trial in every for row in rows(trial)])
         of = {name: over_seeds([mean([row[name] for row in rows(trial)]) for trial in every])
               for name in ("nats", "by_chance")}  # fmt: skip
-        return {**of, "sure": float(np.mean([p <= stats.ALPHA for p in adjusted]))}
+        return {**of, "sure": float(np.mean([p <= inference.ALPHA for p in adjusted]))}
 
     def means(value: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
         return over_seeds([value(trial) for trial in every])
@@ -116,7 +116,11 @@ def summarise(trials: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "shuffles": first["shuffles"],
         "task": told(lambda trial: trial["task"]),
         "decoded": means(lambda trial: float(np.mean(trial["decoded"]))),
-        "domain": {kind: told(lambda trial, k=kind: trial["domain"][k]) for kind in KIND_NAMES},
+        "domain": {
+            kind: told(lambda trial, k=kind: trial["domain"][k])
+            for kind in KIND_NAMES
+            if kind in first["domain"]
+        },
         "shift": {
             name: means(lambda trial, of=name: float(np.mean(trial["shift"][of])))
             for name in first["shift"]
@@ -231,7 +235,8 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
                 f"{100 * found['dead'][name]:.0f} %", ", ".join(roles) or "-",
             ])  # fmt: skip
         for kind, text in KIND_NAMES.items():
-            domain.append([label(arm), text, *_told(found["domain"][kind])])
+            if kind in found["domain"]:
+                domain.append([label(arm), text, *_told(found["domain"][kind])])
     depth = [
         [label(arm), str(found["first_layer"] + i), _scaled(row["nats"], 1 / BIT, ".4f"),
          _scaled(row["shift"], 100, ".1f"), *(spread(row[t]) for t in TASKS)]
@@ -269,7 +274,9 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
         places=f"{DOMAINS}\n\n{table(['arm', 'domain', 'texts', 'of', *one['experts']], domains)}"
         if domains
         else "",
-        domain=table([head[0], "texts", *head[1:]], domain),
+        domain=table([head[0], "texts", *head[1:]], domain)
+        if domain
+        else "Not measured: the collection names no domains.\n\n",
         along="![along](along.png)\n\n*" + figures.CAPTIONS["routing"] + "*\n\n"
         if curves
         else "Not drawn: Joint-MoE was not run.\n\n",
@@ -305,7 +312,7 @@ def draw(v: dict[str, Any], measured: dict[str, dict[int, dict[str, Any]]]) -> F
                     lines[0].set_label(name)
                 axes.axhline(1 / len(first["experts"]), color=figures.GREY, linewidth=0.6, zorder=0)
                 axes.set_title(f"{label(arm)}, {text}", fontweight="bold")
-                axes.set_xticks(at)
+                figures.layer_ticks(axes, at)
                 axes.set_ylim(-0.03, 1.03)
             line[0].set_ylabel("mean weight")
         for axes in grid[-1]:

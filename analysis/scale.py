@@ -22,7 +22,7 @@ from analysis import figures, judge, slopes
 from analysis.figures import METRIC, TASKS, p_value, percent, span, table
 from analysis.page import frame, with_holm, write_folder
 from analysis.slopes import AXES
-from eval import stats
+from eval import inference, rule, stats
 from trials import Config
 
 BODY = """\
@@ -40,7 +40,7 @@ Holm's first step. Of the same queries BM25 has {bm25}; no order of its candidat
 How much I changes when the size doubles, in points of I, over the measurable sizes. I divides by a
 specialist that changes with the size itself: beside it the slopes of the loss as a share of what
 training gained the specialist over the untrained base, in points of %, and of the loss in points of
-nDCG@10, both uncorrected.
+nDCG@10, both uncorrected. Holm: over all slopes of this table.
 
 {slopes}"""
 FREE = ("base", "revision", "dtype", "ranks", "learning_rate", "clip")  # of a base, or tuned
@@ -50,9 +50,9 @@ DOUBLES = {
     "rank": "the rank doubles",
 }
 CAPTION = (
-    "Interference at each size with 95 % intervals over seeds and queries; open: the task is not "
-    "measurable there; squares: another family of bases. The line is the least-squares fit through "
-    "the measurable sizes of the family with the most of them."
+    "Interference at each size with 95 % intervals over seeds and queries; black: significant "
+    "after Holm's correction (of a line: its slope), grey: not. The line is the least-squares fit "
+    "through the measurable sizes{of}.{open}"
 )
 
 
@@ -179,7 +179,7 @@ def _row(
     baselines: dict,
 ) -> dict[str, Any]:
     """One size and task."""
-    special, joint = stats.SPECIALIST[task], judge.JOINT
+    special, joint = rule.SPECIALIST[task], judge.JOINT
     first = next(iter(next(iter(arms.values())).values()))
     base = float(np.mean([row[METRIC] for row in baselines["untrained"][task].values()]))
     row: dict[str, Any] = {
@@ -204,7 +204,7 @@ def _row(
     }  # fmt: skip
     if special not in y:
         return row
-    row["measurable"] = round(row["specialist"] - base, 9) >= stats.MEASURABLE_GAIN
+    row["measurable"] = round(row["specialist"] - base, 9) >= rule.MEASURABLE_GAIN
     if joint in y and row["specialist"] > 0:
         e = stats.interference(y, labels, special, joint)
         row |= {"interference": e.value, "interval": e.interval}
@@ -216,25 +216,27 @@ def _row(
 def reading(v: dict[str, Any]) -> str:
     said = []
     for row in v["slopes"]:
-        sure = row["p_holm"] <= stats.ALPHA
+        sure = _significant(row)
         way = "falls" if row["slope"] < 0 else "rises"
         text = (
             f"Over {len(row['sizes'])} sizes, I on {TASKS[row['task']]} {way} by "
             f"{abs(row['slope']):.2f} points when {DOUBLES[row['axis']]} "
             f"({span(row['interval'])}; Holm p {p_value(row['p_holm'])}; detectable "
-            f"{row['detectable']:.2f})"
+            f"{row['detectable']:.2f}"
         )
-        said.append(text + ("." if sure else ", which cannot be told from no slope."))
+        said.append(f"{text}{').' if sure else '; not significant).'}")
         if sure and row["without"]:
             least = row["without"][0]
+            low, high = least["interval"]
             said.append(
-                f"Without the size that matters most ({least['size']}) the slope is "
-                f"{least['slope']:+.2f} {span(least['interval'])}."
+                f"Without {_without(least['size'])}, the size on which it hangs most, the slope is "
+                f"{least['slope']:+.2f} {span(least['interval'])}"
+                f"{', whose interval holds 0' if low <= 0 <= high else ''}."
             )
         if sure:
             gain, points = row["other"]["gain"], row["other"]["points"]
             said.append(
-                f"As a share of what training gained it is {gain['slope']:+.2f} "
+                f"As a share of what training gained it is {gain['slope']:+.2f} points of % "
                 f"{span(gain['interval'])}, in points of nDCG@10 {points['slope']:+.2f} "
                 f"{span(points['interval'])}."
             )
@@ -242,14 +244,14 @@ def reading(v: dict[str, Any]) -> str:
     if lost:
         names = ", ".join(f"{TASKS[row['task']]} at {_size(row)}" for row in lost)
         said.append(f"Not measurable: {names}.")
-    sure = [row for row in v["rows"] if row.get("p_holm", 1) <= stats.ALPHA and row["measurable"]]
+    sure = [row for row in v["rows"] if _significant(row) and row["measurable"]]
     for row in sure:
         said.append(
             f"At {_size(row)} the joint arm {'loses' if row['interference'] > 0 else 'gains'} "
             f"{abs(row['interference']):.2f} % on {TASKS[row['task']]}."
         )
     if not sure and any(row.get("p") is not None for row in v["rows"]):
-        said.append("At no size can interference be told from none.")
+        said.append("At no size is interference significant.")
     return " ".join(said) or "There is nothing to compare yet."
 
 
@@ -261,6 +263,20 @@ def _size(row: dict[str, Any]) -> str:
     return f"{base}{layers}, rank {row['rank']}"
 
 
+def _significant(row: dict[str, Any]) -> bool:
+    return row.get("p_holm", 1) <= inference.ALPHA
+
+
+def _without(size: str) -> str:
+    """A size's short name in words: `30l` -> `30 layers`."""
+    words = {"l": "{} layers", "r": "rank {}", "w": "a rank for each {} of width"}
+    kinds = re.fullmatch(r"(\d+)(l)|(r|w)(\d+)", size)
+    if not kinds:
+        return size or "all layers"
+    layers, _, kind, number = kinds.groups()
+    return words["l"].format(layers) if layers else words[kind].format(number)
+
+
 def limits(v: dict[str, Any]) -> list[str]:
     said = []
     absent = dict.fromkeys(_size(r) for r in v["rows"] if r.get("interference") is None)
@@ -269,7 +285,7 @@ def limits(v: dict[str, Any]) -> list[str]:
     few = [r for r in v["rows"] if r.get("seeds") and r["seeds"] < v["seeds_planned"]]
     if few:
         said.append(f"What {v['seeds_planned']} seeds would show: some sizes have fewer.")
-    if any(row.get("detectable", 0) > stats.PROCEED_FROM for row in v["rows"]):
+    if any(row.get("detectable", 0) > rule.PROCEED_FROM for row in v["rows"]):
         said.append("An effect of 2 % at each size: what is detectable stands in the table.")
     axes = {row["axis"] for row in v["slopes"]}
     run = [row for row in v["rows"] if not row.get("missing")]
@@ -314,7 +330,7 @@ def markdown(v: dict[str, Any]) -> str:
         [AXES[row["axis"]][0], TASKS[row["task"]], str(len(row["sizes"])),
          f"{row['slope']:+.2f} {span(row['interval'])}", p_value(row["p"]),
          p_value(row["p_holm"]), f"{row['detectable']:.2f}",
-         "; ".join(f"{of['slope']:+.2f} {span(of['interval'])} ({of['size']})"
+         "; ".join(f"{of['slope']:+.2f} {span(of['interval'])} (without {_without(of['size'])})"
                    for of in row["without"][:1]) or "-",
          *(f"{of['slope']:+.2f} {span(of['interval'])} (p {p_value(of['p'])})"
            for of in row["other"].values())]
@@ -339,10 +355,21 @@ def markdown(v: dict[str, Any]) -> str:
         bm25=" and ".join(f"{100 * bm25[task]:.2f} on {name}" for task, name in TASKS.items()),
         ceiling=f"{100 * v['references']['ceiling']['reranking']:.2f}",
         sizes=table(head, rows),
-        picture=f"![scale](scale.png)\n\n*{CAPTION}*\n\n" if drawn else "",
+        picture=f"![scale](scale.png)\n\n*{_caption(v)}*\n\n" if drawn else "",
         slopes=table(top, slopes) if slopes else "Fewer than two sizes are measurable.\n\n",
     )
     return frame(v, reading(v), body, limits(v))
+
+
+def _caption(v: dict[str, Any]) -> str:
+    """What the figure shows, and only that."""
+    drawn = [row for row in v["rows"] if not row.get("missing") and row["interval"]]
+    several = len({row["family"] for row in drawn}) > 1
+    return CAPTION.format(
+        of=" of the family with the most of them; squares: another family" if several else "",
+        open="" if all(row["measurable"] for row in drawn)
+        else " Open: the task is not measurable there.",
+    )  # fmt: skip
 
 
 def draw(v: dict[str, Any]) -> Figure:
@@ -363,13 +390,13 @@ def draw(v: dict[str, Any]) -> Figure:
 
 
 def _panel(axes: Axes, v: dict[str, Any], axis: str, task: str) -> None:
-    colour, (text, key, _) = figures.COLOURS["joint-single"], AXES[axis]
+    text, key, _ = AXES[axis]
     alone = [row for row in v["rows"] if row["task"] == task and row.get("interval")]
     rows = slopes.along(v["rows"], axis, task) or alone[:1]
     family, bases = slopes.main_family(rows), {row["name"] for row in rows}
     for row in rows:
         mine = row["family"] == family
-        x, tone = math.log2(row[key]), colour if mine else figures.GREY
+        x, tone = math.log2(row[key]), figures.mark(row.get("p_holm"))
         axes.plot([x, x], row["interval"], color=tone, linewidth=1.2, zorder=1)
         axes.plot(x, row["interference"], "o" if mine else "s", color=tone, markersize=4.2,
                   mfc=tone if row["measurable"] else "white")  # fmt: skip
@@ -379,8 +406,8 @@ def _panel(axes: Axes, v: dict[str, Any], axis: str, task: str) -> None:
                       color=figures.GREY)  # fmt: skip
     for row in (row for row in v["slopes"] if row["axis"] == axis and row["task"] == task):
         x = np.array(row["range"])
-        axes.plot(x, row["middle"][1] + row["slope"] * (x - row["middle"][0]), color=colour,
-                  linewidth=0.8, linestyle=(0, (5, 1.5)))  # fmt: skip
+        axes.plot(x, row["middle"][1] + row["slope"] * (x - row["middle"][0]), linewidth=0.8,
+                  color=figures.mark(row["p_holm"]), linestyle=(0, (5, 1.5)))  # fmt: skip
     axes.axhline(0, color="black", linewidth=0.6, zorder=0)
     axes.set_title(TASKS[task].capitalize(), fontweight="bold")
     ticks = sorted({row[key] for row in rows})

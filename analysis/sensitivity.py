@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from analysis.figures import METRIC, METRICS, TASKS, label, p_value, percent, span, table
-from eval import stats
+from eval import inference, rule, stats
 
 Scores = Mapping[str, stats.Arms]  # metric -> arm -> (S, Q)
 FEWEST = 4  # runs of one specialist that can be split into two of two
@@ -100,8 +100,8 @@ def null(runs: np.ndarray, labels: Sequence[str]) -> dict[str, Any] | None:
         "runs": n,
         "groups": [n // 2, n - n // 2],
         "splits": len(splits),
-        "proceed": float(np.mean(values >= stats.PROCEED_FROM)),
-        "told": float(np.mean([e.p <= stats.ALPHA for e in found])),
+        "proceed": float(np.mean(values >= rule.PROCEED_FROM)),
+        "told": float(np.mean([e.p <= inference.ALPHA for e in found])),
         "largest": float(np.abs(values).max()),
     }
 

@@ -15,7 +15,7 @@ import numpy as np
 from analysis import judge
 from analysis.figures import TASKS
 from analysis.page import with_holm
-from eval import stats
+from eval import rule, stats
 
 # axis -> what the size is called, the key that holds it, and what is the same along the line
 AXES = {
@@ -54,14 +54,13 @@ def main_family(rows: Rows) -> str:
 def fits(
     rows: Rows, scores: Scores, labels: dict[str, list[str]], bases: Scores
 ) -> list[dict[str, Any]]:
-    """A line for each axis and task where two sizes or more are measurable, Holm by axis.
+    """A line for each axis and task where two sizes or more are measurable; Holm over all of them.
 
     bases: task -> size -> (Q,) scores of the untrained base. Under `other` stand the slopes of the
     gain-normalised loss and of that in points: I divides by a specialist that changes with size.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for axis, (_, key, _) in AXES.items():
-        family: list[dict[str, Any]] = []
         for task in TASKS:
             line = [row for row in along(rows, axis, task) if row["measurable"]]
             line = [row for row in line if row["family"] == main_family(line)]
@@ -70,7 +69,7 @@ def fits(
             e = slope(line, key, scores[task], labels[task])
             at = [math.log2(row[key]) for row in line]
             middle = float(np.mean([row["interference"] for row in line]))
-            family.append({
+            found.append({
                 "axis": axis, "task": task, "sizes": [row["size"] for row in line],
                 "family": line[0]["family"],
                 "slope": e.value, "interval": e.interval, "p": e.p, "se": e.se, "df": e.df,
@@ -82,8 +81,7 @@ def fits(
                     for of in [slope(line, key, scores[task], labels[task], form, bases[task])]
                 },
             })  # fmt: skip
-        found += with_holm(family)
-    return found
+    return with_holm(found)
 
 
 def _without(
@@ -129,7 +127,7 @@ def slope(
     gradient: dict[str, float] = {}
     value, fixed = 0.0, np.zeros(len(labels))
     for weight, row in zip(c.tolist(), rows, strict=True):
-        special = f"{stats.SPECIALIST[row['task']]} {row['size']}"
+        special = f"{rule.SPECIALIST[row['task']]} {row['size']}"
         joint = f"{judge.JOINT} {row['size']}"
         base = np.zeros(len(labels)) if bases is None else bases[row["size"]]
         made, by_p, by_j, by_b = loss(

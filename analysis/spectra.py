@@ -36,8 +36,8 @@ def basis(matrix: Tensor) -> Tensor:
 
 
 def principal_cosines(x: Tensor, y: Tensor) -> Tensor:
-    """Cosines of the principal angles between the column spaces of x (n, k) and y (n, k')."""
-    return torch.linalg.svdvals(basis(x).t() @ basis(y)).clamp(max=1.0)
+    """Cosines of the principal angles between the spaces of orthonormal columns (n, k), (n, k')."""
+    return torch.linalg.svdvals(x.t() @ y).clamp(max=1.0)
 
 
 def overlap(x: Tensor, y: Tensor) -> dict[str, float]:
@@ -45,12 +45,11 @@ def overlap(x: Tensor, y: Tensor) -> dict[str, float]:
 
     For k <= k' in n dimensions the latter is k' / n.
     """
+    x, y = basis(x), basis(y)
     cosines = principal_cosines(x, y)
-    larger = max(basis(x).shape[1], basis(y).shape[1])
     return {
         "overlap": cosines.square().mean().item() if len(cosines) else 0.0,
-        "by_chance": larger / len(x),
-        "largest": cosines.max().item() if len(cosines) else 0.0,
+        "by_chance": max(x.shape[1], y.shape[1]) / len(x),
     }
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from analysis.figures import table
-from analysis.gradients import task_gradient
+from analysis.gradients import halves, task_gradient
 from analysis.page import over_seeds, spread
 from analysis.subspace import between, ratio
 from model.lora import adapted, layer_of
+from model.router import TASKS
 from model.saved import read_config
 from model.unimoer import UniMoER
 from train.batches import TrainingData
@@ -28,12 +29,18 @@ Rows = list[dict[str, Any]]  # of one linear and side each
 
 
 def of_gradients(model: UniMoER, data: TrainingData) -> Rows:
-    """Of the gradients that training follows: rows of dA, columns of dB, all experts together."""
+    """Of the gradients that training follows: rows of dA, columns of dB, all experts together.
+
+    No rows where an epoch has one batch alone: halves that share a query agree by that.
+    """
     model.eval()
+    batches = halves(data, TASKS, BATCHES)
+    if not batches:
+        return []
     e, r = (
-        [task_gradient(model, data, task, range(half * BATCHES, (half + 1) * BATCHES))
+        [task_gradient(model, data, task, range(half * batches, (half + 1) * batches))
          for half in (0, 1)]
-        for task in ("embedding", "reranking")
+        for task in TASKS
     )  # fmt: skip
     rows: Rows = []
     for layer, prefix, name, _ in adapted(model):

@@ -23,8 +23,8 @@ PAGE = """# {title}
 Scores are nDCG@10 × 100 on the {split} split ({queries}), after {steps} steps.
 Gradient norms are the median before clipping. The rule, fixed before the run: an arm takes the
 setting with the highest mean over its tasks (bold); of equal ones the lowest learning rate, then
-the tightest clipping. {seeds} a setting: differences of a point are within what seeds do, so the
-choice settles a sensible setting for each arm and claims nothing about which is best.
+the tightest clipping. {seeds}: the choice settles a sensible setting for each arm and claims
+nothing about which is best.
 
 {tables}Chosen, as it stands in `scales.TUNED`:
 
@@ -53,9 +53,7 @@ def write(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder / name} is of no arm of the sweep: move it away")
         rows[arm].append(_row(trials))
     chosen = {arm: {k: _best(found)[k] for k in SWEPT} for arm, found in rows.items() if found}
-    files = {"baselines.json": baselines} | {
-        f"{arm}/seed{seed}.json": trial for arm in arms for seed, trial in arms[arm].items()
-    }
+    files = {"baselines.json": baselines} | judge.trials_by_file(arms)
     choice = {
         "setting": folder.resolve().name,
         "chosen": chosen,
@@ -84,6 +82,22 @@ def _row(trials: dict[int, dict]) -> dict[str, Any]:
         "seeds": len(trials),
         "scores": scores,
         "mean": float(np.mean(list(scores.values()))),
+        "seed_sd": None
+        if len(trials) < 2
+        else float(
+            np.std(
+                [
+                    np.mean(
+                        [
+                            np.mean([q[METRIC] for q in rows.values()])
+                            for rows in t["scores"].values()
+                        ]
+                    )
+                    for t in trials.values()
+                ],
+                ddof=1,
+            )
+        ),
         "gradient_norm": float(np.median(norms)),
     }
 
@@ -125,12 +139,21 @@ def _markdown(choice: dict[str, Any], baselines: dict, steps: int) -> str:
         split=choice["split"],
         queries=", ".join(f"{queries[task]:,} queries for {name}" for task, name in TASKS.items()),
         steps=steps,
-        seeds="One seed" if seeds == [1] else f"{' or '.join(map(str, seeds))} seeds",
+        seeds="One seed a setting, so what another seed would do is not known"
+        if seeds == [1]
+        else f"{' or '.join(map(str, seeds))} seeds a setting, whose scores differ by an SD of "
+        f"{_seed_sd(choice):.2f} in the mean",
         tables=tables,
         chosen=_literal(choice),
         notes=warnings(choice),
         provenance=provenance(choice),
     )
+
+
+def _seed_sd(choice: dict[str, Any]) -> float:
+    """Of a setting's mean score over seeds, in points; the mean over settings with several."""
+    known = [row["seed_sd"] for rows in choice["rows"].values() for row in rows if row["seed_sd"]]
+    return 100 * float(np.mean(known)) if known else 0.0
 
 
 def _literal(choice: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from analysis.figures import (
     span,
     table,
 )
+from analysis.page import seed_names
 
 OTHER = [(t, m) for t in TASKS for m in METRICS if m != METRIC]
 OTHER.remove(("reranking", "recall_100"))  # the candidates set it, no arm changes it
@@ -24,7 +25,7 @@ AGAINST = (
     "seeds that both have, in points of nDCG@10 with 95 % intervals; above 0 the first is better. "
     "Holm: p adjusted over all differences of the table, to be held against this look's "
     "level{level}. Detectable: the smallest difference found with 80 % power at Holm's first step. "
-    "Won back: what the arm is above Joint-Single as a share of that loss, told only where the "
+    "Won back: what the arm is above Joint-Single as a share of that loss, given only where the "
     "loss's interval excludes 0, of all seeds and of these, adjusted or not."
 )
 FAR = 10.0  # times the loss: a bound of what is won back that is beyond it says nothing more
@@ -41,8 +42,8 @@ def arms_tables(verdict: dict[str, Any]) -> str:
     for arm, row in verdict["arms"].items():
         absent = {t: "missing" if t in row["tasks"] else "-" for t in TASKS}
         cells = [score(row["scores"][t]) if t in row["scores"] else absent[t] for t in TASKS]
-        late = f" (missing: {', '.join(map(str, row['missing_seeds']))})"
-        cells.append(f"{len(row['seeds'])}{late if row['missing_seeds'] else ''}")
+        some = f" ({seed_names(row['seeds'])})" if row["seeds"] and row["missing_seeds"] else ""
+        cells.append(f"{len(row['seeds'])}{some}")
         cost = [f"{row['trainable_parameters'] or 0:,}", f"{row['training_seconds'] or 0:,.0f}"]
         main.append([label(arm), *cells, *(cost if row["seeds"] else ("-", "-"))])
         other.append([label(arm), *_others(row["scores"])])
@@ -57,7 +58,7 @@ def _others(found: dict[str, dict[str, float]]) -> list[str]:
 
 
 def effects_table(tasks: dict[str, dict[str, Any]], joint: str) -> str:
-    """What `stats.verdict` gives for each task, a statistic a row."""
+    """What `rule.verdict` gives for each task, a statistic a row."""
     if not tasks:
         return "Not run.\n\n"
 
@@ -72,12 +73,16 @@ def effects_table(tasks: dict[str, dict[str, Any]], joint: str) -> str:
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "specialist, nDCG@10": lambda t: f"{100 * t['specialist']:.2f}",
         f"{joint}, nDCG@10": lambda t: f"{100 * t['joint']:.2f}",
-        "**interference I**": lambda t: f"**{percent(t['interference'])}**",
+        "**interference I**": lambda t: (
+            f"**{percent(t['interference'])}**" if t["measurable"] else percent(t["interference"])
+        ),
         "95 % interval of I": lambda t: span(t["interval"], 1, " %"),
         "p of I = 0 (crossed t)": lambda t: p_value(t["p"]),
         "p, Holm over the tasks": lambda t: p_value(t["p_holm"]),
         "p, randomisation (these models, new queries)": lambda t: p_value(t["p_randomisation"]),
-        "p of \\|I\\| ≥ 2 % (equivalence)": lambda t: p_value(t["p_equivalence"]),
+        "p of \\|I\\| ≥ 2 % (equivalence)": lambda t: (
+            p_value(t["p_equivalence"]) if t["measurable"] else "-"
+        ),
         "gain-normalised I": gain,
         "detectable I (power 80 %)": lambda t: percent(t["smallest_detectable_effect"]),
         "95 % interval of what is detectable": lambda t: span(t["detectable_interval"], 1, " %"),
@@ -88,9 +93,9 @@ def effects_table(tasks: dict[str, dict[str, Any]], joint: str) -> str:
 
 
 def back(found: dict[str, Any]) -> str:
-    """What is won back of the joint arm's loss, or why that is not told."""
+    """What is won back of the joint arm's loss, or why that is not known."""
     if found["won_back"] is None:
-        return f"not told: {found['won_back_reason']}" if "won_back_reason" in found else "-"
+        return f"not known: {found['won_back_reason']}" if "won_back_reason" in found else "-"
     value, interval = f"{100 * found['won_back']:.0f} %", found["won_back_interval"]
     if interval is None or all(abs(end) <= FAR for end in interval):
         return f"{value} {span(interval, 100, ' %', 0)}"

@@ -1,4 +1,4 @@
-"""Statistics of the study: crossed seed-and-query intervals, tests, and the decision.
+"""Statistics of the study: crossed seed-and-query intervals and the tests that rest on them.
 
 For one task every arm a has scores Y_a of shape (S_a, Q): S_a seeds on the same Q queries, which
 carry cluster labels (domain or module; C clusters). What is reported is a smooth function of the
@@ -26,24 +26,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from eval.inference import (
-    ALPHA,
-    detectable_interval,
-    fieller,
-    holm,
-    smallest_detectable_effect,
-    tost,
-)
+from eval.inference import fieller
 
 Arms = Mapping[str, np.ndarray]  # arm -> (S_a, Q) scores
 Clusters = Sequence[str] | np.ndarray | None  # Q labels; None: each query its own cluster
-TaskResult = dict[str, Any]  # one task of `verdict`, whose docstring lists the keys
 
-LOOKS = (3, 6, 9)  # seeds at which the study looks at its data
-MEASURABLE_GAIN = 0.05  # nDCG@10 that a specialist must add to the untrained base
 BASE = "untrained base"  # its key among the arms while they are checked
-PIVOT_BELOW, PROCEED_FROM = 1.0, 2.0  # % interference; the second is also the equivalence margin
-SPECIALIST = {"embedding": "emb-only", "reranking": "rank-only"}
 
 
 @dataclass(frozen=True)
@@ -110,7 +98,7 @@ def seed_variance(y: np.ndarray, ids: np.ndarray) -> tuple[float, float]:
     return float(row.var(ddof=1)), interaction / (len(y) - 1)
 
 
-def _checked(arms: Arms, needed: Sequence[str]) -> dict[str, np.ndarray]:
+def checked(arms: Arms, needed: Sequence[str]) -> dict[str, np.ndarray]:
     """The arms in float64, or a ValueError that says which one does not fit."""
     if missing := [name for name in needed if name not in arms]:
         raise ValueError(f"no scores for arm {missing[0]!r}; there are {sorted(arms)}")
@@ -124,22 +112,54 @@ def _checked(arms: Arms, needed: Sequence[str]) -> dict[str, np.ndarray]:
     return checked
 
 
+@dataclass(frozen=True)
+class Part:
+    """What an estimate takes from one set of queries: the gradient of it by each arm's mean there,
+    the arms' scores, the clusters, and `fixed` (Q,), which is added to u."""
+
+    gradient: Mapping[str, float]
+    arms: Arms
+    clusters: Clusters
+    fixed: Any = 0.0
+
+
 def estimate(
     value: float, gradient: Mapping[str, float], arms: Arms, clusters: Clusters, fixed: Any = 0.0
 ) -> Estimate:
     """Interval of f(means) from its gradient (module docstring); `fixed` (Q,) is added to u."""
-    u = np.asarray(fixed + sum(g * arms[name].mean(axis=0) for name, g in gradient.items()))
-    ids = cluster_ids(clusters, len(u))
-    if min(len(arms[name]) for name in gradient) < 2:
+    return estimate_over(value, [Part(gradient, arms, clusters, fixed)])
+
+
+def estimate_over(value: float, parts: Sequence[Part]) -> Estimate:
+    """The same where f depends on the means over several sets of other queries, of the same models:
+    the sets are independent as queries are drawn, and a seed moves an arm on all of them at once.
+
+        V_query = sum_k V_query,k,   omega_a^2 = sum_k g_ak^2 omega_ak^2,
+        sigma_a^2 = variance over seeds of sum_k g_ak mean_q Y_ak[s]
+
+    Args:
+        parts: the same arms in each, an arm's seeds in one order.
+    """
+    names, query = list(parts[0].gradient), []  # (variance, df) of each part
+    for part in parts:
+        scored = (g * part.arms[name].mean(axis=0) for name, g in part.gradient.items())
+        u = np.asarray(part.fixed + sum(scored))
+        query.append(cluster_variance(u, cluster_ids(part.clusters, len(u))))
+    if min(len(parts[0].arms[name]) for name in names) < 2:
         return Estimate(value)
-    query, query_df = cluster_variance(u, ids)
-    before, after, dfs = [query], [query], [query_df]  # of the interaction's subtraction
-    for name, g in gradient.items():
-        sigma2, omega2 = seed_variance(arms[name], ids)
-        weight = g**2 / len(arms[name])
-        before.append(weight * sigma2)
-        after.append(weight * max(sigma2 - omega2, 0.0))
-        dfs.append(len(arms[name]) - 1.0)
+    before = [variance for variance, _ in query]  # of the interaction's subtraction
+    after, dfs = list(before), [df for _, df in query]
+    for name in names:
+        seeds, omega2 = len(parts[0].arms[name]), 0.0
+        moved = np.zeros(seeds)
+        for part in parts:
+            y, g = part.arms[name], part.gradient[name]
+            omega2 += g**2 * seed_variance(y, cluster_ids(part.clusters, y.shape[1]))[1]
+            moved += g * y.mean(axis=1)
+        sigma2 = float(moved.var(ddof=1))
+        before.append(sigma2 / seeds)
+        after.append(max(sigma2 - omega2, 0.0) / seeds)
+        dfs.append(seeds - 1.0)
     variance, df = sum(after), satterthwaite(before, dfs)
     if variance > 0:  # its numerator is the sum before subtraction
         df = max(df * (variance / sum(before)) ** 2, 1.0)
@@ -167,13 +187,13 @@ def arm_mean(arms: Arms, clusters: Clusters, arm: str) -> Estimate:
     arms: arm -> (S_a, Q). ValueError for a missing arm, misfit shapes, non-finite scores, one
     cluster: also in the five functions below.
     """
-    y = _checked(arms, [arm])
+    y = checked(arms, [arm])
     return estimate(float(y[arm].mean()), {arm: 1.0}, y, clusters)
 
 
 def above_reference(arms: Arms, clusters: Clusters, arm: str, reference: np.ndarray) -> Estimate:
     """100 * (mean_arm - mean of reference), in points; reference (Q,) has no seeds, as BM25."""
-    y = _checked({**arms, BASE: np.asarray(reference)[None]}, [arm])
+    y = checked({**arms, BASE: np.asarray(reference)[None]}, [arm])
     value = 100 * float(y[arm].mean() - y[BASE].mean())
     return estimate(value, {arm: 100.0}, y, clusters, -100 * y[BASE][0])
 
@@ -182,7 +202,7 @@ def arm_difference(
     arms: Arms, clusters: Clusters, arm: str, other: str, by_seed: bool = False
 ) -> Estimate:
     """100 * (mean_arm - mean_other), in points (0.01 nDCG). by_seed: as of `interference`."""
-    y = _checked(arms, [arm, other])
+    y = checked(arms, [arm, other])
     value, of = 100 * float(y[arm].mean() - y[other].mean()), paired if by_seed else estimate
     return of(value, {arm: 100.0, other: -100.0}, y, clusters)
 
@@ -195,7 +215,7 @@ def interference(
     u[s, q] = 100 * (J / P * Y_P[s, q] - Y_J[s, q]) / P. Also raises ValueError unless P > 0.
     by_seed: by `paired`, not as independent arms.
     """
-    y = _checked(arms, [specialist, joint])
+    y = checked(arms, [specialist, joint])
     p, j = float(y[specialist].mean()), float(y[joint].mean())
     if p <= 0:
         raise ValueError(f"mean of {specialist!r} is {p}; a relative loss needs a positive mean")
@@ -210,7 +230,7 @@ def gain_normalised(
 
     First order: needs P - B of several standard errors. Also raises ValueError if P = B.
     """
-    y = _checked({**arms, BASE: np.asarray(base)[None]}, [specialist, joint])
+    y = checked({**arms, BASE: np.asarray(base)[None]}, [specialist, joint])
     b = y.pop(BASE)
     p, j = float(y[specialist].mean()), float(y[joint].mean())
     if (gain := p - float(b.mean())) == 0:
@@ -226,7 +246,7 @@ def won_back(arms: Arms, clusters: Clusters, specialist: str, joint: str, other:
 
     `verdict` gives it where the interval of P - J excludes 0. Also raises ValueError if P = J.
     """
-    y = _checked(arms, [specialist, joint, other])
+    y = checked(arms, [specialist, joint, other])
     p, j, m = (float(y[name].mean()) for name in (specialist, joint, other))
     if (loss := p - j) == 0:
         raise ValueError(f"{specialist!r} and {joint!r} both score {p}; nothing to win back")
@@ -262,137 +282,3 @@ def paired_randomisation(
         flips = rng.integers(0, 2, size=(min(1000, left), count))
         hits += int(np.sum(np.abs((1 - 2 * flips) @ totals) >= observed))
     return (1 + hits) / (1 + draws)
-
-
-def alpha_at_look(seeds: int, previous: int | None = None, alpha: float = ALPHA) -> float:
-    """Level of this look: a(seeds) - a(previous), a(s) = alpha ln(1 + (e - 1) min(s / 9, 1)).
-
-    a is the Pocock-type spending of Lan and DeMets 1983; the increments sum to alpha, so looks are
-    valid by Bonferroni whatever their correlation. previous=None is the plan: the larger of 3, 6
-    below `seeds`, else 0. A look off the plan, say at 5, so takes the place of the next planned
-    one, and more than 9 seeds that of the last. To look at 5 and again at 6 pass previous=5; to
-    look first at 9, previous=0. Raises ValueError unless 0 <= previous < min(seeds, 9).
-    """
-    if previous is None:
-        previous = max((look for look in LOOKS[:-1] if look < seeds), default=0)
-    if not 0 <= previous < min(seeds, LOOKS[-1]):
-        raise ValueError(f"look at {seeds} seeds after {previous}; need previous < min(seeds, 9)")
-    now, before = (math.log1p((math.e - 1) * min(s / LOOKS[-1], 1.0)) for s in (seeds, previous))
-    return alpha * (now - before)
-
-
-def decide(tasks: Mapping[str, TaskResult], seeds: int, alpha: float | None = None) -> dict:
-    """The fixed rule: {"decision", "supported", "reason"}; alpha: of this look, I: to 9 digits.
-
-    I >= 2 % on a measurable task: `proceed`. Every task measurable and under 1 %: `pivot`. A
-    measurable task between: `more_seeds`, from 9 seeds `inconclusive`. A task that is not
-    measurable is no evidence of "no interference": it bars pivot, and where only that is in the
-    way the answer is `inconclusive` at once, since more seeds do not make a specialist learn.
-    supported: for proceed, a task with I >= 2 % has p_holm <= alpha; for pivot, every task has
-    p_equivalence <= alpha (all must, so there is no correction); else, and with one seed, False.
-    Reads measurable, interference, p_holm, p_equivalence. ValueError without tasks or seeds.
-    """
-    if not tasks or seeds < 1:
-        raise ValueError(f"need a task and a seed; found {list(tasks)}, {seeds} seeds")
-    alpha = alpha_at_look(seeds) if alpha is None else alpha
-    tasks = {"retrieval" if k == "embedding" else k: task for k, task in tasks.items()}  # as shown
-    size = {k: round(t["interference"], 9) for k, t in tasks.items() if t["measurable"]}
-    large = [k for k in size if size[k] >= PROCEED_FROM]
-    between = [k for k in size if PIVOT_BELOW <= size[k] < PROCEED_FROM]
-    unmeasured = [k for k in tasks if k not in size]
-    said = [f"Interference: {', '.join(f'{k} {v:+.2f} %' for k, v in size.items()) or 'unknown'}."]
-    said += [f"{k} is not measurable: training gains it too little." for k in unmeasured]
-    evidence: dict[str, float | None] = {}  # a task's p, None if there is none
-    if large:
-        decision, evidence = "proceed", {k: tasks[k]["p_holm"] for k in large}
-        said.append(f"{PROCEED_FROM:g} % or more on {' and '.join(large)}: proceed.")
-    elif between:
-        decision = "more_seeds" if seeds < LOOKS[-1] else "inconclusive"
-        said.append(f"Between the limits on {' and '.join(between)} with {seeds} seeds.")
-    elif unmeasured:
-        decision = "inconclusive"
-        said.append("More seeds will not change that: train longer or change the set-up.")
-    else:
-        decision, evidence = "pivot", {k: t["p_equivalence"] for k, t in tasks.items()}
-        said.append(f"Under {PIVOT_BELOW:g} % on every task: pivot.")
-    passed = [p is not None and p <= alpha for p in evidence.values()]
-    supported = seeds > 1 and (any(passed) if large else bool(passed) and all(passed))
-    if seeds == 1 or None in evidence.values():
-        said.append("Nothing is supported: without a second seed the seed variance is unknown.")
-    elif evidence:
-        p = ", ".join(f"{k} {v:.4f}" for k, v in evidence.items())
-        p = f"{'Holm-adjusted' if large else 'equivalence'} p {p}, level {alpha:.4f}"
-        said.append(f"Supported: {p}." if supported else f"Not supported: {p}.")
-    return {"decision": decision, "supported": supported, "reason": " ".join(said)}
-
-
-def verdict(
-    scores: Mapping[str, Arms],
-    base: Mapping[str, np.ndarray],
-    clusters: Mapping[str, Clusters],
-    specialist: Mapping[str, str] = SPECIALIST,
-    joint: str = "joint-single",
-    moe: str = "joint-moe",
-    previous_look: int | None = None,
-    draws: int = 10_000,
-) -> dict[str, Any]:
-    """The verdict as JSON-able data: decision, supported, reason, seeds, alpha, tasks.
-
-    scores: task -> arm -> (S_a, Q); base: task -> (Q,); clusters: task -> Q labels or None;
-    previous_look: see `alpha_at_look`; draws: of the randomisation test. seeds is the fewest of a
-    specialist or joint arm, alpha the level of this look. Each task has (None: not available)
-    measurable; specialist, joint, moe, base, seed_sd (nDCG, 0 to 1); interference, interval, se
-    (%), df, p, p_holm, p_randomisation, p_equivalence; smallest_detectable_effect (%) with its
-    detectable_interval and detectable_alpha = alpha / tasks, Holm's first step; gain_normalised and
-    won_back (fractions) with _interval, won_back_reason. Intervals are 95 %, not adjusted for
-    looks. Holm's family is all tasks, measurable or not. ValueError as `arm_mean`, or if an
-    argument lacks a task.
-    """
-    for name, table in (("base", base), ("clusters", clusters), ("specialist", specialist)):
-        if missing := set(scores) - set(table):
-            raise ValueError(f"no {name} for {sorted(missing)}; there are {sorted(table)}")
-    arms = {
-        task: _checked({**y, BASE: np.asarray(base[task])[None]}, [specialist[task], joint])
-        for task, y in scores.items()
-    }
-    seeds = min((len(y[a]) for t, y in arms.items() for a in (specialist[t], joint)), default=0)
-    alpha = alpha_at_look(seeds, previous_look)
-    tasks: dict[str, TaskResult] = {}
-    for task, y in arms.items():
-        pair, labels, b = (specialist[task], joint), clusters[task], y.pop(BASE)[0]
-        level = alpha / len(arms)
-        p, base_mean = float(y[pair[0]].mean()), float(b.mean())
-        ids, several = cluster_ids(labels, len(b)), min(len(y[arm]) for arm in pair) > 1
-        spread = [seed_variance(y[arm], ids)[0] for arm in pair] if several else [math.nan]
-        # To nine digits, so that rounding alone does not put 0.45 - 0.40 below 0.05.
-        measurable = round(p - base_mean, 9) >= MEASURABLE_GAIN
-        loss = interference(y, labels, *pair) if p > 0 else Estimate(math.nan)
-        gain = gain_normalised(y, labels, *pair, b) if measurable else Estimate(math.nan)
-        back, why = Estimate(math.nan), f"{joint} has no loss whose interval excludes 0"
-        if moe not in y:
-            why = f"{moe} was not run"
-        elif loss.low > 0:
-            back = won_back(y, labels, *pair, moe)
-            why = f"the interval of {joint}'s loss excludes 0"
-        difference = y[pair[0]].mean(axis=0) - y[joint].mean(axis=0)
-        least = smallest_detectable_effect(loss.se, loss.df, level)
-        sure = least == least  # not NaN
-        found = {
-            **{"measurable": measurable, "specialist": p, "base": base_mean},
-            **{"joint": float(y[joint].mean()), "moe": float(y[moe].mean()) if moe in y else None},
-            "seed_sd": math.sqrt(sum(spread) / len(spread)),
-            **{"interference": loss.value, "interval": loss.interval},
-            **{"se": loss.se, "df": loss.df, "p": loss.p},
-            "p_randomisation": paired_randomisation(difference, labels, draws),
-            "p_equivalence": tost(loss.value, loss.se, loss.df, PROCEED_FROM),
-            "smallest_detectable_effect": least,
-            "detectable_interval": list(detectable_interval(least, loss.df)) if sure else None,
-            "detectable_alpha": level,
-            **{"gain_normalised": gain.value, "gain_normalised_interval": gain.interval},
-            **{"won_back": back.value, "won_back_interval": back.interval, "won_back_reason": why},
-        }
-        tasks[task] = {k: None if v != v else v for k, v in found.items()}  # JSON knows no NaN
-    adjusted = holm([1.0 if t["p"] is None else t["p"] for t in tasks.values()])  # no p: 1
-    for t, p in zip(tasks.values(), adjusted, strict=True):
-        t["p_holm"] = None if t["p"] is None else p
-    return {**decide(tasks, seeds, alpha), "seeds": seeds, "alpha": alpha, "tasks": tasks}

@@ -164,7 +164,8 @@ def ties(changes: Sequence[Tensor], density: float) -> Tensor:
     """TIES-merging (arXiv 2306.01708) of changes of one weight, with lambda = 1.
 
     Of each change the `density` largest entries by magnitude are kept; each entry elects the sign
-    of their sum; what agrees with it is averaged.
+    of their sum; what agrees with it is averaged. The paper trims over all weights together, this
+    weight by weight, so that no projection is trimmed away whole.
     """
     trimmed = []
     for change in changes:
