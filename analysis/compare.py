@@ -127,7 +127,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
             "shaken": bool(first) and _shaken(first["config"]),
             "routing": _routing(list(trials.values())),
             "collapsed": mean(["alarm" in line for line in _last(trials.values())])
-            if first and first["config"]["router"] not in ("", *NOT_LEARNED)
+            if first and _learns(first["config"])
             else None,
         }
     differences = []
@@ -164,6 +164,11 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
         "clusters": {task: len(set(labels[task])) for task in TASKS},
         **judge.facts(files),
     }
+
+
+def _learns(config: dict) -> bool:
+    """Whether its router is trained; of another an idle expert is so by design."""
+    return config["router"] not in ("", *NOT_LEARNED) and not config.get("router_frozen")
 
 
 def _shaken(config: dict) -> bool:

@@ -74,13 +74,14 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor, d_routed: Tensor | None = None):
+    def backward(ctx, dy: Tensor | None, d_routed: Tensor | None = None):
         group, layout = ctx.group, ctx.group.layout
         bordered, wide, s, weights, keep, z, *rest = ctx.saved_tensors
         out, rank = layout.out_features, layout.rank
         assert bordered is not None, "the pieces alone have no gradient"
         n, p, own = len(wide), s.shape[1], wide[:, layout.x]
-        dy = dy.contiguous()
+        # A loss that reads the routing alone, on its way back by itself, gives none.
+        dy = wide.new_zeros(n, out + p) if dy is None else dy.contiguous()
         d_weights = None
         if n and p:
             t = s.new_empty(n, p)
@@ -89,8 +90,8 @@ class _FusedLinear(torch.autograd.Function):
                 torch.mm(dy[:, linear.rows], bordered[linear.rows, linear.spare], out=t[:, at])
             wanted = ctx.routed or ctx.needs_input_grad[5]
             d_weights = gate_backward(group, t, s, weights, dy, ctx.segments, ctx.mode, wanted)
-        narrow = wide.new_empty(n, layout.in_features if ctx.narrow else layout.shape[1])
-        dx = narrow if ctx.narrow else narrow[:, layout.x]
+        d_input = wide.new_empty(n, layout.in_features if ctx.narrow else layout.shape[1])
+        dx = d_input if ctx.narrow else d_input[:, layout.x]
         if ctx.needs_input_grad[4]:
             if keep is None:
                 torch.mm(dy, bordered[:, layout.x], out=dx)
@@ -113,7 +114,7 @@ class _FusedLinear(torch.autograd.Function):
             dx += d_own.to(dx.dtype)
             d_route, d_weights = (*d_mlp, dc, du if ctx.offset else None), None
         masters = (d.to(ctx.master) for d in d_masters)
-        return None, None, None, None, narrow, d_weights, *d_route, *masters
+        return None, None, None, None, d_input, d_weights, *d_route, *masters
 
 
 def fused_linear(

@@ -34,6 +34,16 @@ def whole(path: Path, mark: str = "") -> Iterator[BinaryIO]:
             problem.filename = str(path)  # a write does not say of what
         raise
     os.replace(part, path)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Put a folder's names on the disk: a rename outlives a loss of power only after this."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def put(part: Path, place: Path) -> None:
@@ -43,6 +53,7 @@ def put(part: Path, place: Path) -> None:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     os.replace(part, place)
+    sync(place.parent)
 
 
 @contextmanager

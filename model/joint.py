@@ -24,7 +24,7 @@ from model.transformer import Decoder
 
 
 class Joint(nn.Module):
-    """What `UniMoER` is made of, and what training and the analyses work on.
+    """What `UniMoER` is made of: the base with its experts and heads, run over tokenized texts.
 
     Args:
         device, seed, kernels: as of `UniMoER`.

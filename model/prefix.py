@@ -155,6 +155,14 @@ def _compute(
         advance(len(rows))
 
 
+def fingerprint(ids: TokenIds) -> str:
+    """Of the texts, one after the other."""
+    digest = hashlib.sha256()
+    for text in ids:
+        digest.update(np.asarray([len(text), *text], dtype=np.int32).tobytes())
+    return digest.hexdigest()
+
+
 def prefix_states(
     decoder: Decoder,
     ids: TokenIds,
@@ -188,12 +196,10 @@ def prefix_states(
     if 2 * shape[0] * shape[1] > limit_bytes:
         folder = None
     place = f"{weight.dtype} {_machine(weight.device)} {decoder.fused} {decoder.config.causal}"
-    texts = hashlib.sha256(f"{identity} {place} {budget} {torch.__version__} {_code()}".encode())
-    for text in ids:
-        texts.update(np.asarray([len(text), *text], dtype=np.int32).tobytes())
+    texts = f"{identity} {place} {budget} {torch.__version__} {_code()} {fingerprint(ids)}"
 
     def key_of(layer: int) -> str:
-        return hashlib.sha256(f"{layer} {texts.hexdigest()}".encode()).hexdigest()
+        return hashlib.sha256(f"{layer} {texts}".encode()).hexdigest()
 
     def find(layer: int) -> PrefixStates | None:
         if folder is None:
@@ -243,7 +249,7 @@ def _machine(device: torch.device) -> str:
 def _open(path: Path, shape: tuple[int, int], key: str) -> Mapped | None:
     """The cached states, or None where they are absent, damaged or another list's."""
     try:
-        with suppress(PermissionError):  # another user's, who shares the cache
+        with suppress(OSError):  # another user's, who shares the cache; one that is only read
             os.utime(path)  # first: what is in use is not evicted by another process
         note, size = path.with_suffix(".json").read_bytes(), path.stat().st_size
     except FileNotFoundError:
@@ -255,7 +261,10 @@ def _open(path: Path, shape: tuple[int, int], key: str) -> Mapped | None:
     expected = {"key": key, "shape": list(shape)}
     if isinstance(header, dict) and {k: header.get(k) for k in expected} == expected:
         if size == 2 * shape[0] * shape[1]:
-            states = Mapped(path, shape)
+            try:
+                states = Mapped(path, shape)
+            except FileNotFoundError:  # evicted since
+                return None
             if states.checksum() == header.get("crc32"):
                 return states
     print(f"{path}: damaged, made again")
@@ -280,9 +289,10 @@ def _evict(folder: Path, keep_bytes: int) -> None:
     for path in sorted(files, key=lambda path: found[path].st_mtime):
         if total <= keep_bytes:
             return
-        total -= found[path].st_size
-        path.unlink(missing_ok=True)
-        path.with_suffix(".json").unlink(missing_ok=True)
+        with suppress(PermissionError):  # another user's, in a folder where each keeps his own
+            path.unlink(missing_ok=True)
+            path.with_suffix(".json").unlink(missing_ok=True)
+            total -= found[path].st_size
 
 
 def _abandoned(path: Path) -> bool:

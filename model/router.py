@@ -16,6 +16,7 @@ from kernels.sparsegen import sparsegen
 from model.weights import draw_into
 
 TASKS = ("embedding", "reranking")
+WIDEST = 256  # of the MLP
 Part = tuple[int, Tensor] | None
 
 
@@ -132,6 +133,11 @@ class RouterConfig:
             )
         if self.kind in SIMILARITY and self.per_token:
             raise ValueError(f"{self.kind} compares texts, so it cannot route per token")
+        if not 1 <= self.hidden <= WIDEST:
+            raise ValueError(
+                f"hidden must lie in [1, {WIDEST}], as wide as the kernel keeps in a card's shared "
+                f"memory; got {self.hidden}"
+            )
         if self.pilots < 1:
             raise ValueError(f"pilots must be at least 1, got {self.pilots}")
 
@@ -193,7 +199,8 @@ class Router(nn.Module):
         nn.init.zeros_(self.up.bias)
         nn.init.zeros_(self.down.bias)
         if self.config.kind == "sparsegen":
-            # c = 0.1 + softplus(v) starts at 2: dense for logits within 2/3 of each other.
+            # c = 0.1 + softplus(v) starts at 2: with three experts dense where no logit is 1 above
+            # another.
             nn.init.constant_(self.v, math.log(math.expm1(1.9)))
 
     @property

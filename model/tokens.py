@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -189,7 +189,7 @@ class Tokenizer:
         """Token ids of each row's fields in the template."""
         texts, marks = self._split(template)
         lead, found = self.lead(), []
-        for chunk in _chunks([[_fill(text, row) for text in texts] for row in rows]):
+        for chunk in _chunks([_fill(text, row) for text in texts] for row in rows):
             pieces = iter(
                 self.pieces([part for parts in chunk for part in parts], self.document_tokens)
             )
@@ -218,17 +218,20 @@ class Tokenizer:
         return ids
 
 
-def _chunks(filled: list[list[Part]]) -> Iterator[list[list[Part]]]:
-    """Runs of at most CHUNK texts and CHARACTERS characters (or one longer text)."""
-    start = size = 0
-    for i, parts in enumerate(filled):
+def _chunks(filled: Iterable[list[Part]]) -> Iterator[list[list[Part]]]:
+    """Runs of at most CHUNK texts and CHARACTERS characters (or one longer text), each made when it
+    is asked for."""
+    chunk: list[list[Part]] = []
+    size = 0
+    for parts in filled:
         length = sum(len(text) for text, _, _ in parts)
-        if i > start and (i - start == CHUNK or size + length > CHARACTERS):
-            yield filled[start:i]
-            start, size = i, 0
+        if chunk and (len(chunk) == CHUNK or size + length > CHARACTERS):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(parts)
         size += length
-    if filled:
-        yield filled[start:]
+    if chunk:
+        yield chunk
 
 
 def _fill(template: str, fields: dict[str, str]) -> Part:

@@ -25,6 +25,7 @@ class UniMoER(Joint):
     trained. `from_pretrained` loads a saved folder.
 
     Args:
+        device: where the base and all else lie; `from_pretrained` has it too.
         seed: of experts, routers and head; it gives the same values on every device.
         kernels: auto (Triton on CUDA, PyTorch elsewhere), triton or torch; see `kernels.choice`.
     """
@@ -62,12 +63,28 @@ class UniMoER(Joint):
         vectors = self.embed_all(TextSet(tokenize(texts)), budget=budget, progress=bar)
         return truncate(vectors, dimensions)
 
-    def encode_query(self, texts: Sequence[str], **options) -> Tensor:
+    def encode_query(
+        self,
+        texts: Sequence[str],
+        *,
+        dimensions: int | None = None,
+        budget: int | None = None,
+        progress: bool | None = None,
+    ) -> Tensor:
         """`encode` with the query template."""
+        options = {"dimensions": dimensions, "budget": budget, "progress": progress}
         return self.encode(texts, task="query", **options)
 
-    def encode_document(self, texts: Sequence[str], **options) -> Tensor:
+    def encode_document(
+        self,
+        texts: Sequence[str],
+        *,
+        dimensions: int | None = None,
+        budget: int | None = None,
+        progress: bool | None = None,
+    ) -> Tensor:
         """`encode` with the document template."""
+        options = {"dimensions": dimensions, "budget": budget, "progress": progress}
         return self.encode(texts, task="document", **options)
 
     @staticmethod

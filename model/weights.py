@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from model.files import sync
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ALONE = ("embed_tokens.", "layers.", "norm.")  # how names begin where a decoder is stored alone
@@ -108,17 +110,13 @@ def save(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is durable only after this
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)
 
 
 @torch.no_grad()
 def draw_into(parameter: torch.Tensor, fill: Callable[[torch.Tensor], object]) -> None:
     """Initialise a parameter with values drawn on the CPU, so a seed means the same everywhere."""
-    values = torch.empty(parameter.shape, dtype=parameter.dtype)
+    values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
     fill(values)
     parameter.copy_(values)
 

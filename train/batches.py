@@ -135,6 +135,7 @@ class TrainingData:
             for task, size in batch_sizes(config).items()
         }
         self.queries = max(self.used.values(), key=len)
+        self._orders: dict[tuple[str, int, int], list[str]] = {}  # task, seed, epoch -> its queries
         self.positive = {q: best_positive(collection.qrels["train"][q]) for q in self.queries}
         mined = self._mined(collection)
         self.negatives, self.teacher = mined.negatives, mined.teacher
@@ -197,10 +198,13 @@ class TrainingData:
 
     def _batch_queries(self, task: str, step: int, size: int, seed: int | None) -> list[str]:
         """The step's queries: each epoch is a permutation of its own."""
-        order = list(self.used[task])
-        epoch, at = divmod(step, len(order) // size)
-        random.Random(f"{self._seed(seed)} {task} {epoch}").shuffle(order)
-        return order[at * size : (at + 1) * size]
+        epoch, at = divmod(step, len(self.used[task]) // size)
+        key = (task, self._seed(seed), epoch)
+        if key not in self._orders:  # one of each task is kept
+            order = list(self.used[task])
+            random.Random(f"{key[1]} {task} {epoch}").shuffle(order)
+            self._orders = {k: v for k, v in self._orders.items() if k[0] != task} | {key: order}
+        return self._orders[key][at * size : (at + 1) * size]
 
     def _seed(self, seed: int | None) -> int:
         return self.config.seed + self.config.seed_offset if seed is None else seed

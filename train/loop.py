@@ -128,6 +128,7 @@ def train(
             penalties: list[Tensor] = []
             weighted: dict[str, Tensor] = {}
             carries: list[Callable[[], None]] = []
+            seen: dict[str, Tensor] = {}  # read when a card has all of the step's work
             for task in config.tasks:
                 work = WORK[task](data, step)
                 line["tokens"] += work.tokens
@@ -137,18 +138,16 @@ def train(
                 weighted[task] = task_weight[task] * loss
                 penalties += [rows.mean() for rows in made.penalties]
                 carries.append(made.carry)
-                line[f"loss_{task}"] = loss.item()
+                seen[f"loss_{task}"] = loss.detach()
             if routing[config.tasks[0]]:
                 routed = [name != config.always_on for name in config.experts]
                 layers = zip(*routing.values(), strict=True)
                 mixed = [torch.cat(layer)[:, routed] for layer in layers]  # (B, routed experts)
                 aux = losses.balance(mixed, config.balance)
                 rest = rest + config.balance_weight * aux
-                line["loss_balance"] = aux.item()
+                seen["loss_balance"] = aux.detach()
                 if penalties:
                     rest = rest + config.penalty_weight * torch.stack(penalties).mean()
-                # Where the router learns nothing, an idle expert is so by design.
-                line |= routing_line(given, config.experts, config.router not in NOT_LEARNED)
             optimizer.zero_grad(set_to_none=True)
             total = torch.stack(list(weighted.values())).sum() + rest
             trained = list(parameters.values())
@@ -160,6 +159,11 @@ def train(
             else:
                 backward(total, keep=False)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip).item()
+            line |= {name: value.item() for name, value in seen.items()}
+            if routing[config.tasks[0]]:
+                # Where the router learns nothing, an idle expert is so by design.
+                learns = config.router not in NOT_LEARNED and not config.router_frozen
+                line |= routing_line(given, config.experts, learns)
             line["gradient_norm"] = norm
             if not (math.isfinite(total.item()) and math.isfinite(norm)):
                 kept = f"the last good checkpoint is in {folder}"
@@ -309,6 +313,8 @@ def _resume(
     metadata = weights.read_metadata(path)
     for what, text in about.items():
         was, now = json.loads(metadata.get(what, "{}")), json.loads(text)
+        if what == "config":  # of another version of this code
+            was = Config.completed(was)
         if other := [f"{k}: {was.get(k)!r} there, {now.get(k)!r} here"
                      for k in was | now if was.get(k) != now.get(k)]:  # fmt: skip
             raise ValueError(

@@ -157,6 +157,7 @@ def mine(
     }
     if (folder / MANIFEST).exists() and "sha256" in (found := _begin(folder, identity)):
         mined_sha256(folder)  # what the manifest says is there
+        _tidy(folder)  # a kill may have come between the manifest and this
         return found
     _require_ours(folder)
     busy = "another process mines into it: wait for it, or choose another --out"
@@ -311,7 +312,7 @@ def _dense(
             texts = [collection.corpus[d] for d in pool[at : at + SHARD]]
             write_array(path, model.encode_document(texts, progress=False).numpy())
         shards.append(path)
-    place = {document: divmod(i, SHARD) for i, document in enumerate(pool)}
+    place = {document: i for i, document in enumerate(pool)}
     ids = retrieval.Ids.of(pool)
     asked: dict[str, Tensor] = {}  # of the latest search; they are scored next
 
@@ -331,11 +332,11 @@ def _dense(
         found = [0.0] * len(pairs)
         at = [place[document] for _, document in pairs]
         for shard, run in groupby(
-            sorted(range(len(pairs)), key=at.__getitem__), lambda i: at[i][0]
+            sorted(range(len(pairs)), key=at.__getitem__), lambda i: at[i] // SHARD
         ):
             there = np.load(shards[shard], mmap_mode="r")  # one open at a time
             for i in run:
-                vector = torch.from_numpy(np.array(there[at[i][1]]))
+                vector = torch.from_numpy(np.array(there[at[i] % SHARD]))
                 found[i] = float(asked[pairs[i][0]] @ vector)
         return found
 
@@ -395,6 +396,12 @@ def _finish(folder: Path, manifest: dict, parts: list[Path], wanted: int) -> dic
                 file.write(line)
     manifest = {**manifest, "sha256": digest.hexdigest(), "mined": counts}
     write_json(folder / MANIFEST, manifest)
-    for name in ("parts", "vectors"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    _tidy(folder)
     return manifest
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a whole folder has no more use for."""
+    for name in ("parts", "vectors"):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)

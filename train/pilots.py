@@ -25,6 +25,7 @@ def fit_pilots(model: UniMoER, data: TrainingData) -> None:
         ValueError: a task has no training texts, or fewer than there are pilots.
     """
     from sklearn.cluster import k_means  # a second to import, and few arms have pilots
+    from threadpoolctl import threadpool_limits
 
     assert model.config.lora is not None
     first = model.config.lora.first_layer
@@ -51,5 +52,6 @@ def fit_pilots(model: UniMoER, data: TrainingData) -> None:
         unit = torch.nn.functional.normalize(seen, dim=-1)
         # scikit-learn's types know n_init as "auto" alone.
         ten: Any = 10
-        found = k_means(unit.numpy(), size, n_init=ten, random_state=0)[0]
+        with threadpool_limits(1):  # several add up in the order in which they come
+            found = k_means(unit.numpy(), size, n_init=ten, random_state=0)[0]
         router.pilots[router.routed.index(task)] = torch.from_numpy(found).to(router.pilots)

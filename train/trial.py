@@ -1,6 +1,5 @@
 """One trial: config -> model -> train -> evaluate -> the record that is stored."""
 
-import hashlib
 import json
 import os
 import time
@@ -21,7 +20,7 @@ from model import bases, parallel, sharding
 from model.files import read_json
 from model.layers import RMSNorm
 from model.lora import LinearGroup, LoRAConfig
-from model.prefix import LIMIT, TextSet, TokenIds, prefix_states
+from model.prefix import LIMIT, TextSet, TokenIds, fingerprint, prefix_states
 from model.processor import resolve_dtype
 from model.router import SIMILARITY, RouterConfig
 from model.tokens import Prompts
@@ -121,6 +120,7 @@ class Workbench:
         self.collection: Collection = self.collections[0]
         self._bases: dict[tuple[str, str | None], str] = {}
         self._sets: dict[str, TextSet] = {}
+        self._of: tuple = ()  # what their states are of
         self._evaluation: tuple[str, EvaluationSet] | None = None
 
     def model(self, config: Config) -> UniMoER:
@@ -154,10 +154,10 @@ class Workbench:
             tokens = sum(len(row) for row in ids)
             if 2 * tokens * model.decoder.config.hidden_size > LIMIT:
                 return TextSet(ids)  # the lower layers are run again each time
-            fields = (config.adapter_layers, config.dtype, config.causal)
-            text = json.dumps([list(ids), *fields, model.identity])
-            key = hashlib.sha256(text.encode()).hexdigest()
-            found = self._sets.get(key)
+            fields = (config.adapter_layers, config.dtype, config.causal, model.identity)
+            if self._of != fields:  # of another depth: on disk, where they are found again
+                self._sets, self._of = {}, fields
+            found = self._sets.get(key := fingerprint(ids))
             if found is None:
                 with (
                     parallel.first(),  # it makes the file, the others find it
