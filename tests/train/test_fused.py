@@ -18,6 +18,8 @@ from train.trial import repeatable
 LAST_IN_PARTS = {
     "embedding_pooling": "last", "reranking_pooling": "last", "cached_tokens": 30,
 }  # fmt: skip
+PCGRAD = {"pcgrad": True}  # the balance loss goes back by itself
+TOKENS = {"per_token": True, "expert_dropout": 0.0}  # routed in the kernel
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -27,7 +29,10 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("changes", [{}, LAST_IN_PARTS], ids=["whole", "parts"])
+@pytest.mark.parametrize(
+    "changes", [{}, LAST_IN_PARTS, PCGRAD, PCGRAD | TOKENS],
+    ids=["whole", "parts", "pcgrad", "pcgrad of tokens"],
+)  # fmt: skip
 def test_the_same_losses_on_either_path(
     tiny_base, data, tmp_path, device: str, changes: dict[str, Any]
 ) -> None:
