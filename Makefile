@@ -38,8 +38,8 @@ TRIALS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ARMS),--arms $(ARMS)) \
   $(if $(CONTROLS),--controls) $(if $(AA),--aa) $(if $(RUNS),--runs '$(RUNS)') \
   $(if $(WANDB),--wandb '$(WANDB)') $(if $(EVALUATE),--evaluate $(EVALUATE)) $(if $(MTEB),--mteb $(MTEB))
 TORCHRUN = torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m
-# What `mteb/` before a name needs besides.
-NEEDED = $(if $(findstring mteb/,$(DATA) $(EVALUATE)),$(DEV))
+# What `mteb/` before a name, and Weights & Biases, need besides.
+NEEDED = $(if $(findstring mteb/,$(DATA) $(EVALUATE))$(WANDB),$(DEV))
 STUDY = $(PY) -m $(if $(PROCESSES),$(TORCHRUN) )run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS) $(ARGS))
 
 help:  ## List the targets
@@ -137,10 +137,11 @@ kernels-report: $(DEV)  ## Compile every kernel for T4, A100 and H100 and read i
 	$(PY) -m bench.compiled
 
 gpu-all: $(DEV) base  ## On a GPU: tests, bench, kill gate at full scale; each in minutes, resumable
+	@$(if $(BASE),echo 'gpu-all measures the default base: use kill-gate SCALE=full BASE=' && exit 2)
 	$(PY) -m bench.gpu_all $(ARGS)
 
 report: $(MAIN)  ## Write all reports again from their trials, with an overview; check the published ones
-	$(PY) -m run report $(EXPERIMENT) $(strip $(SETTING)) $(if $(RUNS),--runs '$(RUNS)') \
+	$(PY) -m run report $(subst -,_,$(EXPERIMENT)) $(strip $(SETTING)) $(if $(RUNS),--runs '$(RUNS)') \
 	  $(if $(LATEX),--latex)
 	$(PY) -m run check
 

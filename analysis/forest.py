@@ -29,8 +29,10 @@ def entries(runs: Path, setting: str) -> dict[str, dict[str, dict[str, Any]]]:
     paths = sorted(runs.glob(f"kill_gate/{setting}*/verdict.json"))
     gates = {path.parent.name: judge.read(path) for path in paths}
     ladder = runs / "scale_study" / setting / "scale.json"
-    sizes = judge.read(ladder)["rows"] if ladder.exists() else []
+    scale = judge.read(ladder) if ladder.exists() else {"rows": []}
+    sizes = scale["rows"]
     sizes = [row for row in sizes if not row.get("missing")]
+    several = len({row["rank"] for row in sizes}) > 1
     bases = {Path(v["base"]["name"]).name for v in gates.values()} | {row["name"] for row in sizes}
 
     def named(base: str, name: str) -> str:
@@ -48,7 +50,9 @@ def entries(runs: Path, setting: str) -> dict[str, dict[str, dict[str, Any]]]:
         layers = "all layers" if row["layers"] is None else f"{row['layers']} layers"
         entry = {k: row[k] for k in ("interference", "interval", "measurable")}
         entry |= {"sure": row.get("p_holm", 1.0) <= ALPHA, "paired": None}
-        name = named(row["name"], f"{layers}, rank {row['rank']}, {row['seeds']} seeds")
+        rank = f", rank {row['rank']}" if several else ""
+        told = f"{scale['data']['name']}, {layers}{rank}, {row['seeds']} seeds"
+        name = named(row["name"], told)
         _add(found, name, row["size"], row["task"], entry)
     return found
 

@@ -74,7 +74,7 @@ def write(folder: Path) -> dict[str, Any]:
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One arm, over its seeds."""
     taus = [row["order"]["tau"] for row in rows if row["order"]["tau"] is not None]
-    rates = [row["speed"]["pairs_per_second"] for row in rows]
+    rates = [rate for row in rows if (rate := row["speed"]["pairs_per_second"])]
     stored = [row["speed"].get("stored_pairs_per_second") for row in rows]
     return {
         "seeds": len(rows),
@@ -83,10 +83,10 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "mean": float(np.mean([row["order"]["mean"] for row in rows])),
         "spread": float(np.mean([row["order"]["spread"] for row in rows])),
         "tau": float(np.mean(taus)) if taus else None,
-        "pairs_per_second": float(np.mean(rates)),
+        "pairs_per_second": float(np.mean(rates)) if rates else None,
         "stored": float(np.mean(stored)) if all(stored) else None,
-        "slowest": min(rates),
-        "fastest": max(rates),
+        "slowest": min(rates, default=None),
+        "fastest": max(rates, default=None),
     }
 
 
@@ -136,7 +136,9 @@ def section(
             f"{100 * row['mean']:.2f}",
             f"{100 * row['spread']:.2f}",
             "-" if row["tau"] is None else f"{row['tau']:.3f}",
-            f"{row['pairs_per_second']:,.1f} ({row['slowest']:,.1f} to {row['fastest']:,.1f})",
+            f"{row['pairs_per_second']:,.1f} ({row['slowest']:,.1f} to {row['fastest']:,.1f})"
+            if row["pairs_per_second"]
+            else "-",
             f"{row['stored']:,.1f}" if row["stored"] else "-",
         ]
         for arm, row in found.items()
@@ -190,7 +192,7 @@ def reading(found: dict[str, dict[str, Any]], gain: dict[str, Any] | None) -> st
         tau = "" if row["tau"] is None else f" (Kendall's tau {row['tau']:.2f})"
         text = f"Another order moves {label(arm)} by {100 * row['spread']:.2f} points{tau}"
         twin = found.get(f"{POINTWISE}-{kind}")
-        if twin and twin["pairs_per_second"]:
+        if twin and twin["pairs_per_second"] and row["pairs_per_second"]:
             ratio = row["pairs_per_second"] / twin["pairs_per_second"]
             text += f"; it scores {ratio:.2f} times as many pairs a second as pointwise"
             if row["stored"]:

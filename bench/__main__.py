@@ -127,6 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.monotonic()
     bench = Workbench(given.data, device, bases.cache_folder(), keep_prefix=False)
     about = {"base": given.base, "data": given.data, "rounds": rounds, **timing.made_by(device)}
+    if given.only:
+        about["only"] = sorted(given.only)
     # Other texts are another record, and a few sections never stand in the place of all.
     names = [about["device"], Path(given.base).name, *[Path(given.data).name][given.data == DATA :]]
     folder = Path(given.runs) / "bench" if given.only else RESULTS

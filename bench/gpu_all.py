@@ -22,6 +22,7 @@ from bench import costs
 from bench.shapes import SHAPES
 from bench.timing import stem
 from eval.machine import device_name
+from eval.provenance import sources
 from model import bases
 from model.files import read_json, write_text
 
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 SCALE, DATA = "full", "stdlib"  # of the kill gate
 GOES_ON = "stopped at its limit, goes on in the next call"
+ANEW = "stopped at its limit, begins anew in the next call"
 TAIL = 12  # lines of a step's output that the summary keeps
 
 
@@ -37,7 +39,7 @@ class Step:
     """A command, what it shows, and after how many minutes it is stopped.
 
     record: a JSON file whose `left_out` says what the command had no time for.
-    after: the step that must be done before.
+    after: the step that must be done before. resumable: a stopped one goes on where it was.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Step:
     minutes: float = 7.5
     record: Path | None = None
     after: str = ""
+    resumable: bool = True
 
 
 def memory_settings(memory: float) -> list[str]:
@@ -64,16 +67,17 @@ def steps(python: str, device: str, memory: float) -> list[Step]:
     several = ["-n", str(min(8, os.cpu_count() or 1))]
     return [
         Step("test-gpu", "the kernels and the model are right on this card",
-             [python, "-m", "pytest", "-m", "gpu", "-q", *several]),
+             [python, "-m", "pytest", "-m", "gpu", "-q", *several], resumable=False),
         Step("bench", "speed and memory, beside the predictions of bench-model",
              [python, "-m", "bench", "--minutes", "5"],
              record=RESULTS / f"{stem(device, bases.DEFAULT)}.json"),
         Step("kill-gate", "the study at full scale",
              [python, "-m", "run", "run", *kill_gate, *memory_settings(memory)]),
         Step("publish", "its trials, verdict and report in results/",
-             [python, "-m", "run", "publish", *kill_gate], 1, after="kill-gate"),
+             [python, "-m", "run", "publish", *kill_gate], 1, after="kill-gate",
+             resumable=False),
         Step("bench-model", "predictions and measurements side by side",
-             [python, "-m", "bench.model"], 1, after="publish"),
+             [python, "-m", "bench.model"], 1, after="publish", resumable=False),
     ]  # fmt: skip
 
 
@@ -90,13 +94,15 @@ def run(step: Step, folder: Path) -> dict:
             code = None
     lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
     shown = [line for line in lines if line.strip() and "it/s" not in line][-TAIL:]
-    state = {0: "done", None: GOES_ON}.get(code, f"failed with exit code {code}")
+    late = GOES_ON if step.resumable else ANEW
+    state = {0: "done", None: late}.get(code, f"failed with exit code {code}")
     if state == "done" and step.record and json.loads(step.record.read_text())["left_out"]:
         state = GOES_ON
     return {
         "state": state,
         "seconds": time.monotonic() - started,
         "tail": shown,
+        "sources": sources("bench"),
     }
 
 
@@ -130,9 +136,14 @@ def main(arguments: list[str] | None = None) -> int:
     record = read_json(state, "remove it") if state.exists() else {}
     memory = torch.cuda.get_device_properties(0).total_memory
     listed, failed = steps(sys.executable, device, memory), False
+    if unknown := set(given.only) - {step.name for step in listed}:
+        known = ", ".join(step.name for step in listed)
+        parser.error(f"--only {', '.join(sorted(unknown))}: there are {known}")
 
     def done(name: str) -> bool:
-        return record.get(name, {}).get("state") == "done"
+        """With the code as it is now."""
+        found = record.get(name, {})
+        return found.get("state") == "done" and found.get("sources") == sources("bench")
 
     for step in listed:
         if given.only and step.name not in given.only:

@@ -63,9 +63,11 @@ def kill_gate_measured(card: Card) -> float | None:
     folder = TRIALS / "kill_gate" / "full"
     paths = [folder / arm / f"seed{seed}.json" for arm in experiments.ARMS for seed in range(SEEDS)]
     trials = [json.loads(path.read_text()) for path in paths if path.exists()]
-    if len(trials) < len(paths) or not all(is_card(card, trial["device"]) for trial in trials):
+    base = folder / "baselines.json"  # the untrained base, whose evaluation the prediction has too
+    trials += [json.loads(base.read_text())] if base.exists() else []
+    if len(trials) <= len(paths) or not all(is_card(card, trial["device"]) for trial in trials):
         return None
-    return sum(trial["seconds"]["train"] + trial["seconds"]["test"] for trial in trials) / 60
+    return sum(of["seconds"].get("train", 0) + of["seconds"]["test"] for of in trials) / 60
 
 
 def predictions() -> list[dict]:

@@ -27,11 +27,12 @@ from model import bases
 from model.config import DecoderConfig
 from model.files import write_text
 from scales import SCALES
+from train.trial import repeatable
 from trials import WIDTHS, Config, parts
 
 SCALE, DATA = "full", "msmarco"  # what bench/results/plan.md is about
 LINK = 300e9  # bytes/s of gradients between two cards, each way (NVLink of an A100), assumed
-TOKEN = 40  # bytes of a token id in a list: a pointer and an int
+TOKEN, STORED_TOKEN = 40, 4  # bytes of a token id in a list (a pointer and an int), and on disk
 # Bytes of BM25's index a document of 56 words, at its peak, on disk, and of a process that maps it:
 # the growth from 100,000 to 300,000 made-up texts, which `make bench` measures (bench/index.py).
 BM25_PEAK, BM25_KEPT, BM25_OWN = 2690, 440, 370
@@ -228,19 +229,22 @@ def render(
     )
     window, widest = min(WINDOW, counts.documents), max(p.shape.hidden_size for p in plans)
     ids, vectors = TOKEN * window * counts.document, 4 * window * widest
+    by_window = counts.documents > WINDOW  # searched where the model is
     scores = 16 * min(SCORES, window * counts.queries)  # fp32, their bits, the keys
+    held = ids + vectors + (0 if by_window else scores)
     texts = c.embedding_batch * (counts.query + (1 + c.hard_negatives) * counts.document)
-    trained = TOKEN * c.steps * (texts + c.reranking_batch * c.group_size * counts.pair)
+    trained = STORED_TOKEN * c.steps * (texts + c.reranking_batch * c.group_size * counts.pair)
     peak, kept, own = (n * counts.documents / 1e9 for n in (BM25_PEAK, BM25_KEPT, BM25_OWN))
     then = f", once, then {kept:,.1f} GB on disk, mapped, and {own:,.1f} GB of each process's own"
     left = (
         "## Not in it\n\n"
         "- Loading, tokenization, BM25 (its index, the candidates and negatives) and disk.\n"
-        "- The exact search, on the host: the last column of the operations for each of the "
-        f"{rankings} rankings.\n"
+        f"- The exact search, {'on the card' if by_window else 'on the host'}: the last column of "
+        f"the operations for each of the {rankings} rankings.\n"
         f"- The host's memory. The documents are encoded and searched in windows of {window:,}: at "
-        f"most {(ids + vectors + scores) / 1e9:,.2f} GB of token ids, vectors and scores, beside "
-        f"{trained / 1e9:,.2f} GB of what is trained on; in each process, so twice on two cards. "
+        f"most {held / 1e9:,.2f} GB of token ids, vectors{'' if by_window else ' and scores'} in "
+        f"each process, so twice on two cards. Token ids of what is trained on lie on disk "
+        f"({trained / 1e9:,.2f} GB). "
         f"BM25's index: about {peak:,.1f} GB while it is made"
         f"{then if counts.documents > KEPT_FROM else ', in each process'}.\n"
         "- Batches above the mean, attention over texts of unequal length, a card that is slower "
@@ -291,6 +295,8 @@ def priced(given: list[str]) -> dict[str, float]:
 def probe_here(plan: Plan, seconds: float) -> dict:
     """`bench.probe` on the machine at hand, as its step fits there."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        repeatable()  # as a run has it, and before the card is first used
     card = probe.card_here(device)
     option = estimate(plan, Offer(HERE, card))["option"]
     if option is None:
@@ -330,11 +336,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("--probe is of one base: name it with --base")
         if odd := {name: value for name, value in own.items() if value < 1}:
             raise ValueError(f"expected at least 1 of each, got {odd}")
+        if given.seeds < 0 or seconds < 0:
+            raise ValueError(f"--seeds {given.seeds}, --probe {seconds:g}: expected 0 or more")
         prices = priced(given.price)
         if len(own) == 5:  # nothing of DATA is used
             counts = Counts(**own, source="as given")
         else:
-            counts = COLLECTIONS.get(given.data) or counted(given.data)
+            counts = COLLECTIONS.get(parts(given.data)[0]) or counted(given.data)
             counts = replace(counts, **own)
         seeds = given.seeds or experiments.seeds("kill_gate", given.scale)
         chosen = [given.base] if given.base else list(WIDTHS)

@@ -33,6 +33,7 @@ from model.router import TASKS
 from model.texts import CARD_BUDGET
 from model.transformer import Decoder
 from train import losses
+from train.loop import strict
 from train.optim import adamw
 from train.trial import model_config
 from trials import Config
@@ -144,7 +145,8 @@ class Step:
 
     def step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss().backward()
+        with strict():  # as `train.loop` has it
+            self.loss().backward()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         self.optimizer.step()
 

@@ -39,7 +39,7 @@ OF = {  # what not every benchmark has
     "dimensions": ("beir",), "untrained": ("beir",), "tasks": ("mteb",), "benchmark": ("mteb",),
     "candidates": ("beir", "mteb"), "sides": ("rag",), "specialists": ("rag",),
     "passages": ("rag",), "rule": ("rag",), "temperature": ("rag",), "top_k": ("rag",),
-    "top_p": ("rag",), "seed": ("rag",),
+    "top_p": ("rag",), "seed": ("rag",), "depth": ("beir", "rag"),
 }  # fmt: skip
 
 
@@ -206,7 +206,6 @@ def main(arguments: list[str] | None = None) -> int:
         return baseline_table.main(words[1:])
     made = parser()
     args = made.parse_args(words)
-    args.depth = args.depth or (20 if args.bench == "rag" else 1000)
     args.name = args.name or saved.name_of(args.model)
 
     def work() -> None:
@@ -216,6 +215,11 @@ def main(arguments: list[str] | None = None) -> int:
             if args.bench not in benches and getattr(args, name) != made.get_default(name):
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} is of {' and '.join(benches)}, not of {args.bench}")
+        if args.bench == "mteb" and not args.data:
+            for name in ("split", "queries", "candidates"):
+                if getattr(args, name) != made.get_default(name):
+                    raise ValueError(f"--{name} is of --data: a task of mteb has its own")
+        args.depth = args.depth or (20 if args.bench == "rag" else 1000)
         for name, least in (("depth", 1), ("candidates", 1), ("queries", 0), ("passages", 1)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name} {getattr(args, name)}: expected at least {least}")

@@ -37,6 +37,7 @@ from model.weights import revision
 
 COMMANDS = ("encode", "search")
 METRICS = (metrics.MRR_10, *metrics.METRICS, "recall_1000")
+CUTS = {"recall_100": 100, "recall_1000": 1000}  # need so deep a ranking
 AT_ONCE = 256  # queries whose rankings are held as dicts
 
 
@@ -230,10 +231,15 @@ def _measure(
             for who, keys in rankings.items()
         }
     found["mean"] = {
-        who: {metric: metrics.mean(rows, metric) for metric in METRICS}
+        who: {metric: metrics.mean(rows, metric) for metric in deep_enough(args.depth)}
         for who, rows in found["scores"].items()
     }
     return found
+
+
+def deep_enough(depth: int) -> list[str]:
+    """The metrics of a ranking of `depth` documents: recall at 1,000 is none of a hundred."""
+    return [metric for metric in METRICS if CUTS.get(metric, 0) <= depth]
 
 
 def scored(
@@ -251,7 +257,8 @@ def scored(
         some = names[start : start + AT_ONCE]
         run = cut(to_run(keys[start : start + AT_ONCE], some, ids), judged.excluded, depth)
         qrels = {query: judged.qrels[query] for query in some}
-        found |= metrics.evaluate(qrels, run, metrics=METRICS, relevant=judged.relevant)
+        wanted = deep_enough(depth)
+        found |= metrics.evaluate(qrels, run, metrics=wanted, relevant=judged.relevant)
         if file is not None:
             for query, row in run.items():
                 ranked = enumerate(row.items(), 1)
@@ -267,9 +274,10 @@ def show(result: dict) -> None:
         f"{data['name']}, {result['split']}, {result['model']}: {data['documents']:,} documents, "
         f"relevant from grade {asked['relevant']}"
     )
-    print(f"{'':8}" + "".join(f"{name:>19}" for name in METRICS))
+    shown = list(next(iter(result["mean"].values())))
+    print(f"{'':8}" + "".join(f"{name:>19}" for name in shown))
     for who, means in result["mean"].items():
-        print(f"{who:8}" + "".join(f"{means[metric]:19.4f}" for metric in METRICS))
+        print(f"{who:8}" + "".join(f"{means[metric]:19.4f}" for metric in shown))
     for k, share in result.get("recall", {}).items():
         print(f"of the exact {k} best {asked['index']} finds {100 * share:.2f} %")
 

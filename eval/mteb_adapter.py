@@ -49,7 +49,7 @@ def meta(model: UniMoER, name: str, version: str, *, cross: bool) -> ModelMeta:
         name=name, revision=version, release_date=None, languages=None,
         n_parameters=sum(p.numel() for p in weights), memory_usage_mb=None,
         max_tokens=c.document_tokens, embed_dim=model.decoder.config.hidden_size,
-        license="apache-2.0", open_weights=True, public_training_code=None,
+        license=None, open_weights=True, public_training_code=None,
         public_training_data=None, framework=["PyTorch"], use_instructions=False,
         similarity_fn_name=None if cross else ScoringFunction.COSINE, training_datasets=None,
         model_type=["cross-encoder" if cross else "dense"],

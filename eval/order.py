@@ -65,7 +65,7 @@ def sensitivity(model: UniMoER, evaluation: EvaluationSet, orders: int) -> dict[
     }
 
 
-def speed(model: UniMoER, evaluation: EvaluationSet) -> dict[str, float]:
+def speed(model: UniMoER, evaluation: EvaluationSet) -> dict[str, float | None]:
     """Pairs per second of `rank`, one query after the other, with tokenization and without prefix
     states: what a user waits for. The first query is ranked once before, untimed. Where reranking
     compares vectors, `stored_pairs_per_second` is with those of the documents at hand."""
@@ -76,14 +76,15 @@ def speed(model: UniMoER, evaluation: EvaluationSet) -> dict[str, float]:
         if found
     ]
     if not requests:
-        return {"pairs": 0, "seconds": 0.0, "pairs_per_second": 0.0}
+        return {"pairs": 0, "seconds": 0.0, "pairs_per_second": None}
     model.rank(*requests[0])
     started = time.perf_counter()
     for query, documents in requests:
         model.rank(query, documents)
     seconds = time.perf_counter() - started
     pairs = sum(len(documents) for _, documents in requests)
-    found = {"pairs": pairs, "seconds": seconds, "pairs_per_second": pairs / seconds}
+    found: dict[str, float | None] = {"pairs": pairs, "seconds": seconds}
+    found["pairs_per_second"] = pairs / seconds
     if model.config.rerank_head == "pseudo_query":
         kept = [model.encode_document(documents) for _, documents in requests]
         started = time.perf_counter()

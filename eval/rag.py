@@ -271,9 +271,11 @@ def measure(
     normalise, earlier = NORMALISERS[settings.rule], stages.rows("questions")
     rows = {row["query"]: row["row"] for row in earlier}
     peak = max((row["peak_bytes"] for row in earlier), default=0)
-    for query, gold in answers.items():
-        if query in rows:
-            continue
+    left = [query for query in answers if query not in rows]
+    for query in left[:1]:
+        pipeline.ask(query)  # untimed: what is compiled and allocated once is no latency
+    for query in left:
+        gold = answers[query]
         answer, read, seconds = pipeline.ask(query)
         relevant = collection.qrels[split].get(query, {})
         rows[query] = {
@@ -313,7 +315,8 @@ def table(found: Sequence[dict[str, Any]], title: str) -> str:
         for key in ("exact_match", "f1"):
             low, high = interval([of[key] for of in row["questions"].values()])
             cells.append(f"{row[key]:.3f} ± {(high - low) / 2:.3f}".rjust(14))
-        cells.append(f"{row['found']:7.3f}")
+        reads = any(of["read"] for of in row["questions"].values())
+        cells.append(f"{row['found']:7.3f}" if reads else f"{'-':>7}")
         for stage in (*STAGES, "together"):
             took = row["latency"].get(stage, {})
             shown = ", ".join(f"{1000 * took[key]:.0f}" for key in ("median", "p95") if took)

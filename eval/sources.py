@@ -217,6 +217,14 @@ def read_splits(
     if sources.beside:
         splits[sources.beside] = queries.qrels
     origin: dict[str, str] = {}
+    # Held out before anything is dropped, so that dev is the same whether or not `corpus` is given.
+    if "dev" not in splits and "train" in splits:
+        train = splits["train"]
+        order = sorted(train, key=lambda query: hashlib.sha256(query.encode()).hexdigest())
+        held = set(order[: max(1, round(DEV_SHARE * len(train)))])
+        splits["dev"] = {q: train[q] for q in train if q in held}
+        splits["train"] = {q: train[q] for q in train if q not in held}
+        origin["dev"] = "10 % of the train queries, by sha256 of their ids"
     if corpus is not None:
         judged = {d for qrels in splits.values() for row in qrels.values() for d in row}
         absent = {document for document in judged if document not in corpus}
@@ -227,13 +235,6 @@ def read_splits(
                 for query, row in splits["train"].items()
             }
             splits["train"] = {query: row for query, row in kept.items() if row}
-    if "dev" not in splits and "train" in splits:
-        train = splits["train"]
-        order = sorted(train, key=lambda query: hashlib.sha256(query.encode()).hexdigest())
-        held = set(order[: max(1, round(DEV_SHARE * len(train)))])
-        splits["dev"] = {q: train[q] for q in train if q in held}
-        splits["train"] = {q: train[q] for q in train if q not in held}
-        origin["dev"] = "10 % of the train queries, by sha256 of their ids"
     return splits, origin
 
 

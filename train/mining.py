@@ -25,35 +25,26 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from eval import retrieval
 from eval.collections import Collection
 from eval.machine import device_name
 from model import saved
-from model.files import locked, whole, write_array, write_json, write_text
+from model.files import locked, whole, write_json, write_text
 from model.unimoer import UniMoER
 from model.weights import revision
 from train.batches import training_queries
+from train.first_stage import Run, Score, dense, lexical, logits, sigmoid
 from train.negatives import MANIFEST, MINED, best_positive, mined_sha256, read_manifest, stranger
 
 FORMAT = 1
 LEXICAL = "bm25"  # the name of the first stage that is no model
-SHARD = 8192  # documents whose vectors are one file
 PICKS = ("sampled", "top")
 AT_ONCE = 32_768  # queries that are searched for in one pass over the vectors
-
-Run = dict[str, dict[str, float]]  # query id -> document id -> score, best first
-Search = Callable[[list[list[str]], int], Iterator[Run]]  # parts of query ids, k -> their runs
-Score = Callable[[list[tuple[str, str]]], list[float]]  # of (query id, document id) pairs
 
 
 @dataclass(frozen=True)
@@ -173,11 +164,11 @@ def mine(
             models = {name: UniMoER.from_pretrained(name, device) for name in names}
             pool = collection.pools["train"]
             if retriever == LEXICAL:
-                search, score = _lexical(collection)
+                search, score = lexical(collection)
             else:
-                search, score = _dense(models[retriever], collection, pool, folder / "vectors")
-            again = _sigmoid(_logits(models[reranker], collection)) if reranker else None
-            judge = _logits(models[teacher], collection) if teacher else None
+                search, score = dense(models[retriever], collection, pool, folder / "vectors")
+            again = sigmoid(logits(models[reranker], collection)) if reranker else None
+            judge = logits(models[teacher], collection) if teacher else None
             relevant = collection.relevant("train")
             # Of all parts, done or not: what a pass finds must not depend on where it was stopped.
             every, step = list(parts.items()), max(1, AT_ONCE // settings.part)
@@ -276,84 +267,6 @@ def _scored(wanted: Mapping[str, Sequence[str] | Mapping[str, float]], score: Sc
 def _ordered(row: Mapping[str, float]) -> dict[str, float]:
     """Best first, equal scores by document id."""
     return dict(sorted(row.items(), key=lambda pair: (-pair[1], pair[0])))
-
-
-# First stages and models -------------------------------------------------------------------------
-
-
-def _lexical(collection: Collection) -> tuple[Search, Score]:
-    index = collection.bm25("train")
-
-    def search(parts: list[list[str]], k: int) -> Iterator[Run]:
-        for queries in parts:
-            yield index.search({q: collection.queries[q] for q in queries}, k)
-
-    def score(pairs: list[tuple[str, str]]) -> list[float]:
-        wanted: dict[str, list[str]] = {}
-        for query, document in pairs:
-            wanted.setdefault(query, []).append(document)
-        found = {
-            query: dict(zip(row, index.score(collection.queries[query], row), strict=True))
-            for query, row in wanted.items()
-        }
-        return [found[query][document] for query, document in pairs]
-
-    return search, score
-
-
-def _dense(
-    model: UniMoER, collection: Collection, pool: Sequence[str], folder: Path
-) -> tuple[Search, Score]:
-    """Exact search by cosine over the pool's vectors, which are computed once, shard by shard."""
-    shards = []
-    for at in tqdm(range(0, len(pool), SHARD), desc="documents", unit="shard", leave=False):
-        path = folder / f"{at // SHARD:06d}.npy"
-        if not path.exists():
-            texts = [collection.corpus[d] for d in pool[at : at + SHARD]]
-            write_array(path, model.encode_document(texts, progress=False).numpy())
-        shards.append(path)
-    place = {document: i for i, document in enumerate(pool)}
-    ids = retrieval.Ids.of(pool)
-    asked: dict[str, Tensor] = {}  # of the latest search; they are scored next
-
-    def search(parts: list[list[str]], k: int) -> Iterator[Run]:
-        queries = [q for part in parts for q in part]
-        vectors = model.encode_query([collection.queries[q] for q in queries], progress=False)
-        asked.clear()
-        asked.update(zip(queries, vectors, strict=True))
-        best = retrieval.Best(vectors.to(model.device), ids, k)
-        for path in tqdm(shards, desc="search", unit="shard", leave=False):
-            best.add(torch.from_numpy(np.load(path)))
-        sizes = [len(part) for part in parts]
-        for part, keys in zip(parts, best.keys.cpu().split(sizes), strict=True):
-            yield retrieval.to_run(keys, part, ids)
-
-    def score(pairs: list[tuple[str, str]]) -> list[float]:
-        found = [0.0] * len(pairs)
-        at = [place[document] for _, document in pairs]
-        for shard, run in groupby(
-            sorted(range(len(pairs)), key=at.__getitem__), lambda i: at[i] // SHARD
-        ):
-            there = np.load(shards[shard], mmap_mode="r")  # one open at a time
-            for i in run:
-                vector = torch.from_numpy(np.array(there[at[i] % SHARD]))
-                found[i] = float(asked[pairs[i][0]] @ vector)
-        return found
-
-    return search, score
-
-
-def _logits(model: UniMoER, collection: Collection) -> Score:
-    def score(pairs: list[tuple[str, str]]) -> list[float]:
-        texts = [(collection.queries[q], collection.corpus[d]) for q, d in pairs]
-        return model.score_pairs(texts).tolist()
-
-    return score
-
-
-def _sigmoid(logits: Score) -> Score:
-    """In float64: in fp32 everything above 17 would score alike."""
-    return lambda pairs: torch.tensor(logits(pairs), dtype=torch.float64).sigmoid().tolist()
 
 
 # The folder --------------------------------------------------------------------------------------
