@@ -29,7 +29,7 @@ def entries(runs: Path, setting: str) -> dict[str, dict[str, dict[str, Any]]]:
     paths = sorted(runs.glob(f"kill_gate/{setting}*/verdict.json"))
     gates = {path.parent.name: judge.read(path) for path in paths}
     ladder = runs / "scale_study" / setting / "scale.json"
-    scale = judge.read(ladder) if ladder.exists() else {"rows": []}
+    scale: dict[str, Any] = judge.read(ladder) if ladder.exists() else {"rows": []}
     sizes = scale["rows"]
     sizes = [row for row in sizes if not row.get("missing")]
     several = len({row["rank"] for row in sizes}) > 1

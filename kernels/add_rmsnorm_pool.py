@@ -109,7 +109,7 @@ class _AddRMSNormPool(torch.autograd.Function):
         h, weight, rstd = ctx.saved_tensors
         n, d = h.shape
         if dn is None:  # of a loss that reads the routing alone, on its way back by itself
-            dn = h.new_zeros(n, ctx.left + d)
+            dn = torch.zeros(n, ctx.left + d, dtype=h.dtype, device=h.device)
         # As wide as delta was: what made delta needs the columns behind it for its own backward.
         width = d if ctx.delta_width is None else ctx.delta_width
         dx = h.new_empty(n, width)
