@@ -63,6 +63,8 @@ def mean_interference(
         value += count * 100 * (p - j) / p
         gradient = {specialist: count * 100 * j / p**2, joint: -count * 100 / p}
         found.append(stats.Part(gradient, y, labels))
+    if any(len(set(labels)) < 2 for _, labels in parts):
+        return stats.Estimate(value)  # one cluster gives no interval
     return stats.estimate_over(value, found)
 
 
@@ -90,7 +92,7 @@ def judge(folders: Sequence[Path]) -> dict[str, Any]:
         y, labels = arrays(baselines, used)
         for task in TASKS:
             base = np.mean([row[METRIC] for row in baselines["untrained"][task].values()])
-            found = stats.interference(y[task], labels[task], SPECIALIST[task], JOINT)
+            found = mean_interference([(y[task], labels[task])], SPECIALIST[task], JOINT, [1.0])
             mine = float(y[task][SPECIALIST[task]].mean())
             rows[name][task] = {
                 "specialist": mine,

@@ -43,22 +43,33 @@ def test_every_collection_weighs_the_same() -> None:
     found = mean(parts)
     each = [stats.interference(y, labels, *PAIR) for y, labels in parts]
     assert found.value == pytest.approx((each[0].value + each[1].value) / 2, rel=1e-12)
-    # Without seeds that differ what is left is the variance over queries, by delete-one-cluster.
+    # Without seeds that differ what is left is the variance over queries, of each by itself.
     still = [({a: np.repeat(s.mean(0)[None], 3, 0) for a, s in y.items()}, of) for y, of in parts]
-    u, clusters = [], []
-    for at, (y, labels) in enumerate(still):
-        p, j = (float(y[arm].mean()) for arm in PAIR)
-        scale = 420 / (2 * len(labels)) * 100 / p
-        u += [scale * (j / p * a - b) for a, b in zip(y[PAIR[0]][0], y[PAIR[1]][0], strict=True)]
-        clusters += [(at, label) for label in labels]
-    variance = 0.0
-    for name in set(clusters):
-        inside = [v for v, label in zip(u, clusters, strict=True) if label == name]
-        variance += (sum(inside) / (420 - len(inside))) ** 2
-    variance *= 1 - 1 / len(set(clusters))
-    assert mean(still).se == pytest.approx(math.sqrt(variance), rel=1e-9)
-    alone = [stats.interference(y, labels, *PAIR).se for y, labels in still]
-    assert math.sqrt(variance) == pytest.approx(math.hypot(*alone) / 2, rel=0.06)
+    alone = [stats.interference(y, labels, *PAIR) for y, labels in still]
+    assert mean(still).se == pytest.approx(math.hypot(*(e.se for e in alone)) / 2, rel=1e-9)
+    # The small one's variance is nearly all of it, and so are its few clusters.
+    assert alone[0].se > 3 * alone[1].se and alone[0].df == 9
+    assert 9 <= mean(still).df < 12
+
+
+def test_seeds_move_an_arm_on_all_collections_at_once() -> None:
+    """What a seed adds on one collection and takes on the other is no variance of the mean."""
+    rng = np.random.default_rng(5)
+    level = np.array([[-0.02], [0.0], [0.02]])
+    parts = []
+    for sign in (1, -1):
+        y = {arm: np.full((3, 40), 0.5) + 1e-4 * rng.standard_normal(40) for arm in PAIR}
+        y[PAIR[1]] = y[PAIR[1]] + sign * level
+        parts.append((y, [f"c{i}" for i in range(40)]))
+    against, alike = mean(parts), mean([parts[0], parts[0]])
+    assert against.se < 0.01 * alike.se
+    assert alike.se == pytest.approx(100 * 0.02 / 0.5 / math.sqrt(3), rel=0.01)
+
+
+def test_a_collection_of_one_cluster_leaves_no_interval(tmp_path: Path) -> None:
+    (y, labels), one = part(40, 1, 0.1), part(40, 2, 0.1)
+    found = mean([(y, labels), (one[0], ["same"] * 40)])
+    assert found.interval is None and 5 < found.value < 15
 
 
 def test_the_forums_are_one_collection() -> None:
@@ -69,11 +80,10 @@ def test_the_forums_are_one_collection() -> None:
     found = across.mean_interference(parts, *PAIR, counts)
     each = [stats.interference(y, labels, *PAIR) for y, labels in parts]
     assert found.value == pytest.approx(each[0].value / 2 + sum(e.value for e in each[1:]) / 6)
-    # A collection that counts nothing leaves the estimate of the others, its queries spread over
-    # more (which is why estimate's weights have Q in them).
+    # A collection that counts nothing leaves the others' estimate as it is.
     alone, without = mean(parts[:1]), across.mean_interference(parts[:2], *PAIR, [1.0, 0.0])
     assert without.value == pytest.approx(alone.value, rel=1e-12)
-    assert without.se == pytest.approx(alone.se, rel=0.05)
+    assert without.se == pytest.approx(alone.se, rel=1e-12)
 
 
 def test_how_hard_a_collection_is_adds_nothing() -> None:

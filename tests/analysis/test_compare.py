@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from analysis import compare
-from eval import stats
+from eval import inference
 from tests.analysis.made import Maker
 
 SAME = {"embedding": 0.6, "reranking": 0.5}
@@ -34,7 +34,7 @@ def test_a_planted_difference_is_found_and_no_other(made: Maker) -> None:
     found = compare.write(made.folder)
     rows = differences(found)
     assert rows.keys() == {(arm, task) for arm in ARMS for task in SAME}
-    sure = {at for at, row in rows.items() if row["p_holm"] <= stats.ALPHA}
+    sure = {at for at, row in rows.items() if row["p_holm"] <= inference.ALPHA}
     assert sure == {("task", "reranking")}
     planted = rows["task", "reranking"]
     assert planted["difference"] == pytest.approx(-3, abs=0.5)
@@ -44,7 +44,7 @@ def test_a_planted_difference_is_found_and_no_other(made: Maker) -> None:
     text = (made.folder / "report.md").read_text()
     assert "On reranking, Task is" in text and "below Sparsegen" in text
     assert "With these: Sparsegen; without: " in text and "without: Task, Task-Shared," in text
-    assert "The other 7 differences to Sparsegen cannot be told from chance" in text
+    assert "The other 7 differences to Sparsegen are not significant (detectable: " in text
     assert json.loads((made.folder / "comparison.json").read_text()) == found
     assert (made.folder / "differences.png").exists() and (made.folder / "differences.svg").exists()
 
@@ -83,7 +83,7 @@ def test_under_the_null_at_most_a_few_comparisons_are_sure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Holm over 8 comparisons: over 60 made-up studies any false one is rare."""
-    monkeypatch.setattr(stats, "smallest_detectable_effect", lambda *of: 1.0)  # slow, not read
+    monkeypatch.setattr(inference, "smallest_detectable_effect", lambda *of: 1.0)  # slow, not read
     false = 0
     for seed in range(60):
         maker = Maker(tmp_path / f"{seed}" / "soft_vs_hard" / "smoke", seed=seed)
@@ -92,7 +92,7 @@ def test_under_the_null_at_most_a_few_comparisons_are_sure(
             maker.arm(arm, SAME)
         baselines, arms = compare.judge.load(maker.folder)
         rows = compare.compare(maker.folder, baselines, arms)["differences"]
-        false += any(row["p_holm"] <= stats.ALPHA for row in rows)
+        false += any(row["p_holm"] <= inference.ALPHA for row in rows)
     # 5 % of 60 is 3; P(more than 8) is under 1 % even if the rate were 7 %
     assert false <= 8
 
@@ -121,8 +121,9 @@ def test_missing_arms_and_seeds_are_shown_as_missing(made: Maker) -> None:
     assert found["arms"]["task"]["missing_seeds"] == [2]
     assert found["arms"]["uniform"]["seeds"] == []
     text = (made.folder / "report.md").read_text()
-    assert "| Uniform | missing | missing | 0 |" in text
-    assert "Task 2; Task-Shared 0, 1, 2" in text
+    assert "| Uniform |" not in text
+    assert "- Anything about what was not run: " in text and ", Uniform." in text
+    assert "- Anything that needs seeds that were not run: seed 2 of Task." in text
 
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
@@ -170,13 +171,13 @@ def test_contrasts_are_held_against_each_other(tmp_path: Path) -> None:
         ("head-on-reranking", "head-on-base", "embedding"),
         ("head-on-reranking", "rank-only", "reranking"),
     }
-    sure = [at for at, row in pairs.items() if row["p_holm"] <= stats.ALPHA]
+    sure = [at for at, row in pairs.items() if row["p_holm"] <= inference.ALPHA]
     assert sure == [("rerank-beside-embedding", "rerank-beside-nothing", "reranking")]
     assert pairs[sure[0]]["difference"] == pytest.approx(3, abs=0.5)
     text = (maker.folder / "report.md").read_text()
     assert "## Contrasts" in text and "over all 3 differences" in text
     assert "what a trained, frozen embedding expert adds" in text
-    assert "| Full | missing | missing | 0 |" in text
+    assert "- Anything about what was not run: Full, " in text
 
 
 def test_an_arm_without_a_step_is_compared(made: Maker) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from analysis import leaderboard
-from eval import stats
+from eval import inference, rule
 from tests.analysis.made import Maker
 
 LEVELS = np.linspace(0.4, 0.9, 12)  # how hard each task is
@@ -68,10 +68,10 @@ def test_compared_are_the_seeds_of_both_sides(folder: Path) -> None:
         made[arm][3] = dict.fromkeys(made[arm][0], 0.0)
     found = leaderboard.decide(folder, made)
     assert found == expected and found["seeds"] == [0, 1, 2]
-    alpha = stats.alpha_at_look(3)
+    alpha = rule.alpha_at_look(3)
     row = found["tasks"]["embedding"]
     assert (found["alpha"], row["detectable_alpha"]) == (alpha, alpha / 2)
-    assert row["smallest_detectable_effect"] == stats.smallest_detectable_effect(
+    assert row["smallest_detectable_effect"] == inference.smallest_detectable_effect(
         row["se"], row["df"], alpha / 2
     )
     other = {arm: {s + 5: rows[s] for s in rows if s < 3} for arm, rows in made.items()}

@@ -73,7 +73,7 @@ def test_what_was_planted_is_found(made: Maker) -> None:
     assert "| Pointwise-Single | 50.00 | 0.00 | 1.000 | 11.0 (10.0 to 12.0) | - |" in text
     assert "| E2Rank-Single | 48.00 | 1.00 | 0.800 | 21.0 (20.0 to 22.0) | 61.0 |" in text
     assert "Routing adds more listwise than pointwise." in text
-    assert "Whether routing adds more pointwise or by pseudo-query cannot be told" in text
+    assert "Whether routing adds more pointwise or by pseudo-query is undetermined (Holm p" in text
     assert "Another order moves Listwise-MoE by 2.00 points (Kendall's tau 0.60); it scores" in text
     assert "2.82 times as many pairs a second as pointwise." in text
     assert "1.91 times as many pairs a second as pointwise, 5.55 times with the docum" in text
@@ -94,7 +94,7 @@ def test_an_equal_gain_cannot_be_told_from_chance(tmp_path: Path) -> None:
     assert found["order"] == {}
     assert all(row["p_holm"] > 0.05 for row in found["routing_gain"]["against"].values())
     text = (maker.folder / "report.md").read_text()
-    assert "Whether routing adds more pointwise or listwise cannot be told from chance." in text
+    assert "Whether routing adds more pointwise or listwise is undetermined (Holm p" in text
     assert "Nothing was measured yet." in text
 
 
@@ -104,6 +104,10 @@ def test_missing_arms_and_seeds(made: Maker, tmp_path: Path) -> None:
         (made.folder / "listwise-moe" / name).unlink()
     found = order.write(made.folder)
     assert found["order"]["listwise-moe"]["seeds"] == 2
+    for path in (made.folder / "listwise-single").glob("order-*"):
+        path.unlink()
+    order.write(made.folder)
+    assert "Not measured: Listwise-Single." in (made.folder / "report.md").read_text()
     assert found["routing_gain"]["by_mode"]["listwise"] == pytest.approx(5, abs=0.6)
     for path in (made.folder / "e2rank-single").iterdir():
         path.unlink()
@@ -112,7 +116,7 @@ def test_missing_arms_and_seeds(made: Maker, tmp_path: Path) -> None:
         path.unlink()
     found = order.write(made.folder)
     assert found["routing_gain"] is None
-    assert "Not told: it takes both arms of pointwise" in (made.folder / "report.md").read_text()
+    assert "Not known: it takes both arms of pointwise" in (made.folder / "report.md").read_text()
 
 
 def test_the_arms_differ_in_the_head_and_in_routing_alone() -> None:

@@ -123,22 +123,27 @@ def test_what_agrees_between_collections_is_said() -> None:
         return {"interference": loss, "p_holm": p, "measurable": measurable,
                 "won_back_interval": back}  # fmt: skip
 
-    def verdict(decision: str, embedding: dict, reranking: dict) -> dict:
-        return {"decision": decision, "alpha": 0.02,
+    def verdict(
+        decision: str | None, embedding: dict, reranking: dict, supported: bool = False
+    ) -> dict:
+        return {"decision": decision, "alpha": 0.02, "supported": supported,
                 "tasks": {"embedding": embedding, "reranking": reranking}}  # fmt: skip
 
     text = overview.agreement({
-        "a": verdict("proceed", row(4.0, 0.05), row(5.0, 0.01, back=(0.1, 0.9))),
+        "a": verdict("proceed", row(4.0, 0.05), row(5.0, 0.01, back=(0.1, 0.9)), True),
         "b": verdict("proceed", row(-2.0, 0.0), row(1.0, 0.9, back=(-0.1, 0.9))),
         "c": verdict("pivot", row(9.0, 0.01, measurable=False), row(2.0, 0.03)),
     })  # fmt: skip
-    assert "The decision is proceed in 2 of 3 settings, pivot in 1." in text
-    assert "On retrieval, measurable in 2, I is above 0 in 1 (-2.0 to +4.0 %) and told" in text
-    assert "told from none by its look's level in b; Joint-MoE" in text
-    assert "On reranking, measurable in 3, I is above 0 in 3 (+1.0 to +5.0 %) and told" in text
-    assert "level in a; Joint-MoE wins back a part that can be told from none in a." in text
-    nothing = {"a": verdict("inconclusive", row(1.0, 0.5, False), row(1.0, 0.5, False))}
-    assert "Nowhere is reranking measurable." in overview.agreement(nothing)
+    decided = "The decision is proceed in 2 of 3 settings, pivot in 1; the statistics support it"
+    assert f"{decided} in 1 (a)." in text
+    assert "On retrieval, measurable in 2, I is above 0 in 1 (-2.0 to +4.0 %), significant" in text
+    assert "significant at its look's level in b; Joint-MoE" in text
+    assert "On reranking, measurable in 3, I is above 0 in 3 (+1.0 to +5.0 %), significant" in text
+    assert "level in a; Joint-MoE wins back a significant part in a." in text
+    nothing = {"a": verdict(None, row(1.0, 0.5, False), row(1.0, 0.5, False))}
+    said = overview.agreement(nothing)
+    assert "Nowhere is reranking measurable." in said
+    assert "is no verdict in 1 of 1 settings; the statistics support it in none" in said
 
 
 def test_publishing_a_collection_renews_the_page_that_shows_it(

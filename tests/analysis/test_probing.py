@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 from analysis import probes, probing, roles
 from analysis.page import over_seeds
-from eval import stats
+from eval import inference
 
 N, D = 600, 20
 QUERIES = [i // 6 for i in range(N)]
@@ -296,7 +296,7 @@ def test_what_probes_claim_is_tested_over_seeds() -> None:
     assert seeds["joint-moe", f"{expert} the other"] == pytest.approx([0.0, 0.0])
     assert ("late", f"{held}, against Rank-Only") not in seeds and len(seeds) == 10
     tested = [row["difference"] for row in found if row["difference"]["p"] is not None]
-    assert [row["p_holm"] for row in tested] == stats.holm([row["p"] for row in tested])
+    assert [row["p_holm"] for row in tested] == inference.holm([row["p"] for row in tested])
     assert len(tested) == 8  # one seed has no p
 
 

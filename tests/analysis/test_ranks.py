@@ -87,8 +87,22 @@ def test_each_expert_s_ladder_passes_through_the_common_rank(made: Maker) -> Non
 def test_one_cluster_gives_no_interval_and_shows_nothing() -> None:
     y = {"all-r1": np.full((2, 5), 0.598), "all-r16": np.full((2, 5), 0.6)}
     found = ranks.enough(y, {"all-r1": 1, "all-r16": 16}, ["one"] * 5)
+    ranks.settle([found])
     assert (found["rank"], found["interval"], found["shown"]) == (1, None, False)
     assert found["loss"] == pytest.approx(100 * 0.002 / 0.6)
+
+
+def test_what_is_shown_survives_the_correction_over_all_ladders() -> None:
+    """A p of 0.03 by itself is no more than a p of 0.12 among four."""
+
+    def row(rank: int, excluded: dict[int, float]) -> dict:
+        return {"rank": rank, "best_rank": 16, "excluded": excluded}
+
+    alone, two = row(4, {4: 0.03}), row(4, {1: 0.9, 4: 0.001})
+    ranks.settle([alone])
+    assert alone["shown"] is True
+    ranks.settle([alone, two, row(16, {8: 0.5})])
+    assert (alone["shown"], two["shown"]) == (False, True)
 
 
 def test_one_rank_is_no_ladder(made: Maker) -> None:

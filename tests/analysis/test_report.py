@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from analysis import report, verdict_tables
-from eval import stats
+from eval import rule, stats
 from tests.analysis.made import QUERIES, Make, change, text_of, words_alone
 
 
@@ -21,7 +21,7 @@ def test_numbers_are_those_of_stats(make: Make) -> None:
         return np.array([[r["ndcg_cut_10"] for r in t.values()] for t in trials])
 
     y = {
-        task: {a: matrix(a, task) for a in (stats.SPECIALIST[task], "joint-single", "joint-moe")}
+        task: {a: matrix(a, task) for a in (rule.SPECIALIST[task], "joint-single", "joint-moe")}
         for task in report.TASKS
     }
     baselines = json.loads((folder / "baselines.json").read_text())
@@ -30,7 +30,7 @@ def test_numbers_are_those_of_stats(make: Make) -> None:
         for task in y
     }
     labels = list(baselines["clusters"].values())
-    direct = stats.verdict(y, base, dict.fromkeys(y, labels))
+    direct = rule.verdict(y, base, dict.fromkeys(y, labels))
     assert {key: verdict[key] for key in direct} == direct
     row = verdict["arms"]["joint-single"]["scores"]["embedding"]
     mean = stats.arm_mean(y["embedding"], labels, "joint-single")
@@ -44,8 +44,8 @@ def test_numbers_are_those_of_stats(make: Make) -> None:
 @pytest.mark.parametrize(
     ("loss", "gain", "decision", "words"),
     [
-        ((5.0, 0.0), 0.3, "proceed", "Proceed: sharing one adapter costs 2 % or more (+"),
-        ((0.0, 0.0), 0.3, "pivot", "Pivot: sharing one adapter costs under 1 % ("),
+        ((5.0, 0.0), 0.3, "proceed", "Proceed: one adapter for both scores 2 % or more below"),
+        ((0.0, 0.0), 0.3, "pivot", "Pivot: one adapter for both scores less than 1 % below"),
         ((1.5, 0.0), 0.3, "more_seeds", "More seeds: no task loses 2 %"),
         ((0.0, 0.0), 0.01, "inconclusive", "retrieval and reranking cannot be measured here"),
     ],

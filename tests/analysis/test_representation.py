@@ -13,7 +13,7 @@ import experiments
 from analysis import gradients, representation, representations, subspaces
 from analysis.page import over_seeds
 from analysis.representation_claims import claims
-from eval import stats
+from eval import inference
 from eval.collections import load
 from eval.protocol import EvaluationSet, without_states
 from model.packed import pack
@@ -146,7 +146,7 @@ def test_what_is_claimed_is_tested_over_seeds() -> None:
     means = [row["difference"]["mean"] for row in rows]
     assert means == pytest.approx([0.02, 0.05, 0.0])
     ps = [row["difference"]["p"] for row in rows]
-    assert [row["difference"]["p_holm"] for row in rows] == stats.holm(ps)
+    assert [row["difference"]["p_holm"] for row in rows] == inference.holm(ps)
     assert rows[2]["what"] == "overlap of a with b (write) less by chance"
     # A seed that one of them lacks is left out, and pairs stay those of one seed.
     cka["emb-only"]["by_seed"], cka["rank-only"]["by_seed"] = [None, 0.92, 0.93], [0.1, 0.9, 0.9]

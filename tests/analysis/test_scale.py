@@ -11,7 +11,7 @@ import pytest
 
 import experiments
 from analysis import overview, reports, scale, slopes
-from eval import stats
+from eval import inference
 from tests.analysis.made import Maker
 
 SIZES = {8: 1000, 16: 2000, 30: 4000}  # layers -> parameters
@@ -50,9 +50,9 @@ def test_a_planted_slope_is_found(tmp_path: Path) -> None:
     slopes = {row["task"]: row for row in found["slopes"]}
     assert slopes["embedding"]["slope"] == pytest.approx(-3, abs=0.5)
     low, high = slopes["embedding"]["interval"]
-    assert low < -3 < high < 0 and slopes["embedding"]["p_holm"] <= stats.ALPHA
+    assert low < -3 < high < 0 and slopes["embedding"]["p_holm"] <= inference.ALPHA
     low, high = slopes["reranking"]["interval"]
-    assert low < 0 < high and slopes["reranking"]["p_holm"] > stats.ALPHA
+    assert low < 0 < high and slopes["reranking"]["p_holm"] > inference.ALPHA
     rows = {(r["layers"], r["task"]): r for r in found["rows"] if not r.get("missing")}
     for layers, percent in ((8, 9), (16, 6), (30, 3)):
         assert rows[layers, "embedding"]["interference"] == pytest.approx(percent, abs=1)
@@ -74,7 +74,7 @@ def test_a_planted_slope_over_the_rank_is_found(tmp_path: Path) -> None:
     slopes = {(row["axis"], row["task"]): row for row in found["slopes"]}
     assert {axis for axis, _ in slopes} == {"rank"}
     assert slopes["rank", "embedding"]["slope"] == pytest.approx(-1, abs=0.2)
-    assert slopes["rank", "embedding"]["p_holm"] <= stats.ALPHA
+    assert slopes["rank", "embedding"]["p_holm"] <= inference.ALPHA
     low, high = slopes["rank", "reranking"]["interval"]
     assert low < 0 < high
 
@@ -124,7 +124,7 @@ def test_slopes_of_the_loss_in_other_units(tmp_path: Path) -> None:
 
 def test_the_interval_of_the_slope_covers(tmp_path: Path, monkeypatch) -> None:
     """Planted 0 at all sizes: over 60 made-up studies 95 % intervals miss 0 about 3 times."""
-    monkeypatch.setattr(stats, "smallest_detectable_effect", lambda *of: 1.0)  # slow, not read
+    monkeypatch.setattr(inference, "smallest_detectable_effect", lambda *of: 1.0)  # slow, not read
     missed = 0
     for seed in range(60):
         folder = make(tmp_path / str(seed), dict.fromkeys(SIZES, 0.0), seed=seed, noise=0.01)

@@ -33,7 +33,8 @@ def test_principal_angles_are_those_that_were_planted() -> None:
     x = q[:, :3]
     turned = q[:, 1] * math.cos(math.pi / 3) + q[:, 4] * math.sin(math.pi / 3)
     y = torch.stack((q[:, 0], turned, q[:, 5]), 1) @ normal(3, 3)
-    assert spectra.principal_cosines(x, y).tolist() == pytest.approx([1, 0.5, 0], abs=1e-9)
+    cosines = spectra.principal_cosines(spectra.basis(x), spectra.basis(y))
+    assert cosines.tolist() == pytest.approx([1, 0.5, 0], abs=1e-9)
     found = spectra.overlap(x, y)
     assert found["overlap"] == pytest.approx(1.25 / 3) and found["by_chance"] == 0.3
 

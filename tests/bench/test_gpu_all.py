@@ -59,6 +59,12 @@ def test_steps(monkeypatch, tmp_path) -> None:
     gpu_all.main(["--runs", str(tmp_path / "runs")])
     text = (tmp_path / "results" / "nvidia-test-1-summary.md").read_text()
     assert "| partly | shows partly | done |" in text and "| later | shows later | done |" in text
+    assert marker.read_text() == "xyyxy"
+    monkeypatch.setattr(gpu_all, "sources", lambda *more: "other code")
+    gpu_all.main(["--runs", str(tmp_path / "runs")])
+    assert marker.read_text() == "xyyxyxy", "what other code has done is done again"
+    with pytest.raises(SystemExit):
+        gpu_all.main(["--runs", str(tmp_path / "runs"), "--only", "typo"])
 
 
 def test_a_small_card_computes_activations_again() -> None:

@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from eval import stats
+from eval import inference, rule, stats
 from tests.eval.studies import ARMS, experiment, modules, study, task
 
 # Fixed generators: the counts do not vary from run to run. The bounds leave room for the binomial
@@ -22,7 +22,7 @@ def quick(scores, base, clusters, detectable=False):
     pair = {t: {a: y for a, y in arms.items() if a in ARMS[t][:2]} for t, arms in scores.items()}
     skipped = mock.patch.object(stats, "smallest_detectable_effect", lambda *of: math.nan)
     with contextlib.nullcontext() if detectable else skipped:
-        return stats.verdict(pair, base, clusters, draws=1)
+        return rule.verdict(pair, base, clusters, draws=1)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def null_studies():
                 looks.append(first["supported"])
                 continue
             e = {t: stats.interference(y, clusters[t], *ARMS[t][:2]) for t, y in seen.items()}
-            p = dict(zip(e, stats.holm([v.p for v in e.values()]), strict=True))
+            p = dict(zip(e, inference.holm([v.p for v in e.values()]), strict=True))
             rows = {t: task(e[t].value, p_holm=p[t], p_equivalence=1.0) for t in e}
-            looks.append(stats.decide(rows, seeds)["supported"])
+            looks.append(rule.decide(rows, seeds)["supported"])
         out.append((first, looks))
     return out
 
@@ -51,11 +51,11 @@ def test_false_support_in_at_most_five_percent(null_studies):
     looks = np.array([looks for _, looks in null_studies])
     # The promise is 5 % over all looks. Only losses proceed, so about half of alpha is used.
     assert looks.any(axis=1).mean() <= 0.05
-    assert looks[:, 0].mean() <= stats.alpha_at_look(3)
+    assert looks[:, 0].mean() <= rule.alpha_at_look(3)
     # And the instrument is alive: at its level both signs are found at about that level
     # (0.0226, binomial error 0.0047).
     p = np.array([[t["p_holm"] for t in v["tasks"].values()] for v, _ in null_studies])
-    assert 0.010 <= (p.min(axis=1) <= stats.alpha_at_look(3)).mean() <= 0.036
+    assert 0.010 <= (p.min(axis=1) <= rule.alpha_at_look(3)).mean() <= 0.036
 
 
 @pytest.mark.parametrize("factor", [2, 3])
@@ -64,7 +64,7 @@ def test_false_support_where_the_joint_arm_spreads_more(factor):
     wide = {"emb-only": 0.02, "rank-only": 0.02, "joint-moe": 0.02, "joint-single": 0.02 * factor}
     rng = np.random.default_rng(15)
     found = [quick(*study(rng, seed=wide)) for _ in range(REPLICATES)]
-    assert np.mean([v["supported"] for v in found]) <= stats.alpha_at_look(3)
+    assert np.mean([v["supported"] for v in found]) <= rule.alpha_at_look(3)
     for name in ("embedding", "reranking"):
         intervals = [v["tasks"][name]["interval"] for v in found]
         assert 0.93 <= np.mean([low <= 0 <= high for low, high in intervals]) <= 0.98
@@ -171,6 +171,6 @@ def test_equivalence_is_declared_in_at_most_its_level_at_the_margin():
                 seed=0.003,
             )
             e = stats.interference(y, ids, "p", "j")
-            out.append(stats.tost(e.value, e.se, e.df, 2.0) <= 0.05)
+            out.append(inference.tost(e.value, e.se, e.df, 2.0) <= 0.05)
     assert 0.025 <= np.mean(declared) <= 0.077  # binomial error 0.009
     assert np.mean(inside) > 0.5

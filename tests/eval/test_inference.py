@@ -3,25 +3,25 @@
 import numpy as np
 import pytest
 
-from eval import inference, stats
+from eval import inference
 
 
 def test_holm_example():
     # R's p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm").
-    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert stats.holm([0.7, 0.6]) == [1.0, 1.0]
+    assert inference.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert inference.holm([0.7, 0.6]) == [1.0, 1.0]
     with pytest.raises(ValueError, match=r"\[0, 1\]; found \[0.5, 1.5\]"):
-        stats.holm([0.5, 1.5])
+        inference.holm([0.5, 1.5])
 
 
 def test_tost_from_t_tables():
     # t_{0.95, 10} = 1.812: (2 - 0.188) / 1 on the near side, 2.188 on the far one.
-    assert stats.tost(0.188, 1.0, 10, 2.0) == pytest.approx(0.05, abs=1e-4)
-    assert stats.tost(-0.188, 1.0, 10, 2.0) == pytest.approx(0.05, abs=1e-4)
-    assert stats.tost(2.0, 1.0, 10, 2.0) == 0.5
-    assert (stats.tost(1.9, 0.0, 10, 2.0), stats.tost(2.0, 0.0, 10, 2.0)) == (0.0, 1.0)
+    assert inference.tost(0.188, 1.0, 10, 2.0) == pytest.approx(0.05, abs=1e-4)
+    assert inference.tost(-0.188, 1.0, 10, 2.0) == pytest.approx(0.05, abs=1e-4)
+    assert inference.tost(2.0, 1.0, 10, 2.0) == 0.5
+    assert (inference.tost(1.9, 0.0, 10, 2.0), inference.tost(2.0, 0.0, 10, 2.0)) == (0.0, 1.0)
     with pytest.raises(ValueError, match="margin > 0"):
-        stats.tost(0.0, 1.0, 10, 0.0)
+        inference.tost(0.0, 1.0, 10, 0.0)
 
 
 def test_power_published():
@@ -36,25 +36,25 @@ def test_power_published():
 
 def test_smallest_detectable_effect():
     # With many degrees of freedom it is the normal one: 1.95996 + 0.84162.
-    assert stats.smallest_detectable_effect(0.5, 1e6, 0.05) == pytest.approx(
+    assert inference.smallest_detectable_effect(0.5, 1e6, 0.05) == pytest.approx(
         0.5 * 2.80158, abs=1e-4
     )
     for df in (1, 1.5, 4, 9.3, 100):  # where scipy's far tail turns into NaN
         for alpha in (1e-4, 0.0113, 0.05):
-            effect = stats.smallest_detectable_effect(2.0, df, alpha)
+            effect = inference.smallest_detectable_effect(2.0, df, alpha)
             assert inference.power(effect, 2.0, df, alpha) == pytest.approx(0.8, abs=1e-6)
-    assert stats.smallest_detectable_effect(0.0, 5, 0.05) == 0
+    assert inference.smallest_detectable_effect(0.0, 5, 0.05) == 0
 
 
 @pytest.mark.parametrize("df", [2, 4.5, 30])
 def test_the_interval_of_what_is_detectable_covers_it(df):
     """Of 20,000 standard errors that are estimated, 95 % give an interval with the true effect."""
     rng = np.random.default_rng(0)
-    true = stats.smallest_detectable_effect(1.0, df, 0.025)
+    true = inference.smallest_detectable_effect(1.0, df, 0.025)
     s = np.sqrt(rng.chisquare(df, 20_000) / df)
-    assert stats.detectable_interval(3 * true, df) == pytest.approx(
-        3 * np.array(stats.detectable_interval(true, df))
+    assert inference.detectable_interval(3 * true, df) == pytest.approx(
+        3 * np.array(inference.detectable_interval(true, df))
     )
-    low, high = np.outer(stats.detectable_interval(true, df), s)
+    low, high = np.outer(inference.detectable_interval(true, df), s)
     assert np.mean((low <= true) & (true <= high)) == pytest.approx(0.95, abs=0.005)
     assert np.mean(low > true) == pytest.approx(0.025, abs=0.004)

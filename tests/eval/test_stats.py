@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from eval import stats
+from eval import rule, stats
 from tests.eval.studies import AB, J, P
 
 
@@ -194,18 +194,18 @@ def test_sign_flips_drawn():
 
 def test_alpha_spending():
     # Lan and DeMets' Pocock-type function at three equal looks: 0.0226, 0.0382, 0.05 cumulative.
-    spent = np.cumsum([stats.alpha_at_look(s) for s in (3, 6, 9)])
+    spent = np.cumsum([rule.alpha_at_look(s) for s in (3, 6, 9)])
     assert spent == pytest.approx([0.0226, 0.0382, 0.05], abs=5e-5)
     # Off the plan: one look in each slot never spends more than the plan does.
     for plan in ((1, 4, 7), (2, 5, 8), (3, 6, 20)):
-        assert sum(stats.alpha_at_look(s) for s in plan) <= 0.05 + 1e-12
+        assert sum(rule.alpha_at_look(s) for s in plan) <= 0.05 + 1e-12
     # A slot looked at twice, or a first look at nine, by naming the previous look.
-    twice = stats.alpha_at_look(3) + stats.alpha_at_look(5) + stats.alpha_at_look(6, previous=5)
-    assert twice == pytest.approx(stats.alpha_at_look(6, previous=0))
-    assert stats.alpha_at_look(9, previous=0) == pytest.approx(0.05)
+    twice = rule.alpha_at_look(3) + rule.alpha_at_look(5) + rule.alpha_at_look(6, previous=5)
+    assert twice == pytest.approx(rule.alpha_at_look(6, previous=0))
+    assert rule.alpha_at_look(9, previous=0) == pytest.approx(0.05)
     for seeds, previous in ((0, None), (3, 3), (12, 9), (3, -1)):
         with pytest.raises(ValueError, match="look at"):
-            stats.alpha_at_look(seeds, previous)
+            rule.alpha_at_look(seeds, previous)
 
 
 def test_identical_arms_are_no_evidence_of_anything():

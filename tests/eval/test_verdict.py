@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from eval import stats
+from eval import inference, rule, stats
 from tests.eval.studies import AB, J, P, study, task
 
 # ---- the decision -------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ from tests.eval.studies import AB, J, P, study, task
     ],
 )
 def test_decision_table(embedding, reranking, seeds, decision):
-    got = stats.decide({"embedding": embedding, "reranking": reranking}, seeds)
+    got = rule.decide({"embedding": embedding, "reranking": reranking}, seeds)
     assert got["decision"] == decision
     assert not got["supported"]
     for name, t in (("retrieval", embedding), ("reranking", reranking)):
@@ -42,26 +42,26 @@ def test_decision_table(embedding, reranking, seeds, decision):
 
 
 def test_supported_proceed_needs_the_large_task_significant():
-    alpha = stats.alpha_at_look(3)
+    alpha = rule.alpha_at_look(3)
     small = task(0.5, p_holm=1e-6, p_equivalence=1e-6)
     for p, expected in ((alpha, True), (alpha * 1.001, False), (0.03, False)):
-        got = stats.decide({"a": task(2.5, p_holm=p), "b": small}, 3)
+        got = rule.decide({"a": task(2.5, p_holm=p), "b": small}, 3)
         assert (got["decision"], got["supported"]) == ("proceed", expected)
     # Either of two large tasks will do; a task that is not measurable will not.
-    assert stats.decide({"a": task(2.5), "b": task(3, p_holm=0.001)}, 3)["supported"]
+    assert rule.decide({"a": task(2.5), "b": task(3, p_holm=0.001)}, 3)["supported"]
     hidden = task(9, measurable=False, p_holm=1e-6)
-    assert not stats.decide({"a": task(2.5), "b": hidden}, 3)["supported"]
+    assert not rule.decide({"a": task(2.5), "b": hidden}, 3)["supported"]
     # The level is that of the look: what passes at three seeds does not at nine.
-    assert not stats.decide({"a": task(2.5, p_holm=0.02)}, 9)["supported"]
-    assert stats.decide({"a": task(2.5, p_holm=0.02)}, 9, alpha=0.05)["supported"]
+    assert not rule.decide({"a": task(2.5, p_holm=0.02)}, 9)["supported"]
+    assert rule.decide({"a": task(2.5, p_holm=0.02)}, 9, alpha=0.05)["supported"]
 
 
 def test_supported_pivot_needs_both_equivalent():
     good = task(0.2, p_equivalence=0.02)
-    assert stats.decide({"a": good, "b": good}, 3)["supported"]
-    assert not stats.decide({"a": good, "b": task(0.2, p_equivalence=0.03)}, 3)["supported"]
+    assert rule.decide({"a": good, "b": good}, 3)["supported"]
+    assert not rule.decide({"a": good, "b": task(0.2, p_equivalence=0.03)}, 3)["supported"]
     with pytest.raises(ValueError, match="need a task"):
-        stats.decide({}, 3)
+        rule.decide({}, 3)
 
 
 # ---- the verdict --------------------------------------------------------------------------------
@@ -70,10 +70,10 @@ def test_supported_pivot_needs_both_equivalent():
 def test_verdict_fields():
     scores, base, clusters = study(np.random.default_rng(5), lose=("embedding",), by=12.0)
     labels = {t: [f"module{c}" for c in ids] for t, ids in clusters.items()}
-    got = stats.verdict(scores, base, labels)
+    got = rule.verdict(scores, base, labels)
     assert json.loads(json.dumps(got, allow_nan=False)) == got
     assert (got["decision"], got["supported"], got["seeds"]) == ("proceed", True, 3)
-    assert got["alpha"] == stats.alpha_at_look(3)
+    assert got["alpha"] == rule.alpha_at_look(3)
     e = got["tasks"]["embedding"]
     arms, pair = scores["embedding"], ("emb-only", "joint-single")
     alone = stats.interference(arms, labels["embedding"], *pair)
@@ -84,9 +84,9 @@ def test_verdict_fields():
         alone.p,
     )
     assert e["interval"] == alone.interval
-    assert e["p_equivalence"] == stats.tost(alone.value, alone.se, alone.df, 2.0)
+    assert e["p_equivalence"] == inference.tost(alone.value, alone.se, alone.df, 2.0)
     assert e["detectable_alpha"] == got["alpha"] / 2
-    assert e["smallest_detectable_effect"] == stats.smallest_detectable_effect(
+    assert e["smallest_detectable_effect"] == inference.smallest_detectable_effect(
         alone.se, alone.df, got["alpha"] / 2
     )
     back = stats.won_back(arms, labels["embedding"], *pair, "joint-moe")
@@ -96,7 +96,7 @@ def test_verdict_fields():
         (e["specialist"] - e["joint"]) / (e["specialist"] - e["base"])
     )
     r = got["tasks"]["reranking"]
-    ps = stats.holm([e["p"], r["p"]])
+    ps = inference.holm([e["p"], r["p"]])
     assert [e["p_holm"], r["p_holm"]] == ps
     assert r["won_back"] is None and "no loss" in r["won_back_reason"]
 
@@ -104,21 +104,21 @@ def test_verdict_fields():
 def test_measurable_is_a_gain_of_a_twentieth():
     scores = {"embedding": {"emb-only": P, "joint-single": P}}
     for base, expected in ((0.45, True), (0.4501, False)):
-        got = stats.verdict(scores, {"embedding": np.full(4, base)}, {"embedding": AB})
+        got = rule.verdict(scores, {"embedding": np.full(4, base)}, {"embedding": AB})
         assert got["tasks"]["embedding"]["measurable"] == expected
         assert (got["tasks"]["embedding"]["gain_normalised"] is None) == (not expected)
         assert got["tasks"]["embedding"]["won_back_reason"] == "joint-moe was not run"
         assert got["decision"] == ("pivot" if expected else "inconclusive")
     # A specialist that finds nothing at all: no relative loss, no crash.
     dead = {"embedding": {"emb-only": 0 * P, "joint-single": P}}
-    got = stats.verdict(dead, {"embedding": np.zeros(4)}, {"embedding": AB})
+    got = rule.verdict(dead, {"embedding": np.zeros(4)}, {"embedding": AB})
     assert got["tasks"]["embedding"]["interference"] is None
     assert got["decision"] == "inconclusive"
 
 
 def test_one_seed_has_no_interval():
     scores, base, clusters = study(np.random.default_rng(5), 1, ("embedding",), 12.0)
-    got = stats.verdict(scores, base, clusters)
+    got = rule.verdict(scores, base, clusters)
     assert json.loads(json.dumps(got, allow_nan=False)) == got
     assert (got["decision"], got["supported"]) == ("proceed", False)
     assert "seed variance is unknown" in got["reason"]
@@ -148,7 +148,7 @@ def test_one_seed_has_no_interval():
 )
 def test_errors_say_what_was_found(change, message):
     arms, base, clusters = {"p": P, "j": J}, {"t": np.zeros(4)}, {"t": AB}
-    stats.verdict({"t": arms}, base, clusters, {"t": "p"}, "j")  # sound before the change
+    rule.verdict({"t": arms}, base, clusters, {"t": "p"}, "j")  # sound before the change
     change(arms, base, clusters)
     with pytest.raises(ValueError, match=message):
-        stats.verdict({"t": arms}, base, clusters, {"t": "p"}, "j")
+        rule.verdict({"t": arms}, base, clusters, {"t": "p"}, "j")
