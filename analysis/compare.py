@@ -29,8 +29,7 @@ nDCG@10 × 100, {v[split]} split{seeds} ({queries}).{collapsed}
 
 {scores}## {differences_title}
 
-In points of nDCG@10{with_intervals}, at the seeds that both arms have; above 0 the arm is better.
-{family}
+In points of nDCG@10{with_intervals}, at the seeds that both arms have; above 0 the arm is better.{family}
 
 {differences}{picture}{more}## Where the weights went
 
@@ -48,7 +47,7 @@ COLLAPSED = (
     "in more than half of the layers."
 )
 FAMILY = (
-    "Holm: p adjusted over all {family} differences of this table. Detectable: the smallest "
+    "\nHolm: p adjusted over all {family} differences of this table. Detectable: the smallest "
     "difference that this run would find with 80 % power at Holm's first step."
 )
 PAIRED = (

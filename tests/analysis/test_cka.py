@@ -39,7 +39,16 @@ def test_minibatches_are_averaged_before_the_ratio() -> None:
              for u, v in ((x, y), (x, x), (y, y))]  # fmt: skip
     cross, first, second = (torch.stack(p).sum() for p in parts)
     assert made.value == pytest.approx((cross / (first * second).sqrt()).item())
-    assert cka(x[:100], y[:100], batch=33) == cka(x[:99], y[:99], batch=33)  # a rest of one
+    assert cka(x, y, batch=32) == made.value
+
+
+def test_no_batch_is_a_small_rest() -> None:
+    """260 inputs at 256 a batch are two of 130: four more are no batch that weighs as much."""
+    x, y = normal(260, 6), normal(260, 6) + normal(260, 6, seed=1)
+    made = CKA()
+    made.add(x[:130], y[:130])
+    made.add(x[130:], y[130:])
+    assert cka(x, y, batch=256) == pytest.approx(made.value)
 
 
 def test_cka_of_what_does_not_vary() -> None:

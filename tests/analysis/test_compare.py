@@ -1,6 +1,7 @@
 """The comparison of arms: what was planted is found, and nothing else."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,8 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
     found = compare.write(maker.folder)
     assert all(row["p"] is None and "p_holm" not in row for row in found["differences"])
     text = (maker.folder / "report.md").read_text()
-    assert "No difference can be tested: that takes two seeds." in text
+    assert "No difference can be tested: that takes two seeds" in text
+    assert "; one seed each, so no interval and no test" in text and "Holm: p" not in text
     assert "The highest mean on retrieval is that of" in text
 
 
@@ -177,7 +179,7 @@ def test_contrasts_are_held_against_each_other(tmp_path: Path) -> None:
     text = (maker.folder / "report.md").read_text()
     assert "## Contrasts" in text and "over all 3 differences" in text
     assert "what a trained, frozen embedding expert adds" in text
-    assert "- Anything about what was not run: Full, " in text
+    assert re.search(r"- Anything about what was not run: .*\bFull, ", text)
 
 
 def test_an_arm_without_a_step_is_compared(made: Maker) -> None:

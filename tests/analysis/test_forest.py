@@ -25,7 +25,9 @@ def runs(tmp_path: Path) -> Path:
     gate("smoke", "else")
     size = {"size": "8l", "task": "reranking", "layers": 8, "rank": 16, "name": "tiny", "seeds": 3}
     rows = [size | task(0.04, [1.0, 5.0]), {"size": "12l", "task": "reranking", "missing": True}]
-    _write(tmp_path / "scale_study" / "small" / "scale.json", {"rows": rows})
+    _write(
+        tmp_path / "scale_study" / "small" / "scale.json", {"rows": rows, "data": {"name": "one"}}
+    )
     return tmp_path
 
 
@@ -36,7 +38,7 @@ def _write(path: Path, content: dict) -> None:
 
 def test_entries(runs: Path) -> None:
     found = forest.entries(runs, "small")
-    assert list(found) == ["one, 3 seeds", "8 layers, rank 16, 3 seeds"]
+    assert list(found) == ["one, 3 seeds", "one, 8 layers, 3 seeds"]
     one, size = found.values()
     # At its own record's level: .02 there, .05 of the scale study.
     assert [one[t]["sure"] for t in ("embedding", "reranking")] == [False, True]
@@ -55,7 +57,7 @@ def test_several_bases_are_named(runs: Path) -> None:
     path = runs / "scale_study" / "small" / "scale.json"
     path.write_text(path.read_text().replace('"tiny"', '"large"'))
     names = list(forest.entries(runs, "small"))
-    assert names == ["tiny, one, 3 seeds", "large, 8 layers, rank 16, 3 seeds"]
+    assert names == ["tiny, one, 3 seeds", "large, one, 8 layers, 3 seeds"]
 
 
 def test_the_picture_has_a_row_a_record(runs: Path) -> None:

@@ -7,8 +7,13 @@ from analysis import page
 
 @pytest.mark.parametrize(
     ("numbers", "words"),
-    [([1], "seed 1"), ([0, 1, 2], "seeds 0 to 2"), ([0, 2], "seeds 0, 2"), ([3, 4], "seeds 3 to 4")],
-)  # fmt: skip
+    [
+        ([1], "seed 1"),
+        ([0, 1, 2], "seeds 0 to 2"),
+        ([0, 2], "seeds 0, 2"),
+        ([3, 4], "seeds 3 to 4"),
+    ],
+)
 def test_seeds_have_names(numbers: list[int], words: str) -> None:
     assert page.seed_names(numbers) == words
 

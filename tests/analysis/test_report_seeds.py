@@ -32,7 +32,7 @@ def test_only_common_seeds_are_compared(make: Make) -> None:
     assert verdict["arms"]["emb-only"]["seeds"] == [0, 2]
     assert verdict["arms"]["joint-moe"]["seeds"] == [0]
     assert "emb-only/seed1.json" not in verdict["trials"]
-    assert "Joint-Single 1, Joint-MoE 2" in text_of(folder)
+    assert "seed 1 of Joint-Single; seed 2 of Joint-MoE." in text_of(folder)
 
 
 @words_alone

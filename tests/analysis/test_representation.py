@@ -78,9 +78,10 @@ def test_gradients_are_compared_by_what_is_read_and_what_is_written(
     rows = subspaces.of_gradients(model, texts)
     at = [i for i, row in enumerate(rows) if (row["layer"], row["projection"]) == (3, "o_proj")]
     assert [rows[i]["side"] for i in at] == ["inputs", "outputs"]
+    count = gradients.halves(texts, ("embedding", "reranking"), subspaces.BATCHES)
     for task, side in (("embedding", 0), ("reranking", 1)):
         for half in (0, 1):
-            batches = range(half * subspaces.BATCHES, (half + 1) * subspaces.BATCHES)
+            batches = range(half * count, (half + 1) * count)
             g = gradients.task_gradient(model, texts, task, batches)
             name = "decoder.layers.3.self_attn.o.lora_{}.o_proj"
             torch.testing.assert_close(given[at[0]][side][half], g[name.format("A")])
