@@ -29,7 +29,8 @@ nDCG@10 × 100, {v[split]} split{seeds} ({queries}).{collapsed}
 
 {scores}## {differences_title}
 
-In points of nDCG@10{with_intervals}, at the seeds that both arms have; above 0 the arm is better.{family}
+In points of nDCG@10{with_intervals}, at the seeds that both arms have; above 0 the arm is the
+better one.{family}
 
 {differences}{picture}{more}## Where the weights went
 

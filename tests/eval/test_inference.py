@@ -58,3 +58,21 @@ def test_the_interval_of_what_is_detectable_covers_it(df):
     low, high = np.outer(inference.detectable_interval(true, df), s)
     assert np.mean((low <= true) & (true <= high)) == pytest.approx(0.95, abs=0.005)
     assert np.mean(low > true) == pytest.approx(0.025, abs=0.004)
+
+
+def ratio(n: float, d: float, se_n: float, se_d: float, df: float):
+    """N - w D of two independent means."""
+    return lambda w: (n - w * d, float(np.hypot(se_n, w * se_d)), df)
+
+
+def test_fieller_by_hand():
+    """N = 2 +- 0.5, D = 4 +- 0.5, many df: the roots of (2 - 4 w)^2 = z^2 (0.25 + 0.25 w^2)."""
+    z2 = 1.959964**2
+    roots = np.roots([16 - 0.25 * z2, -16, 4 - 0.25 * z2])
+    low, high = inference.fieller(ratio(2, 4, 0.5, 0.5, 1e7), 0.5, 0.1)
+    assert (low, high) == pytest.approx(sorted(roots), abs=1e-4)
+
+
+def test_fieller_has_no_ends_where_the_denominator_may_be_0():
+    assert np.isnan(inference.fieller(ratio(2, 0.5, 0.5, 0.5, 1e7), 4.0, 1.0)).all()
+    assert np.isnan(inference.fieller(ratio(2, 4, np.nan, 0.5, 1e7), 0.5, 0.1)).all()

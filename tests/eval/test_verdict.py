@@ -1,4 +1,4 @@
-"""eval/stats.py: the decision of a study, what its verdict holds, what is refused."""
+"""eval/rule.py: the decision of a study, what its verdict holds, what is refused."""
 
 import json
 
@@ -152,3 +152,26 @@ def test_errors_say_what_was_found(change, message):
     change(arms, base, clusters)
     with pytest.raises(ValueError, match=message):
         rule.verdict({"t": arms}, base, clusters, {"t": "p"}, "j")
+
+
+def test_the_family_is_the_study_s_whatever_was_run():
+    """A task without scores is tested all the same: its p is 1, and half the level is its."""
+    rng = np.random.default_rng(0)
+    arms = {
+        "emb-only": 0.5 + 0.02 * rng.standard_normal((3, 40)),
+        "joint-single": 0.47 + 0.02 * rng.standard_normal((3, 40)),
+    }
+    given = {"embedding": arms}, {"embedding": np.full(40, 0.1)}, {"embedding": None}
+    alone, one_of_two = rule.verdict(*given), rule.verdict(*given, family=2)
+    mine, both = alone["tasks"]["embedding"], one_of_two["tasks"]["embedding"]
+    assert both["p_holm"] == pytest.approx(2 * mine["p_holm"])
+    assert both["detectable_alpha"] == pytest.approx(mine["detectable_alpha"] / 2)
+    assert both["smallest_detectable_effect"] > mine["smallest_detectable_effect"]
+
+
+def test_tasks_are_called_what_the_page_calls_them():
+    good = task(2.5, p_holm=0.001)
+    said = rule.decide({"embedding": good, "reranking": task(0.2)}, 3)["reason"]
+    assert "retrieval +2.50 %" in said and "Supported: a loss on retrieval (" in said
+    said = rule.decide({"embedding": good, "reranking": task(0.2)}, 3, names={"embedding": "MTEB"})
+    assert "MTEB +2.50 %" in said["reason"] and "retrieval" not in said["reason"]

@@ -6,9 +6,22 @@ import torch
 from model import processor
 
 
-def test_dtypes():
+def test_what_is_named_is_taken():
     assert processor.resolve_dtype("float16", "cpu") == "float16"
-    assert processor.resolve_dtype("auto", "cpu") in ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_card_that_only_emulates_bfloat16_takes_float16(supported: bool, monkeypatch):
+    """As a T4 does, of which PyTorch says by default that it supports it."""
+    asked = []
+
+    def is_supported(including_emulation: bool = True) -> bool:
+        asked.append(including_emulation)
+        return supported
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    dtype = processor.resolve_dtype("auto", "cuda:0")
+    assert (dtype, asked) == ("bfloat16" if supported else "float16", [False])
 
 
 @pytest.mark.parametrize(
