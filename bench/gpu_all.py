@@ -102,7 +102,7 @@ def run(step: Step, folder: Path) -> dict:
         "state": state,
         "seconds": time.monotonic() - started,
         "tail": shown,
-        "sources": sources("bench"),
+        "sources": sources("bench", "."),
     }
 
 
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     def done(name: str) -> bool:
         """With the code as it is now."""
         found = record.get(name, {})
-        return found.get("state") == "done" and found.get("sources") == sources("bench")
+        return found.get("state") == "done" and found.get("sources") == sources("bench", ".")
 
     for step in listed:
         if given.only and step.name not in given.only:

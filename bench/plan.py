@@ -232,6 +232,7 @@ def render(
     by_window = counts.documents > WINDOW  # searched where the model is
     scores = 16 * min(SCORES, window * counts.queries)  # fp32, their bits, the keys
     held = ids + vectors + (0 if by_window else scores)
+    what = "token ids and vectors" if by_window else "token ids, vectors and scores"
     texts = c.embedding_batch * (counts.query + (1 + c.hard_negatives) * counts.document)
     trained = STORED_TOKEN * c.steps * (texts + c.reranking_batch * c.group_size * counts.pair)
     peak, kept, own = (n * counts.documents / 1e9 for n in (BM25_PEAK, BM25_KEPT, BM25_OWN))
@@ -242,8 +243,8 @@ def render(
         f"- The exact search, {'on the card' if by_window else 'on the host'}: the last column of "
         f"the operations for each of the {rankings} rankings.\n"
         f"- The host's memory. The documents are encoded and searched in windows of {window:,}: at "
-        f"most {held / 1e9:,.2f} GB of token ids, vectors{'' if by_window else ' and scores'} in "
-        f"each process, so twice on two cards. Token ids of what is trained on lie on disk "
+        f"most {held / 1e9:,.2f} GB of {what} in each process, so twice on two cards. Token ids of "
+        "what is trained on lie on disk "
         f"({trained / 1e9:,.2f} GB). "
         f"BM25's index: about {peak:,.1f} GB while it is made"
         f"{then if counts.documents > KEPT_FROM else ', in each process'}.\n"

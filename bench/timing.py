@@ -76,7 +76,7 @@ def ratio(times: dict[str, list[float]], ours: str, against: str) -> dict[str, f
 
 def made_by(device: str) -> dict:
     """Device, driver, threads, versions, sources and commit, as a record tells them."""
-    made = provenance.made_by(device, "bench")
+    made = provenance.made_by(device, "bench", ".")
     made["versions"] |= {name: version(name) for name in PACKAGES}
     return {
         **made,

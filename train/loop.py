@@ -68,6 +68,65 @@ def routing_line(
     return line
 
 
+@dataclass(frozen=True)
+class StepLosses:
+    """What a step's micro-batches come to, on the device.
+
+    Attributes:
+        weighted: task -> its loss at its weight. rest: losses of no task.
+        carries: what a backward pass is followed by, see `train.step.run`.
+        seen: the losses as the log has them. given: task -> a layer's weights (B, E) each, before
+            experts were dropped; empty without a router.
+        ids: task -> what its batch is made of. tokens: of all of them.
+    """
+
+    weighted: dict[str, Tensor]
+    rest: Tensor
+    carries: list[Callable[[], None]]
+    seen: dict[str, Tensor]
+    given: dict[str, list[Tensor]]
+    ids: dict[str, list[str]]
+    tokens: int
+
+    def line(self, config: Config) -> dict:
+        """What the log says of them; waits for the device."""
+        line = {"tokens": self.tokens, **{name: x.item() for name, x in self.seen.items()}}
+        if self.given:
+            # Where the router learns nothing, an idle expert is so by design.
+            learns = config.router not in NOT_LEARNED and not config.router_frozen
+            line |= routing_line(self.given, config.experts, learns)
+        return line
+
+
+def step_losses(model: UniMoER, data: TrainingData, config: Config, step: int) -> StepLosses:
+    """Run the step's micro-batch of each task, and what is lost by both together."""
+    weight = {"embedding": config.embedding_weight, "reranking": config.reranking_weight}
+    weighted, seen, routing, given, ids = {}, {}, {}, {}, {}
+    penalties: list[Tensor] = []
+    carries: list[Callable[[], None]] = []
+    tokens = 0
+    for task in config.tasks:
+        work = WORK[task](data, step)
+        made = run(model, work, config.cached_tokens)
+        loss = work.loss(made.rows)
+        weighted[task], seen[f"loss_{task}"] = weight[task] * loss, loss.detach()
+        routing[task], given[task], ids[task] = made.routing, made.given, work.ids
+        penalties += [rows.mean() for rows in made.penalties]
+        carries.append(made.carry)
+        tokens += work.tokens
+    rest = torch.zeros((), device=model.device)
+    routes = bool(routing[config.tasks[0]])
+    if routes:
+        routed = [name != config.always_on for name in config.experts]
+        layers = zip(*routing.values(), strict=True)
+        mixed = [torch.cat(layer)[:, routed] for layer in layers]  # (B, routed experts)
+        balance = losses.balance(mixed, config.balance)
+        rest, seen["loss_balance"] = rest + config.balance_weight * balance, balance.detach()
+        if penalties:
+            rest = rest + config.penalty_weight * torch.stack(penalties).mean()
+    return StepLosses(weighted, rest, carries, seen, given if routes else {}, ids, tokens)
+
+
 def train(
     model: UniMoER,
     data: TrainingData,
@@ -111,7 +170,6 @@ def train(
     parallel.require_same(start, f"the step of {folder}, which must lie on a disk that all share,")
     log_path.parent.mkdir(parents=True, exist_ok=True)
     model.train()
-    task_weight = {"embedding": config.embedding_weight, "reranking": config.reranking_weight}
     options = {"total": config.steps, "initial": start, "desc": title, "unit": "step"}
     bar = tqdm(**options, leave=False, disable=not writes)
     with open(log_path if writes else os.devnull, "a") as log_file, bar:
@@ -122,56 +180,27 @@ def train(
                 group["lr"] = group["peak"] * share
             for router in routers:
                 router.anneal = 1 - step / config.steps
-            line: dict = {"step": step, "learning_rate": config.learning_rate * share, "tokens": 0}
-            rest = torch.zeros((), device=model.device)  # losses of no task
-            routing, given, ids = {}, {}, {}
-            penalties: list[Tensor] = []
-            weighted: dict[str, Tensor] = {}
-            carries: list[Callable[[], None]] = []
-            seen: dict[str, Tensor] = {}  # read when a card has all of the step's work
-            for task in config.tasks:
-                work = WORK[task](data, step)
-                line["tokens"] += work.tokens
-                made = run(model, work, config.cached_tokens)
-                loss = work.loss(made.rows)
-                routing[task], given[task], ids[task] = made.routing, made.given, work.ids
-                weighted[task] = task_weight[task] * loss
-                penalties += [rows.mean() for rows in made.penalties]
-                carries.append(made.carry)
-                seen[f"loss_{task}"] = loss.detach()
-            if routing[config.tasks[0]]:
-                routed = [name != config.always_on for name in config.experts]
-                layers = zip(*routing.values(), strict=True)
-                mixed = [torch.cat(layer)[:, routed] for layer in layers]  # (B, routed experts)
-                aux = losses.balance(mixed, config.balance)
-                rest = rest + config.balance_weight * aux
-                seen["loss_balance"] = aux.detach()
-                if penalties:
-                    rest = rest + config.penalty_weight * torch.stack(penalties).mean()
+            made = step_losses(model, data, config, step)
             optimizer.zero_grad(set_to_none=True)
-            total = torch.stack(list(weighted.values())).sum() + rest
+            total = torch.stack(list(made.weighted.values())).sum() + made.rest
             trained = list(parameters.values())
             backward = partial(
-                _backward, carries=carries, parameters=trained, held=held, scale=scale
+                _backward, carries=made.carries, parameters=trained, held=held, scale=scale
             )
             if config.pcgrad:
-                pcgrad.backward(weighted, rest, trained, backward)
+                pcgrad.backward(made.weighted, made.rest, trained, backward)
             else:
                 backward(total, keep=False)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip).item()
-            line |= {name: value.item() for name, value in seen.items()}
-            if routing[config.tasks[0]]:
-                # Where the router learns nothing, an idle expert is so by design.
-                learns = config.router not in NOT_LEARNED and not config.router_frozen
-                line |= routing_line(given, config.experts, learns)
-            line["gradient_norm"] = norm
+            line = {"step": step, "learning_rate": config.learning_rate * share}
+            line |= made.line(config) | {"gradient_norm": norm}  # a card has all of its work by now
             if not (math.isfinite(total.item()) and math.isfinite(norm)):
                 kept = f"the last good checkpoint is in {folder}"
                 kept = kept if (folder / STATE).exists() else "no checkpoint was due yet"
                 narrow = "; or take dtype float32, if fp16 is too narrow" if scale != 1 else ""
                 raise NonFiniteLoss(
-                    f"step {step}: loss {total.item()}, gradient norm {norm}; batch {ids}; {kept}. "
-                    f"Lower learning_rate or clip, or look at these texts{narrow}"
+                    f"step {step}: loss {total.item()}, gradient norm {norm}; batch {made.ids}; "
+                    f"{kept}. Lower learning_rate or clip, or look at these texts{narrow}"
                 )
             optimizer.step()
             held.restore()

@@ -203,6 +203,8 @@ def test_dropping_the_only_expert_keeps_it() -> None:
         ({"expert_dropout": 1.0}, "expert_dropout"),
         ({"expert_dropout": -0.1}, "expert_dropout"),
         ({"noise": -1.0}, "noise"),
+        ({"hidden": 0}, r"hidden must lie in \[1, 256\]"),
+        ({"hidden": 512}, "got 512"),
     ],
 )
 def test_bad_configs(change: dict, message: str) -> None:
