@@ -16,7 +16,7 @@ from model.unimoer import UniMoER
 from tests.train.mined import WIDE, rows
 from tests.train.tiny import TRAIN, write_collection
 from train import __main__ as program
-from train import mining
+from train import first_stage, mining
 from train.mining import LEXICAL, Settings, choose, limit, mine
 from train.negatives import best_positive
 from train.trial import model_config
@@ -158,7 +158,7 @@ def test_an_embedder_by_the_definition(
 ) -> None:
     """Vectors in several files, against cosines of all pairs in float64; two passes of two parts
     over them."""
-    monkeypatch.setattr(mining, "SHARD", 9)  # 42 documents
+    monkeypatch.setattr(first_stage, "SHARD", 9)  # 42 documents
     monkeypatch.setattr(mining, "AT_ONCE", 20)
     read, load = [], np.load
     monkeypatch.setattr(np, "load", lambda path, **how: (read.append(how), load(path, **how))[1])

@@ -10,7 +10,7 @@ from eval.machine import device_name
 from model.unimoer import UniMoER
 from tests.train.mined import WIDE
 from tests.train.tiny import TRAIN
-from train import mining
+from train import first_stage, mining
 from train.mining import LEXICAL, mine
 from train.negatives import mined_sha256
 
@@ -23,7 +23,7 @@ class Stopped(Exception):
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
     """Every text and pair that a model is asked for."""
     seen: dict[str, list] = {"encode": [], "pairs": []}
-    encode, pairs = UniMoER.encode, mining._logits
+    encode, pairs = UniMoER.encode, mining.logits
 
     def counting(self, texts, **options):
         seen["encode"] += [(options["task"], text) for text in texts]
@@ -39,7 +39,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
         return scored
 
     monkeypatch.setattr(UniMoER, "encode", counting)
-    monkeypatch.setattr(mining, "_logits", counting_pairs)
+    monkeypatch.setattr(mining, "logits", counting_pairs)
     return seen
 
 
@@ -51,7 +51,7 @@ def forget(seen: dict[str, list]) -> None:
 def test_killed_and_continued_recomputes_nothing(
     collection: Collection, folders: list[str], tmp_path: Path, monkeypatch, counted
 ) -> None:
-    monkeypatch.setattr(mining, "SHARD", 20)
+    monkeypatch.setattr(first_stage, "SHARD", 20)
     monkeypatch.setattr(mining, "AT_ONCE", 2 * WIDE.part)
 
     def run(name: str) -> dict:
