@@ -60,7 +60,7 @@ def test_killed_and_continued_recomputes_nothing(
     run("unbroken")
     whole = {kind: sorted(x[1] for x in asked) for kind, asked in counted.items()}
     forget(counted)
-    writers: list[tuple[object, str]] = [(mining, "write_array"), (mining, "write_text")]
+    writers: list[tuple[object, str]] = [(first_stage, "write_array"), (mining, "write_text")]
     for module, name in writers:  # killed after the first shard, then after a part
         write, calls = getattr(module, name), []
 
@@ -101,6 +101,10 @@ def test_a_run_killed_at_its_end_is_finished_from_its_parts(
     monkeypatch.undo()
     monkeypatch.setattr(mining, "_part", lambda *_: pytest.fail("nothing is left to mine"))
     assert mine(tmp_path / "a", collection, WIDE, LEXICAL)["mined"]["queries"] == TRAIN
+    left = tmp_path / "a" / "vectors"  # killed between the manifest and the removal
+    left.mkdir()
+    mine(tmp_path / "a", collection, WIDE, LEXICAL)
+    assert not left.exists()
 
 
 def test_a_mixture_is_refused(collection: Collection, folders: list[str], tmp_path: Path) -> None:
