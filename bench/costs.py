@@ -236,7 +236,7 @@ def weight_bytes(shape: DecoderConfig, c: Config) -> int:
 
     def bordered(rank: int) -> int:
         layouts = (
-            make_layout(k, list(outs), [rank > 0] * len(outs), rank, pad=16)
+            make_layout(k, list(outs), [rank > 0] * len(outs), rank)
             for _, k, outs in _layer(shape, c, 1, 1).groups
         )
         return sum(rows * columns for rows, columns in (layout.shape for layout in layouts))

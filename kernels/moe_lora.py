@@ -24,6 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+PAD = 16  # columns: what 16-bit GEMMs want aligned; ranks of 16 x 3 fill 48 without any padding
+
+
 @dataclass(frozen=True)
 class Window:
     """One GEMM: some linears of a group, and the columns of [S_first | x | S_rest] they read."""
@@ -67,17 +70,21 @@ class Layout:
         return [linear for linear in self.linears if linear.spare.start != linear.spare.stop]
 
 
-def make_layout(in_features: int, outs: list[int], adapted: list[bool], rank: int, pad: int):
+def make_layout(
+    in_features: int, outs: list[int], adapted: list[bool], rank: int, pad: int = PAD
+) -> Layout:
     """Lay out a group: `outs` output sizes, which of them have experts, their total rank.
 
-    Each spare block is padded to a multiple of `pad` columns, so that GEMMs stay aligned.
+    Each spare block is padded to a multiple of `pad` columns, so that GEMMs stay aligned. The first
+    of several linears has its spare columns to the left of x, the others theirs to the right.
     """
-    padded = -(-rank // pad) * pad
+    padded, several = -(-rank // pad) * pad, len(outs) > 1
     widths = [padded if has else 0 for has in adapted]
-    left = widths[0] if len(outs) > 1 else 0
+    left = widths[0] if several else 0
     linears, row, rank_row, spare = [], 0, sum(outs), left + in_features
     for i, (out, width) in enumerate(zip(outs, widths, strict=True)):
-        start = 0 if i == 0 and len(outs) > 1 else spare
+        to_the_left = several and i == 0
+        start = 0 if to_the_left else spare
         linears.append(
             Linear(
                 slice(row, row + out),
@@ -85,9 +92,9 @@ def make_layout(in_features: int, outs: list[int], adapted: list[bool], rank: in
                 slice(start, start + width),
             )
         )
-        spare += 0 if i == 0 and len(outs) > 1 else width
+        spare += 0 if to_the_left else width
         row, rank_row = row + out, rank_row + width
-    if len(outs) > 1:
+    if several:
         windows = (
             Window(slice(0, outs[0]), slice(0, left + in_features)),
             Window(slice(outs[0], sum(outs)), slice(left, spare)),

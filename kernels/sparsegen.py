@@ -158,7 +158,11 @@ def _meta(experts: int) -> dict:
 
 
 def fused_sparsegen(u: Tensor, c: Tensor) -> Tensor:
-    """`sparsegen` in one kernel, for float32; the gradients too."""
+    """`sparsegen` in one kernel, for float32; the gradients too.
+
+    The op by itself, for tests and bench: a model projects the same rows within `route` and
+    `shrink`, on their way.
+    """
     if u.dtype != torch.float32:
         raise ValueError(f"fused_sparsegen needs float32 logits, got {u.dtype}: cast first")
     return _FusedSparsegen.apply(u, c)

@@ -92,7 +92,7 @@ class LinearGroup(nn.Module):
         targets = [lora is not None and name in lora.targets for name in outs]
         self.adapted_names = [name for name, has in zip(outs, targets, strict=True) if has]
         rank = lora.total_rank if lora and self.adapted_names else 0
-        self.layout = make_layout(in_features, list(outs.values()), targets, rank, pad=16)
+        self.layout = make_layout(in_features, list(outs.values()), targets, rank)
         self.outs, self.dropout = outs, lora.dropout if lora else 0.0
         self.bordered: Tensor
         self.register_buffer(
