@@ -124,7 +124,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
             "training_seconds": judge.usual_seconds(trials),
             "experts": roles.columns(first)[0] if first else [],
             "router": first["config"]["router"] if first else None,
-            "shaken": bool(first) and _shaken(first["config"]),
+            "shaken": bool(first) and judge.shaken(first["config"]),
             "routing": _routing(list(trials.values())),
             "collapsed": mean(["alarm" in line for line in _last(trials.values())])
             if first and _learns(first["config"])
@@ -169,11 +169,6 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
 def _learns(config: dict) -> bool:
     """Whether its router is trained; of another an idle expert is so by design."""
     return config["router"] not in ("", *NOT_LEARNED) and not config.get("router_frozen")
-
-
-def _shaken(config: dict) -> bool:
-    """Whether its router is trained with noise or expert dropout."""
-    return bool(config["router"] and (config["router_noise"] or config["expert_dropout"]))
 
 
 def _tasks(config: dict) -> list[str]:

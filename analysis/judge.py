@@ -169,13 +169,6 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         if absent := [arm for arm in NEEDED if arm not in arms]:
             why = f"no trial of {', '.join(absent)}"
         found |= {"decision": None, "supported": False, "reason": f"{why}."}
-    # The A/A arm takes the joint arm's place, under a name that both tasks share.
-    twin = {task: y[task].get(f"{SPECIALIST[task]}-aa") for task in ready}
-    twins = {task: {**y[task], "aa": aa} for task, aa in twin.items() if aa is not None}
-    aa = {}
-    if twins:
-        aa = rule.verdict(twins, base, labels, joint="aa", moe="", family=len(TASKS))["tasks"]
-
     beside = [
         {"arm": MOE, "against": arm, "task": task}
         | _difference(y[task], labels[task], used, MOE, arm)
@@ -183,43 +176,25 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         for task in ready
         if {MOE, arm} <= y[task].keys() and set(used[MOE]) & set(used[arm])
     ]
-
-    def row(arm: str) -> dict[str, Any]:
-        """One arm in the tables."""
-        trials, scores, against = used.get(arm, {}), {}, {}
-        for task in (task for task in TASKS if arm in y[task]):
-            scores[task] = score_row(y[task], labels[task], arm, trials, task)
-            if task in ready and arm not in NEEDED and not arm.endswith("-aa"):
-                against[task] = _against(
-                    y[task], labels[task], used, arm, task, found["tasks"][task]
-                )
-        first = next(iter(trials.values()), {})
-        return {
-            "tasks": first["config"]["tasks"]
-            if trials
-            else rows.get(arm, {}).get("tasks", list(TASKS)),
-            "seeds": list(trials),
-            "missing_seeds": [s for s in every if s not in arms.get(arm, {})],
-            "scores": scores,
-            "against_joint": against,
-            "trainable_parameters": first.get("trainable_parameters"),
-            "training_seconds": usual_seconds(trials),
-            "rates": {k: first["config"][k] for k in ("learning_rate", "clip")} if trials else None,
+    every, rows = sorted({seed for trials in arms.values() for seed in trials}), planned(folder)
+    shown = {}
+    for arm in dict.fromkeys([*planned(folder, False), *arms]):
+        tasks = rows.get(arm, {}).get("tasks", list(TASKS))
+        missing = [seed for seed in every if seed not in arms.get(arm, {})]
+        shown[arm] = {
+            **_row(arm, used.get(arm, {}), y, labels, tasks),
+            "missing_seeds": missing,
+            "against_joint": {
+                task: _against(y[task], labels[task], used, arm, task, found["tasks"][task])
+                for task in ready
+                if arm in y[task] and arm not in NEEDED and not arm.endswith("-aa")
+            },
         }
-
-    rows, every = planned(folder), sorted({s for a in arms.values() for s in a})
-    files = {"baselines.json": baselines} | trials_by_file(used)
-    shown = {arm: row(arm) for arm in dict.fromkeys([*planned(folder, False), *arms])}
     if MOE in used and list(used[MOE]) != common:
-        for task, mine in shown[MOE]["against_joint"].items():
-            if (found["tasks"][task]["interval"] or [0])[0] <= 0:
-                continue  # nothing to win back, and that is said
-            found["tasks"][task] |= {k: mine[k] for k in ("won_back", "won_back_interval")}
-            if mine["won_back"] is None:
-                why = "no loss of which that can be told at the seeds that all three arms have"
-                found["tasks"][task]["won_back_reason"] = why
+        _at_seeds_of_moe(found["tasks"], shown[MOE]["against_joint"])
     tested = [d for line in shown.values() for d in line["against_joint"].values()]
     with_holm([*tested, *beside], found["alpha"] or inference.ALPHA)
+    files = {"baselines.json": baselines} | trials_by_file(used)
     return {
         "experiment": experiment,
         "setting": folder.name,
@@ -228,7 +203,7 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         **{key: found[key] for key in ("decision", "supported", "reason", "seeds", "alpha")},
         "seeds_compared": common,
         "seeds_planned": experiments.seeds(experiment, folder.name) if study else None,
-        **{"tasks": found["tasks"], "aa": aa},
+        **{"tasks": found["tasks"], "aa": _twins(y, base, labels, ready)},
         "arms": shown,
         "moe_against": beside,
         "sensitivity": _sensitivity(baselines, used, found["tasks"]),
@@ -247,6 +222,57 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         **origin(files),
         "trials": list(files),
     }
+
+
+def _twins(
+    y: dict[str, dict[str, np.ndarray]], base: dict[str, np.ndarray],
+    labels: dict[str, list[str]], ready: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """The verdict's numbers where the A/A arm takes the joint arm's place, under a name that both
+    tasks share."""
+    twin = {task: y[task].get(f"{SPECIALIST[task]}-aa") for task in ready}
+    arms = {task: {**y[task], "aa": aa} for task, aa in twin.items() if aa is not None}
+    if not arms:
+        return {}
+    return rule.verdict(arms, base, labels, joint="aa", moe="", family=len(TASKS))["tasks"]
+
+
+def _row(
+    arm: str, trials: dict[int, dict], y: dict[str, dict[str, np.ndarray]],
+    labels: dict[str, list[str]], tasks: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """One arm by itself in the tables. tasks: what is planned of it."""
+    first = next(iter(trials.values()), {})
+    config = first.get("config", {})
+    return {
+        "tasks": config.get("tasks", tasks),
+        "seeds": list(trials),
+        "scores": {
+            task: score_row(y[task], labels[task], arm, trials, task)
+            for task in TASKS
+            if arm in y[task]
+        },
+        "trainable_parameters": first.get("trainable_parameters"),
+        "training_seconds": usual_seconds(trials),
+        "rates": {k: config[k] for k in ("learning_rate", "clip")} if trials else None,
+        "shaken": bool(trials) and shaken(config),
+    }
+
+
+def shaken(config: dict) -> bool:
+    """Whether its router is trained with noise or expert dropout."""
+    return bool(config["router"] and (config["router_noise"] or config["expert_dropout"]))
+
+
+def _at_seeds_of_moe(tasks: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Where Joint-MoE has fewer seeds, put what it wins back at these in place of all."""
+    for task, row in mine.items():
+        if (tasks[task]["interval"] or [0])[0] <= 0:
+            continue  # nothing to win back, and that is said
+        tasks[task] |= {k: row[k] for k in ("won_back", "won_back_interval")}
+        if row["won_back"] is None:
+            why = "no loss at the seeds that all three arms have, of which it would be a share"
+            tasks[task]["won_back_reason"] = why
 
 
 def references(baselines: dict) -> dict[str, dict[str, float]]:

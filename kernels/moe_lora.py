@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 PAD = 16  # columns: what 16-bit GEMMs want aligned; ranks of 16 x 3 fill 48 without any padding
 
 
