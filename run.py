@@ -16,8 +16,8 @@ import torch
 import experiments
 from analysis import (
     across,
+    disk,
     gradients,
-    judge,
     leaderboard,
     measures,
     overview,
@@ -25,7 +25,7 @@ from analysis import (
     reuse,
     tracking,
 )
-from eval import benchmarks, hub, stages
+from eval import benchmarks, hub, rule, stages
 from eval.collections import require_split
 from eval.command import exit_status
 from eval.machine import device_name
@@ -97,10 +97,10 @@ def check_elsewhere(args: argparse.Namespace, chosen: dict[str, dict], folder: P
             raise ValueError(f"--{option}: {args.experiment} has no verdict to be given elsewhere")
         # What is not run now may have been measured before: at home for MTEB, else there.
         home = [folder] if option == "mteb" else [setting_folder(args, d) for d in args.evaluate]
-        absent = [arm for arm in judge.NEEDED if arm not in chosen
+        absent = [arm for arm in rule.NEEDED if arm not in chosen
                   and not all([*place.glob(f"{arm}/seed*.json")] for place in home)]  # fmt: skip
         if absent:
-            raise ValueError(f"--{option} decides by {', '.join(judge.NEEDED)}: run "
+            raise ValueError(f"--{option} decides by {', '.join(rule.NEEDED)}: run "
                              f"{', '.join(absent)} too")  # fmt: skip
 
 
@@ -301,7 +301,7 @@ def command_publish(args: argparse.Namespace) -> None:
               if not (folder / arm / f"seed{seed}.json").exists()]  # fmt: skip
     for name in experiments.EXPERIMENTS[args.experiment].measures:
         for arm in arms:
-            there = [(folder / judge.measure_file(arm, name, s)).exists() for s in range(seeds)]
+            there = [(folder / disk.measure_file(arm, name, s)).exists() for s in range(seeds)]
             absent += [f"{name} of {arm} {s}" for s in range(seeds) if any(there) and not there[s]]
     if absent and not args.partial:
         raise ValueError(

@@ -17,19 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from analysis.figures import TASKS, percent, span
-from analysis.judge import (
-    JOINT,
-    METRIC,
-    NEEDED,
-    SPECIALIST,
-    arrays,
-    load,
-    origin,
-    trials_by_file,
-)
+from analysis.disk import load, origin, trials_by_file
+from analysis.figures import METRIC, TASKS, percent, span
+from analysis.judge import arrays
 from analysis.page import warnings
 from eval import inference, rule, stats
+from eval.rule import JOINT, NEEDED, SPECIALIST
 from model.files import write_json, write_text
 
 Part = tuple[stats.Arms, Sequence[str]]  # of a collection: arm -> (S, Q) scores, Q cluster labels
@@ -76,7 +69,7 @@ def judge(folders: Sequence[Path]) -> dict[str, Any]:
     Args:
         folders: the settings, each of one collection and of the same trained models.
     Raises:
-        ValueError: see `analysis.judge.load`; no seed has all needed arms everywhere, or a
+        ValueError: see `analysis.disk.load`; no seed has all needed arms everywhere, or a
             specialist scores 0.
     """
     loaded = {folder.name: load(folder) for folder in folders}

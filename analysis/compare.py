@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import experiments
-from analysis import arm_table, figures, judge, roles
+from analysis import arm_table, disk, figures, judge, roles
 from analysis.figures import METRIC, TASKS, label, p_value, span, table
 from analysis.page import frame, limits, mean, with_holm, write_folder
 from eval import inference, rule, stats
@@ -63,7 +63,7 @@ CAPTION = (
 ONE_SEED = (
     "Difference of each arm to {reference} in points of nDCG@10, at one seed: nothing is tested."
 )
-Trials = judge.Trials
+Trials = disk.Trials
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ def write(
     """Write the report of runs/<experiment>/<setting> into it; return what comparison.json holds.
 
     Arms, seeds or a reference that are missing are shown as missing. Raises ValueError as
-    `judge.load`, and if there is no trial at all.
+    `disk.load`, and if there is no trial at all.
 
     add: makes a section of the comparison, the baselines and the trials.
     """
     folder = folder.resolve()
-    baselines, arms = judge.load(folder)
+    baselines, arms = disk.load(folder)
     if not arms:
         raise ValueError(f"{folder} has no trial yet: `python -m run run` makes them")
     found = compare(folder, baselines, arms)
@@ -103,7 +103,7 @@ def write(
 def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
     """Every number of the report."""
     study = experiments.EXPERIMENTS[folder.parent.name]
-    planned = judge.planned(folder, False)
+    planned = disk.planned(folder, False)
     count = experiments.seeds(folder.parent.name, folder.name)
     y, labels = judge.arrays(baselines, arms)
     every = sorted({seed for trials in arms.values() for seed in trials} | set(range(count)))
@@ -148,7 +148,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
     with_holm(differences)
     for row in differences:
         row.pop("df")
-    files = {"baselines.json": baselines} | judge.trials_by_file(arms)
+    files = {"baselines.json": baselines} | disk.trials_by_file(arms)
     return {
         "experiment": folder.parent.name,
         "setting": folder.name,
@@ -162,7 +162,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
         "references": judge.references(baselines),
         "queries": {task: len(labels[task]) for task in TASKS},
         "clusters": {task: len(set(labels[task])) for task in TASKS},
-        **judge.facts(files),
+        **disk.facts(files),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis import compare, judge, roles
+from analysis import compare, disk, roles
 from analysis.conflict_figures import CAPTIONS, SPACE_NAMES, draw_along, draw_heat
 from analysis.figures import label, p_value, span, table
 from analysis.gradients import SPACES, pooled, statistics
@@ -78,10 +78,10 @@ and seeds, in which the cosine is.
 def write(folder: Path) -> dict[str, Any]:
     """Write the report of runs/gradient_conflict/<setting>; return what conflict.json holds.
 
-    Raises ValueError as `judge.load`, and if no trial watched its gradients.
+    Raises ValueError as `disk.load`, and if no trial watched its gradients.
     """
     folder = folder.resolve()
-    baselines, arms = judge.load(folder)
+    baselines, arms = disk.load(folder)
     watched = {arm: t for arm, trials in arms.items() if (t := _watched(trials))}
     if not watched:
         raise ValueError(

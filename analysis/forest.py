@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import figures, judge
+from analysis import disk, figures
 from analysis.figures import TASKS
 from eval.inference import ALPHA
 from eval.rule import PIVOT_BELOW, PROCEED_FROM
@@ -27,9 +27,9 @@ def entries(runs: Path, setting: str) -> dict[str, dict[str, dict[str, Any]]]:
     """name -> task -> interference, interval, measurable, sure, and paired where it is known."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     paths = sorted(runs.glob(f"kill_gate/{setting}*/verdict.json"))
-    gates = {path.parent.name: judge.read(path) for path in paths}
+    gates = {path.parent.name: disk.read(path) for path in paths}
     ladder = runs / "scale_study" / setting / "scale.json"
-    scale: dict[str, Any] = judge.read(ladder) if ladder.exists() else {"rows": []}
+    scale: dict[str, Any] = disk.read(ladder) if ladder.exists() else {"rows": []}
     sizes = scale["rows"]
     sizes = [row for row in sizes if not row.get("missing")]
     several = len({row["rank"] for row in sizes}) > 1

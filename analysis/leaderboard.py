@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis import across, judge
+from analysis import across, disk, judge
 from analysis.figures import label, percent, span, table
 from analysis.page import warnings
 from eval import inference, rule, stats
@@ -71,7 +71,7 @@ def measure(folder: Path, tasks: Sequence[Any], device: str, kernels: str) -> Sc
             for task in tasks
         }
 
-    baselines, arms = judge.load(folder)
+    baselines, arms = disk.load(folder)
     config = model_config(Config.from_json(baselines["config"]))
     # Its vectors follow from the weights and from how they are read, wherever the weights lie.
     read = {**asdict(replace(config, base="", revision=None)), "prompts": config.prompts.texts()}
@@ -96,17 +96,17 @@ def decide(folder: Path, scores: Scores, elsewhere: Sequence[Path] = ()) -> dict
     Args:
         folder: the setting that the models were trained in. elsewhere: those on other collections.
     Raises:
-        ValueError: see `analysis.judge.load` and `analysis.across.judge`; an arm is missing, or no
+        ValueError: see `analysis.disk.load` and `analysis.across.judge`; an arm is missing, or no
             seed is on both sides.
     """
-    pair = (rule.SPECIALIST["embedding"], judge.JOINT)
+    pair = (rule.SPECIALIST["embedding"], rule.JOINT)
     if missing := [arm for arm in pair if arm not in scores]:
         raise ValueError(f"{folder}: no trained model of {', '.join(missing)} was measured on MTEB")
     if elsewhere:
         other = across.judge(elsewhere)
         known, where = other["seeds"], ", ".join(f"`{place.name}`" for place in elsewhere)
     else:
-        other = judge.judge(folder, *judge.load(folder))
+        other = judge.judge(folder, *disk.load(folder))
         if other["decision"] is None:
             raise ValueError(f"{folder}: {other['reason']}")
         other["split"] = other["config"]["split"]
@@ -132,7 +132,7 @@ def decide(folder: Path, scores: Scores, elsewhere: Sequence[Path] = ()) -> dict
     for row, p in zip(both.values(), adjusted, strict=True):
         row["p_holm"] = None if row["p"] is None else p
     against = {
-        arm: stats.arm_difference(y, None, arm, judge.JOINT)
+        arm: stats.arm_difference(y, None, arm, rule.JOINT)
         for arm in y if arm not in (*pair, "emb-only-aa")
     }  # fmt: skip
     return {
@@ -163,7 +163,7 @@ def write(
 
 def markdown(setting: str, v: Mapping[str, Any]) -> str:
     arms = {arm: rows for arm, rows in v["scores"].items() if arm != BASE}
-    names, pair = list(v["scores"][BASE]["0"]), (rule.SPECIALIST["embedding"], judge.JOINT)
+    names, pair = list(v["scores"][BASE]["0"]), (rule.SPECIALIST["embedding"], rule.JOINT)
 
     def line(title: str, of: Sequence[str], loss: str) -> list[str]:
         """One row of the table, of a task or of the mean over tasks."""
@@ -191,7 +191,7 @@ def markdown(setting: str, v: Mapping[str, Any]) -> str:
         seeds=", ".join(map(str, v["seeds"])),
         count=len(names),
         table=table(["task", "untrained", *map(label, arms), "I"], rows),
-        against=f"Against {label(judge.JOINT)}, in points of the mean: {'; '.join(against)}.\n\n"
+        against=f"Against {label(rule.JOINT)}, in points of the mean: {'; '.join(against)}.\n\n"
         if against
         else "",
         other=f"{percent(other['interference'])} {span(other['interval'])}",

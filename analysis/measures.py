@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from analysis.judge import read
+from analysis.disk import read
 from eval.provenance import made_by
 from model.files import write_json
 from model.unimoer import UniMoER

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis import compare, judge
+from analysis import compare, disk, judge
 from analysis.compare import Section, Trials, summary
 from analysis.figures import label, p_value, span, table
 from analysis.page import with_holm
@@ -62,8 +62,8 @@ def write(folder: Path) -> dict[str, Any]:
     folder = folder.resolve()
 
     def add(v: dict[str, Any], baselines: dict, arms: Trials) -> Section:
-        measured = judge.measured(folder, arms, "order")
-        judge.add_measures(v, measured, "order")
+        measured = disk.measured(folder, arms, "order")
+        disk.add_measures(v, measured, "order")
         found = {arm: summarise(list(rows.values())) for arm, rows in measured.items()}
         gain = routing_gain(*judge.arrays(baselines, arms), arms)
         return section(found, gain, [arm for arm in arms if arm not in found])

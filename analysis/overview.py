@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import experiments
-from analysis import forest, judge
+from analysis import disk, forest
 from analysis.figures import TASKS, p_value, percent, span, table
 from analysis.page import save_figure
 from model.files import write_text
@@ -67,7 +67,7 @@ def markdown(setting: str, readings: Mapping[str, str], runs: Path, drawn: bool 
 
 def made_by(folder: Path) -> str:
     """Sources, devices and dtypes of a setting's trials, the most frequent first; "" if none."""
-    trials = [judge.read(path) for path in judge.trial_files(folder)]
+    trials = [disk.read(path) for path in disk.trial_files(folder)]
     if not trials:
         return ""
     sources = Counter(f"`{trial['sources'][:8]}`" for trial in trials)
@@ -80,8 +80,8 @@ def cost(folders: Sequence[Path]) -> str:
     """Trials and their time; one that stands for the same in several experiments counts once."""
     took: dict[tuple, float] = {}  # the seconds of its evaluation tell a trial from every other
     devices, count = set(), 0
-    for path in (p for folder in folders for p in judge.trial_files(folder)):
-        trial = judge.read(path)
+    for path in (p for folder in folders for p in disk.trial_files(folder)):
+        trial = disk.read(path)
         seconds = trial["seconds"]
         key = (trial["seed"], seconds["test"], seconds.get("prepare"))
         # Watching gradients is part of one of them alone; what is measured elsewhere was trained
@@ -101,7 +101,7 @@ def cost(folders: Sequence[Path]) -> str:
 
 def collections(runs: Path, setting: str) -> str:
     """The kill gate of this setting beside that of its scale on other collections or bases."""
-    found = {path.parent.name: judge.read(path)
+    found = {path.parent.name: disk.read(path)
              for path in sorted(runs.glob(f"kill_gate/{setting}*/verdict.json"))}  # fmt: skip
     if len(found) < 2 or setting not in found:
         return ""
@@ -169,7 +169,7 @@ def write(runs: Path, setting: str, report: Callable[[str, Path], str]) -> dict[
     readings = {
         name: report(name, folder)
         for name in experiments.EXPERIMENTS
-        if judge.trial_files(folder := runs / name / setting)
+        if disk.trial_files(folder := runs / name / setting)
     }
     if readings:
         records = forest.entries(runs, setting)
@@ -219,7 +219,7 @@ def _same(old: Path, new: Path) -> bool:
     """Whether two files hold the same, numbers to a part in 10^9."""
     if old.suffix != ".json" or old.read_bytes() == new.read_bytes():
         return old.read_bytes() == new.read_bytes()
-    return _alike(judge.read(old), judge.read(new))
+    return _alike(disk.read(old), disk.read(new))
 
 
 def _alike(a: object, b: object) -> bool:

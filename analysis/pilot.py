@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import experiments
 import scales
-from analysis import figures, judge
+from analysis import disk, figures
 from analysis.figures import METRIC, TASKS, table
 from analysis.page import provenance, warnings, write_folder
 from eval import rule
@@ -71,10 +71,10 @@ MISSING = "Missing: {}.\n\n"
 def write(folder: Path) -> dict[str, Any]:
     """Write the report of runs/pilot/<setting> into it; return what pilot.json holds.
 
-    Raises ValueError as `judge.load`, and if there is no trial, or one that has no tokens.
+    Raises ValueError as `disk.load`, and if there is no trial, or one that has no tokens.
     """
     folder = folder.resolve()
-    baselines, arms = judge.load(folder)
+    baselines, arms = disk.load(folder)
     if not arms:
         raise ValueError(f"{folder} has no trial yet: `make pilot` makes them")
     found = study(folder, baselines, arms)
@@ -82,10 +82,10 @@ def write(folder: Path) -> dict[str, Any]:
     return found
 
 
-def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
+def study(folder: Path, baselines: dict, arms: disk.Trials) -> dict[str, Any]:
     """Every number of the report."""
     scale = folder.name.split("-")[0]
-    planned, files, rows = judge.planned(folder), {"baselines.json": baselines}, {}
+    planned, files, rows = disk.planned(folder), {"baselines.json": baselines}, {}
     readers = _readers(scale)
     for name, change in scales.PILOT.items():
         tasks = {}
@@ -94,7 +94,7 @@ def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
             if arm not in arms:
                 continue
             of = experiments.baselines_name(experiments.size_of(folder.parent.name, arm, scale))
-            files[of] = judge.read(folder / of)
+            files[of] = disk.read(folder / of)
             files |= {f"{arm}/seed{seed}.json": trial for seed, trial in arms[arm].items()}
             tasks[task] = _task(files[of], arms[arm], task, readers)
         if tasks:
@@ -113,7 +113,7 @@ def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
         "bm25": {task: _mean(baselines["bm25"][task]) for task in TASKS},
         "queries": {task: len(baselines["bm25"][task]) for task in TASKS},
         "split": baselines["config"]["split"],
-        **judge.facts(files),
+        **disk.facts(files),
     }
 
 

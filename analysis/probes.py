@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis import ablation, compare, figures, judge, roles
+from analysis import ablation, compare, disk, figures, roles
 from analysis.bands import shade
 from analysis.figures import label, p_value, table
 from analysis.page import (
@@ -71,26 +71,26 @@ CAPTION = (
 def write(folder: Path) -> dict[str, Any]:
     """Write the report of runs/probing/<setting>; return what probing.json holds.
 
-    Raises ValueError as `judge.load`, and if no trial was probed.
+    Raises ValueError as `disk.load`, and if no trial was probed.
     """
     folder = folder.resolve()
-    baselines, arms = judge.load(folder)
-    measured = judge.measured(folder, arms, "probing")
+    baselines, arms = disk.load(folder)
+    measured = disk.measured(folder, arms, "probing")
     if not measured:
         raise ValueError(f"{folder} has no probed model yet: `make probing` makes it")
     found = compare.compare(folder, baselines, arms)
-    judge.add_measures(found, measured, "probing")
+    disk.add_measures(found, measured, "probing")
     found["probed"] = {
         arm: summarise({seed: _by_role(one, arms[arm][seed]) for seed, one in trials.items()})
         for arm, trials in measured.items()
     }
     found["tests"] = claims(found["probed"])
-    ablated = judge.measured(folder, arms, "ablation")
+    ablated = disk.measured(folder, arms, "ablation")
     found["ablated"] = {
         arm: ablation.summarise([_by_role(one, arms[arm][at]) for at, one in trials.items()])
         for arm, trials in ablated.items()
     }
-    judge.add_measures(found, ablated, "ablation")
+    disk.add_measures(found, ablated, "ablation")
     drawn = {"probes": draw(found)}
     if found["ablated"]:
         drawn["ablation"] = ablation.draw(found["ablated"])

@@ -28,7 +28,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from analysis.judge import read
+from analysis.disk import read
 from analysis.representation import features
 from eval.protocol import EvaluationSet
 from eval.provenance import sources

@@ -9,10 +9,12 @@ from typing import Any
 
 import scales
 from analysis import arm_table, figures, sensitivity, verdict_tables
+from analysis.disk import load
 from analysis.figures import TASKS, label, p_value, span
-from analysis.judge import JOINT, MOE, SAME_SIZE, SPECIALIST, judge, load
+from analysis.judge import SAME_SIZE, judge
 from analysis.page import missing, notes, warnings, write_folder
 from eval import rule
+from eval.rule import JOINT, MOE, SPECIALIST
 from trials import parts
 
 DECISIONS = ("proceed", "pivot", "more_seeds", "inconclusive")
@@ -178,12 +180,10 @@ def limits(verdict: dict[str, Any]) -> list[str]:
         f"What longer texts would show: the models read {config['document_tokens']} tokens of a "
         "document, BM25 all of it."
     )
-    shaken = [label(arm) for arm, row in arms.items() if row.get("shaken")]
-    if MOE in arms and arms[MOE].get("shaken"):
-        calm = [label(arm) for arm in arms if label(arm) not in shaken]
+    if shaken := [label(arm) for arm, row in arms.items() if row.get("shaken")]:
         said.append(
-            "Whether what Joint-MoE lacks or gains is the router's or that of the noise on its "
-            f"logits and the expert dropout in training, which {', '.join(calm)} do without."
+            f"Whether what {', '.join(shaken)} lacks or gains is the router's or that of the noise "
+            "on its logits and the expert dropout in training, which the other arms do without."
         )
     if verdict["setting"].partition("-on-")[0] not in scales.TUNED:
         said.append(

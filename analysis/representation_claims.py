@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from analysis import judge
 from analysis.figures import label
 from analysis.page import by_seed_less, over_seeds, with_holm
 from analysis.representation_figures import KIND_NAMES
+from eval import rule
 
-SPECIALISTS = ("emb-only", "rank-only")
+SPECIALISTS = tuple(rule.SPECIALIST.values())
 UNROUTED = "uniform-moe"  # as many experts, and no routing
 
 
@@ -48,7 +48,7 @@ def claims(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             if other and arm != UNROUTED:
                 theirs = (UNROUTED, other["outputs_overlap"]["seeds"])
                 add(arm, f"{what} {label(UNROUTED)}'s", mine, theirs)
-        for other in SPECIALISTS if arm == judge.JOINT else ():
+        for other in SPECIALISTS if arm == rule.JOINT else ():
             if other in measured:
                 mine, theirs = ((a, measured[a]["stir"][-1]["stir"]["by_seed"])
                                 for a in (arm, other))  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis import compare, judge, subspaces
+from analysis import compare, disk, subspaces
 from analysis.figures import label, table
 from analysis.page import (
     by_seed,
@@ -28,7 +28,7 @@ from analysis.representation_figures import (
     draw_spectra,
     draw_stir,
 )
-from eval import inference
+from eval import inference, rule
 
 BODY = """\
 All views are of the same {texts} documents and {texts} pairs: the mean over a text's tokens of the
@@ -86,15 +86,15 @@ NONE = over_seeds([])  # of an arm that was not run
 def write(folder: Path) -> dict[str, Any]:
     """Write the report of runs/representation/<setting>; return what representation.json holds.
 
-    Raises ValueError as `judge.load`, and if no trial was measured.
+    Raises ValueError as `disk.load`, and if no trial was measured.
     """
     folder = folder.resolve()
-    baselines, arms = judge.load(folder)
-    measured = judge.measured(folder, arms, "representation")
+    baselines, arms = disk.load(folder)
+    measured = disk.measured(folder, arms, "representation")
     if not measured:
         raise ValueError(f"{folder} has no measured model yet: `make representation` makes it")
     found = compare.compare(folder, baselines, arms)
-    judge.add_measures(found, measured, "representation")
+    disk.add_measures(found, measured, "representation")
     for arm, trials in measured.items():
         if arm != "rank-only" and found["arms"][arm]["router"] != "task":
             for trial in trials.values():
@@ -248,7 +248,7 @@ def _unrouted(v: dict[str, Any]) -> str:
     """How the overlaps of Joint-MoE's experts compare with those of Uniform-MoE."""
     end = f"less {label(UNROUTED)}'s"
     gaps = [row["difference"] for row in v["tests"]
-            if row["arm"] == judge.MOE and row["what"].endswith(f"(write) {end}")]  # fmt: skip
+            if row["arm"] == rule.MOE and row["what"].endswith(f"(write) {end}")]  # fmt: skip
     if not gaps:
         return ""
     told = [gap["mean"] for gap in gaps if gap.get("p_holm", 1) <= inference.ALPHA]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from analysis import gradients
-from analysis.judge import read
+from analysis.disk import read
 from eval.machine import device_name
 from eval.provenance import made_by, sources
 from model import parallel

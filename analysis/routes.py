@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis import compare, figures, judge
+from analysis import compare, disk, figures
 from analysis.figures import TASKS, label, table
 from analysis.page import (
     frame,
@@ -73,15 +73,15 @@ LAYERS = (
 def write(folder: Path) -> dict[str, Any]:
     """Write the report of runs/routing/<setting>; return what routing.json holds.
 
-    Raises ValueError as `judge.load`, and if no trial's routing was measured.
+    Raises ValueError as `disk.load`, and if no trial's routing was measured.
     """
     folder = folder.resolve()
-    baselines, arms = judge.load(folder)
-    measured = judge.measured(folder, arms, "routing")
+    baselines, arms = disk.load(folder)
+    measured = disk.measured(folder, arms, "routing")
     if not measured:
         raise ValueError(f"{folder} has no measured routing yet: `make routing` makes it")
     found = compare.compare(folder, baselines, arms)
-    judge.add_measures(found, measured, "routing")
+    disk.add_measures(found, measured, "routing")
     found["measured"] = {arm: summarise(trials) for arm, trials in measured.items()}
     drawn = {"layers": draw(found, measured)}
     with matplotlib.rc_context(figures.STYLE):

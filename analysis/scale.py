@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import experiments
-from analysis import figures, judge, scale_figure, slopes
+from analysis import disk, figures, judge, scale_figure, slopes
 from analysis.figures import METRIC, TASKS, p_value, percent, span, table
 from analysis.page import frame, with_holm, write_folder
 from analysis.slopes import AXES
@@ -55,10 +55,10 @@ CAPTION = (
 def write(folder: Path) -> dict[str, Any]:
     """Write the report of runs/scale_study/<setting> into it; return what scale.json holds.
 
-    Raises ValueError as `judge.load`, and for a size without its baselines.
+    Raises ValueError as `disk.load`, and for a size without its baselines.
     """
     folder = folder.resolve()
-    baselines, arms = judge.load(folder)
+    baselines, arms = disk.load(folder)
     if not arms:
         raise ValueError(f"{folder} has no trial yet: `make scale-study` makes them")
     found = study(folder, baselines, arms)
@@ -94,7 +94,7 @@ class Ladder:
 
 def climb(folder: Path, arms: dict[str, dict[int, dict]], ladder: Ladder, place: str = "") -> None:
     """Add the sizes of one setting. place: of another base's setting, in the names of its sizes."""
-    planned = judge.planned(folder, False)
+    planned = disk.planned(folder, False)
     for suffix, members in sizes([*planned, *arms]).items():
         name, size = "baselines.json", f"{suffix}@{place}" if place else suffix
         some = next((m for m in members.values() if m in arms), None)
@@ -104,7 +104,7 @@ def climb(folder: Path, arms: dict[str, dict[int, dict]], ladder: Ladder, place:
         if some in experiments.arms(folder.parent.name, True, True, _scale(folder)):
             changed = experiments.size_of(folder.parent.name, some, _scale(folder))
             name = experiments.baselines_name(changed)
-        baselines = judge.read(folder / name)
+        baselines = disk.read(folder / name)
         ladder.files[f"{place}/{name}".lstrip("/")] = baselines
         here = {arm: arms[full] for arm, full in members.items() if full in arms}
         y, ladder.labels = judge.arrays(baselines, here)
@@ -122,16 +122,16 @@ def climb(folder: Path, arms: dict[str, dict[int, dict]], ladder: Ladder, place:
 def others(folder: Path) -> dict[Path, list[str]]:
     """Settings of the same scale and data with other bases -> in what they differ beyond what
     belongs to a base or is tuned; a report takes in those that differ in nothing."""
-    mine, found = judge.read(folder / "baselines.json"), {}
+    mine, found = disk.read(folder / "baselines.json"), {}
     for path in sorted(folder.parent.glob(f"{_scale(folder)}*/baselines.json")):
-        theirs = judge.read(path)
+        theirs = disk.read(path)
         same = {k: theirs[k]["fingerprint"] == mine[k]["fingerprint"] for k in ("data", "base")}
         if not same["data"] or same["base"]:
             continue
         pairs = [(mine, theirs)]
-        for trial in judge.trial_files(path.parent):
+        for trial in disk.trial_files(path.parent):
             if (own := folder / trial.parent.name / trial.name).exists():
-                pairs.append((judge.read(own), judge.read(trial)))
+                pairs.append((disk.read(own), disk.read(trial)))
         configs = [[Config.completed(of["config"]) for of in pair] for pair in pairs]
         odd = {k for a, b in configs for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
         queries = [f"{TASKS[t]} queries" for t in TASKS
@@ -140,14 +140,14 @@ def others(folder: Path) -> dict[Path, list[str]]:
     return found
 
 
-def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
+def study(folder: Path, baselines: dict, arms: disk.Trials) -> dict[str, Any]:
     """Every number of the report."""
     experiment = experiments.EXPERIMENTS[folder.parent.name]
     ladder = Ladder()
     climb(folder, arms, ladder)
     beside = others(folder)
     for other in (other for other, odd in beside.items() if not odd):
-        climb(other, judge.load(other)[1], ladder, other.name)
+        climb(other, disk.load(other)[1], ladder, other.name)
     rows, files = ladder.rows, ladder.files
     with_holm(rows)
     first = next(iter(files.values()))
@@ -162,7 +162,7 @@ def study(folder: Path, baselines: dict, arms: judge.Trials) -> dict[str, Any]:
         "rows": rows,
         "slopes": slopes.fits(rows, ladder.scores, ladder.labels, ladder.bases),
         "left_out": {other.name: odd for other, odd in beside.items() if odd},
-        **judge.facts(files),
+        **disk.facts(files),
     }
 
 
@@ -179,7 +179,7 @@ def _row(
     baselines: dict,
 ) -> dict[str, Any]:
     """One size and task."""
-    special, joint = rule.SPECIALIST[task], judge.JOINT
+    special, joint = rule.SPECIALIST[task], rule.JOINT
     first = next(iter(next(iter(arms.values())).values()))
     base = float(np.mean([row[METRIC] for row in baselines["untrained"][task].values()]))
     row: dict[str, Any] = {

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from analysis import judge
 from analysis.figures import TASKS
 from analysis.page import with_holm
 from eval import rule, stats
@@ -128,7 +127,7 @@ def slope(
     value, fixed = 0.0, np.zeros(len(labels))
     for weight, row in zip(c.tolist(), rows, strict=True):
         special = f"{rule.SPECIALIST[row['task']]} {row['size']}"
-        joint = f"{judge.JOINT} {row['size']}"
+        joint = f"{rule.JOINT} {row['size']}"
         base = np.zeros(len(labels)) if bases is None else bases[row["size"]]
         made, by_p, by_j, by_b = loss(
             form, *(float(of.mean()) for of in (y[special], y[joint], base))

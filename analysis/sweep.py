@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import experiments
-from analysis import judge
+from analysis import disk, judge
 from analysis.figures import METRIC, REFERENCE_ROWS, TASKS, label, table
 from analysis.page import provenance, warnings, write_folder
 
@@ -41,9 +41,9 @@ nothing about which is best.
 def write(folder: Path) -> dict[str, Any]:
     """Write choice.json and report.md into `folder` (runs/sweep/<setting>); return the choice.
 
-    Raises ValueError as `judge.load`, if there is no trial, or one of an arm that is not swept.
+    Raises ValueError as `disk.load`, if there is no trial, or one of an arm that is not swept.
     """
-    baselines, arms = judge.load(folder)
+    baselines, arms = disk.load(folder)
     if not arms:
         raise ValueError(f"{folder} has no trial yet: `make sweep` makes them")
     rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in experiments.ARMS}
@@ -53,14 +53,14 @@ def write(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder / name} is of no arm of the sweep: move it away")
         rows[arm].append(_row(trials))
     chosen = {arm: {k: _best(found)[k] for k in SWEPT} for arm, found in rows.items() if found}
-    files = {"baselines.json": baselines} | judge.trials_by_file(arms)
+    files = {"baselines.json": baselines} | disk.trials_by_file(arms)
     choice = {
         "setting": folder.resolve().name,
         "chosen": chosen,
         "rows": rows,
         "missing": [a for a in experiments.EXPERIMENTS["sweep"].arms if a not in arms],
         "split": baselines["config"]["split"],
-        **judge.facts(files),
+        **disk.facts(files),
     }
     steps = next(iter(next(iter(arms.values())).values()))["config"]["steps"]
     write_folder(folder, {"choice.json": choice}, _markdown(choice, baselines, steps), {})

@@ -33,6 +33,8 @@ LOOKS = (3, 6, 9)  # seeds at which the study looks at its data
 MEASURABLE_GAIN = 0.05  # nDCG@10 that a specialist must add to the untrained base
 PIVOT_BELOW, PROCEED_FROM = 1.0, 2.0  # % interference; the second is also the equivalence margin
 SPECIALIST = {"embedding": "emb-only", "reranking": "rank-only"}
+JOINT, MOE = "joint-single", "joint-moe"
+NEEDED = (*SPECIALIST.values(), JOINT)  # without all of these there is no verdict
 NAMES = {"embedding": "retrieval"}  # of tasks, as they are shown; else their own
 
 
@@ -114,8 +116,8 @@ def verdict(
     base: Mapping[str, np.ndarray],
     clusters: Mapping[str, Clusters],
     specialist: Mapping[str, str] = SPECIALIST,
-    joint: str = "joint-single",
-    moe: str = "joint-moe",
+    joint: str = JOINT,
+    moe: str = MOE,
     family: int | None = None,
     draws: int = 10_000,
 ) -> dict[str, Any]:

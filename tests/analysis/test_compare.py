@@ -69,7 +69,7 @@ def test_arms_of_one_start_are_paired_by_seed(tmp_path: Path) -> None:
                 (made.folder / name / f"seed{seed}.part").write_text(json.dumps(trial))
         for path in made.folder.glob("*/seed?.part"):
             path.rename(path.with_suffix(".json"))
-        found.append(compare.compare(made.folder, *compare.judge.load(made.folder)))
+        found.append(compare.compare(made.folder, *compare.disk.load(made.folder)))
     paired, apart = (differences(f)["pcgrad", "embedding"] for f in found)
     assert paired["paired"] and not apart["paired"]
     assert paired["difference"] == pytest.approx(1, abs=0.2)
@@ -91,7 +91,7 @@ def test_under_the_null_at_most_a_few_comparisons_are_sure(
         maker.baselines()
         for arm in ("sparsegen", *ARMS):
             maker.arm(arm, SAME)
-        baselines, arms = compare.judge.load(maker.folder)
+        baselines, arms = compare.disk.load(maker.folder)
         rows = compare.compare(maker.folder, baselines, arms)["differences"]
         false += any(row["p_holm"] <= inference.ALPHA for row in rows)
     # 5 % of 60 is 3; P(more than 8) is under 1 % even if the rate were 7 %
@@ -101,14 +101,14 @@ def test_under_the_null_at_most_a_few_comparisons_are_sure(
 def test_what_one_arm_scores_at_a_seed_that_the_other_lacks_is_no_difference(made: Maker) -> None:
     made.arm("task", SAME, seeds=2)
     made.arm("uniform", SAME)  # with all three
-    before = differences(compare.compare(made.folder, *compare.judge.load(made.folder)))
+    before = differences(compare.compare(made.folder, *compare.disk.load(made.folder)))
     path = made.folder / "sparsegen" / "seed2.json"
     trial = json.loads(path.read_text())
     for rows in trial["scores"].values():
         for row in rows.values():
             row["ndcg_cut_10"] += 0.2
     path.write_text(json.dumps(trial))
-    after = differences(compare.compare(made.folder, *compare.judge.load(made.folder)))
+    after = differences(compare.compare(made.folder, *compare.disk.load(made.folder)))
     same = ("difference", "interval", "p", "by_seed")
     for task in ("embedding", "reranking"):
         one, other = before["task", task], after["task", task]

@@ -110,7 +110,7 @@ def test_the_derivatives_of_a_loss_are_its_differences(form: str) -> None:
 def test_slopes_of_the_loss_in_other_units(tmp_path: Path) -> None:
     """Least-squares lines through the same means, each in its unit."""
     found = scale.study(
-        folder := make(tmp_path, {8: 9.0, 16: 6.0, 30: 1.0}), *scale.judge.load(folder)
+        folder := make(tmp_path, {8: 9.0, 16: 6.0, 30: 1.0}), *scale.disk.load(folder)
     )
     rows = [row for row in found["rows"] if row["task"] == "embedding" and not row.get("missing")]
     [line] = [row for row in found["slopes"] if row["task"] == "embedding"]
@@ -128,7 +128,7 @@ def test_the_interval_of_the_slope_covers(tmp_path: Path, monkeypatch) -> None:
     missed = 0
     for seed in range(60):
         folder = make(tmp_path / str(seed), dict.fromkeys(SIZES, 0.0), seed=seed, noise=0.01)
-        row = scale.study(folder, *scale.judge.load(folder))["slopes"][0]
+        row = scale.study(folder, *scale.disk.load(folder))["slopes"][0]
         missed += not row["interval"][0] <= 0 <= row["interval"][1]
     assert missed <= 8
 
