@@ -136,8 +136,10 @@ plan: $(DEV)  ## Hours, memory and cost of the kill gate (SCALE=full DATA=msmarc
 kernels-report: $(DEV)  ## Compile every kernel for T4, A100 and H100 and read its code (no GPU needed)
 	$(PY) -m bench.compiled
 
+ifneq ($(and $(filter gpu-all,$(MAKECMDGOALS)),$(BASE)),)
+  $(error gpu-all measures the default base: for another, make kill-gate SCALE=full BASE=$(BASE))
+endif
 gpu-all: $(DEV) base  ## On a GPU: tests, bench, kill gate at full scale; each in minutes, resumable
-	@$(if $(BASE),echo 'gpu-all measures the default base: use kill-gate SCALE=full BASE=' && exit 2)
 	$(PY) -m bench.gpu_all $(ARGS)
 
 report: $(MAIN)  ## Write all reports again from their trials, with an overview; check the published ones

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from analysis.disk import load, origin, trials_by_file
-from analysis.figures import METRIC, TASKS, percent, span
+from analysis.figures import METRIC, TASKS, percent, plain, span
 from analysis.judge import arrays
 from analysis.page import warnings
 from eval import inference, rule, stats
@@ -52,7 +52,10 @@ def mean_interference(
     """
     value, found = 0.0, []
     for (y, labels), count in zip(parts, counts, strict=True):
+        y = stats.checked(y, [specialist, joint])
         p, j = float(y[specialist].mean()), float(y[joint].mean())
+        if p <= 0:
+            raise ValueError(f"mean of {specialist!r} is {p}; a relative loss needs a positive one")
         value += count * 100 * (p - j) / p
         gradient = {specialist: count * 100 * j / p**2, joint: -count * 100 / p}
         found.append(stats.Part(gradient, y, labels))
@@ -122,12 +125,13 @@ def judge(folders: Sequence[Path]) -> dict[str, Any]:
     files = {
         f"{name}/{file}": result
         for name, (baselines, arms) in loaded.items()
-        for file, result in {"baselines.json": baselines, **trials_by_file(arms)}.items()
+        for used in [{arm: {s: arms[arm][s] for s in seeds} for arm in NEEDED}]
+        for file, result in {"baselines.json": baselines, **trials_by_file(used)}.items()
     }
     first = next(iter(loaded.values()))[0]
     return decided | {
         **{"seeds": seeds, "tasks": tasks, "collections": rows, "names": names},
-        **{"split": first["config"]["split"], "warnings": origin(files)["warnings"]},
+        **{"split": first["config"]["split"], **origin(files)},
     }
 
 
@@ -175,4 +179,5 @@ def markdown(setting: str, found: dict[str, Any]) -> str:
     lines += ["", f"**{found['decision']}**, supported by the statistics: **{supported}**.", ""]
     lines += [found["reason"], ""]
     lines += [f"Left out: {name}: {why}.\n" for name, why in found.get("left_out", {}).items()]
+    lines += ["## Provenance", "", *(f"- {k}: {plain(v)}" for k, v in found["origin"].items()), ""]
     return "\n".join(lines)

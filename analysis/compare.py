@@ -19,7 +19,7 @@ from analysis import arm_table, disk, figures, judge, roles
 from analysis.figures import METRIC, TASKS, label, p_value, span, table
 from analysis.page import frame, limits, mean, with_holm, write_folder
 from eval import inference, rule, stats
-from model.router import NOT_LEARNED
+from model.router import learned
 
 SPECIALISTS = tuple(rule.SPECIALIST.values())
 BODY = """\
@@ -35,7 +35,8 @@ better one.{family}
 {differences}{picture}{more}## Where the weights went
 
 Mean expert weights over the last training batch, all layers and seeds; of a learned router by the
-role that each seed gave an expert, whatever its name.
+role that each seed gave an expert, whatever its name (a task's own is the one that its texts weigh
+more, so a small gap says nothing).
 
 {routing}
 """
@@ -127,7 +128,8 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
             "shaken": bool(first) and judge.shaken(first["config"]),
             "routing": _routing(list(trials.values())),
             "collapsed": mean(["alarm" in line for line in _last(trials.values())])
-            if first and _learns(first["config"])
+            if first
+            and learned(first["config"]["router"], first["config"].get("router_frozen", False))
             else None,
         }
     differences = []
@@ -164,11 +166,6 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
         "clusters": {task: len(set(labels[task])) for task in TASKS},
         **disk.facts(files),
     }
-
-
-def _learns(config: dict) -> bool:
-    """Whether its router is trained; of another an idle expert is so by design."""
-    return config["router"] not in ("", *NOT_LEARNED) and not config.get("router_frozen")
 
 
 def _tasks(config: dict) -> list[str]:
@@ -257,7 +254,7 @@ def markdown(v: dict[str, Any], more: str = "") -> str:
     reference = label(v["reference"]) if v["reference"] else "the one it is held against"
     shown = {len(row["seeds"]) for row in v["arms"].values() if row["seeds"]}
     family = sum(row["p"] is not None for row in v["differences"])
-    caption = CAPTION if family else ONE_SEED
+    caption = CAPTION if max(shown) > 1 else ONE_SEED
     body = BODY.format(
         v=v,
         seeds=SEVERAL.format(seeds=" or ".join(map(str, sorted(shown))))

@@ -137,18 +137,18 @@ def origin(files: dict[str, dict]) -> dict[str, Any]:
     """Where the results come from, and a warning where that is not one place."""
     if not files:
         return {"origin": {}, "warnings": []}
-    facts = [{**file, "commit": file["git"]["commit"]} for file in files.values()]
-    seen = {name: sorted({json.dumps(fact[name]) for fact in facts}) for name in ORIGIN}
+    made = [{**file, "commit": file["git"]["commit"]} for file in files.values()]
+    seen = {name: sorted({json.dumps(fact[name]) for fact in made}) for name in ORIGIN}
     warnings = [
         f"the files were made with {len(values)} different values of {name} (see Provenance)."
         for name, values in seen.items()
         if len(values) > 1
     ]
-    if unknown := sum(fact["git"]["dirty"] is None for fact in facts):
+    if unknown := sum(fact["git"]["dirty"] is None for fact in made):
         warnings.append(f"{unknown} of the {len(files)} files do not say which commit made them.")
-    if dirty := sum(bool(fact["git"]["dirty"]) for fact in facts):
+    if dirty := sum(bool(fact["git"]["dirty"]) for fact in made):
         warnings.append(f"{dirty} of the {len(files)} files were made with uncommitted changes.")
-    if begun := sum("begun_by_sources" in fact for fact in facts):
+    if begun := sum("begun_by_sources" in fact for fact in made):
         warnings.append(f"{begun} of the {len(files)} files were begun by other code.")
     return {
         "origin": {k: [json.loads(x) for x in v] for k, v in seen.items()},

@@ -42,7 +42,7 @@ COLOURS = {
     "joint-single": "#D55E00",
     "joint-moe": "#009E73",
 }
-SPARE = ("#E69F00", "#56B4E9", "#000000", "#7F4F24", "#8A8A00")  # for arms not named above
+SPARE = ("#E69F00", "#56B4E9", "#6A3D9A", "#7F4F24", "#8A8A00")  # for arms not named above
 EXPERTS = ("#332288", "#CC6677", "#44AA99", "#882255", "#DDAA33", "#88CCEE")
 DASHES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1.2)))  # tells lines apart in grey
 REFERENCES = {"bm25": "BM25", "untrained": "untrained", "ceiling": "ceiling"}

@@ -1,7 +1,8 @@
 """A setting's trials -> one dict that holds every number of its verdict.
 
 Scores lie in [0, 1], interference is in % of the specialist's score, gain-normalised interference
-and won_back are fractions, differences are in points (0.01 nDCG). Every number is eval.stats's.
+and won_back are fractions, differences are in points (0.01 nDCG). Every number is that of
+`eval.stats` or `eval.rule`.
 """
 
 from pathlib import Path
@@ -120,7 +121,7 @@ def _twins(
     arms = {task: {**y[task], "aa": aa} for task, aa in twin.items() if aa is not None}
     if not arms:
         return {}
-    return rule.verdict(arms, base, labels, joint="aa", moe="", family=len(TASKS))["tasks"]
+    return rule.verdict(arms, base, labels, joint="aa", moe=None, family=len(TASKS))["tasks"]
 
 
 def _row(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from analysis import across, disk, judge
-from analysis.figures import label, percent, span, table
+from analysis.figures import label, percent, plain, span, table
 from analysis.page import warnings
 from eval import inference, rule, stats
 from model.files import write_json, write_text
@@ -40,6 +40,10 @@ of the mean with its 95 % interval over seeds and tasks, each task a cluster of 
 **{v[decision]}**, supported by the statistics: **{supported}**.
 
 {v[reason]}
+
+## Provenance
+
+{origin}
 """
 
 
@@ -142,7 +146,7 @@ def decide(folder: Path, scores: Scores, elsewhere: Sequence[Path] = ()) -> dict
         "scores": {arm: {str(s): row for s, row in rows.items()} for arm, rows in used.items()},
         "tasks": both,
         "reranking_on": where,
-        **{key: other[key] for key in ("split", "warnings")},
+        **{key: other[key] for key in ("split", "warnings", "origin")},
         "differences": {
             arm: {"difference": e.value, "interval": e.interval, "p": e.p if e.interval else None}
             for arm, e in against.items()
@@ -197,5 +201,6 @@ def markdown(setting: str, v: Mapping[str, Any]) -> str:
         other=f"{percent(other['interference'])} {span(other['interval'])}",
         least=percent(mine["smallest_detectable_effect"]),
         notes=warnings({**v, "setting": setting}),
+        origin="\n".join(f"- {name}: {plain(value)}" for name, value in v["origin"].items()),
         supported="yes" if v["supported"] else "no",
     )

@@ -136,9 +136,9 @@ def agreement(found: Mapping[str, dict]) -> str:
     apart = "".join(f", {kind} in {n}" for kind, n in others)
     sure = [name for name, verdict in found.items() if verdict["supported"]]
     backed = f"in {len(sure)} ({', '.join(sure)})" if sure else "in none"
+    first = f"There is {most}" if most == "no verdict" else f"The decision is {most}"
     said = [
-        f"The decision is {most} in {count} of {len(found)} settings{apart}; the statistics "
-        f"support it {backed}."
+        f"{first} in {count} of {len(found)} settings{apart}; the statistics support it {backed}."
     ]
     for task, title in TASKS.items():
         rows = {name: (row, verdict["alpha"]) for name, verdict in found.items()

@@ -180,7 +180,7 @@ def warnings(v: dict[str, Any]) -> str:
 
 
 def missing(arms: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Which arms were not run, and which have fewer seeds than another; an item each.
+    """Which arms were not run, and which lack seeds of those planned or run; an item each.
 
     arms: arm -> a row with `seeds` and `missing_seeds`.
     """
@@ -197,10 +197,12 @@ def missing(arms: Mapping[str, dict[str, Any]]) -> list[str]:
 
 
 def seed_names(numbers: Sequence[int]) -> str:
-    """`seed 1`, `seeds 0 to 2`, `seeds 0, 2`."""
+    """`seed 1`, `seeds 0 and 2`, `seeds 0 to 2`, `seeds 0, 2, 5`."""
     first, *rest = numbers
     if not rest:
         return f"seed {first}"
+    if len(rest) == 1:
+        return f"seeds {first} and {rest[0]}"
     if list(numbers) == list(range(first, first + len(numbers))):
         return f"seeds {first} to {numbers[-1]}"
     return f"seeds {', '.join(map(str, numbers))}"

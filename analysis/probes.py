@@ -242,7 +242,7 @@ def reading(v: dict[str, Any]) -> str:
         if (of := base["views"]["base"][name])["best"] is not None
     ]
     if held:
-        said.append(f"In the base BM25 and its ingredients are read best so: {', '.join(held)}.")
+        said.append(f"The base holds BM25 and its ingredients best in: {', '.join(held)}.")
     for arm, found in v["probed"].items():
         gains = {}  # of R^2 alone: those of accuracies have another unit
         for name in (n for n in found["views"]["model"] if n not in found["binary"]):

@@ -124,7 +124,9 @@ def told(found: list[dict[str, Any]]) -> str:
         if row["ladder"] == "all":
             on = f"On {TASKS[row['task']]}, r{row['rank']} for all experts is"
             if row["shown"] is None:
-                said.append(f"{on} the best, and no smaller rank within 1 % of it, by the means.")
+                said.append(
+                    f"{on} the best, and no smaller rank is within 1 % of it, by the means."
+                )
                 continue
             sure = "" if row["shown"] else ", by the means alone"
             said.append(f"{on} within 1 % of the best (r{row['best_rank']}){sure}.")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from model.router import NOT_LEARNED, TASKS
+from model.router import TASKS, learned
 
 OWN = {task: f"{task}'s own" for task in TASKS}
 
@@ -32,10 +32,11 @@ def columns(trial: dict[str, Any]) -> tuple[list[str], list[int]]:
     Where a router learns: each task's own, then the other; else, and where several are left over,
     as they are named.
     """
-    experts, router = trial["config"]["experts"], trial["config"]["router"]
-    learned = router and router not in NOT_LEARNED and not trial["config"].get("router_frozen")
-    names = of_trial(trial) if learned else {}
-    first = [*OWN.values(), "the other"]
+    config = trial["config"]
+    experts = config["experts"]
+    learns = learned(config["router"], config.get("router_frozen", False))
+    names = of_trial(trial) if learns else {}
+    first = [*OWN.values(), "the other"][: len(experts)]
     if sorted(names.values()) != sorted(first):
         return list(experts), list(range(len(experts)))
     order = sorted(range(len(experts)), key=lambda i: first.index(names[experts[i]]))

@@ -236,7 +236,7 @@ def reading(v: dict[str, Any]) -> str:
         if sure:
             gain, points = row["other"]["gain"], row["other"]["points"]
             said.append(
-                f"As a share of what training gained it is {gain['slope']:+.2f} points of % "
+                f"As a share of what training gained it is {gain['slope']:+.2f} percentage points "
                 f"{span(gain['interval'])}, in points of nDCG@10 {points['slope']:+.2f} "
                 f"{span(points['interval'])}."
             )

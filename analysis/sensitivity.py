@@ -110,7 +110,7 @@ def markdown(verdict: Mapping[str, Any]) -> str:
     """The section of the report; of a task without an interval nothing is told."""
     found = {task: row for task, row in verdict["sensitivity"].items() if row}
     if not found:
-        return "Not told: it takes two seeds of the needed arms, and two clusters.\n\n"
+        return "Not known: it takes two seeds of the needed arms, and two clusters.\n\n"
     ways, names = [], {"paired": "I, paired by seed"}
     names |= {m: f"I on {METRICS[m]}" for m in METRICS if m != METRIC}
     head = ["", *(f"{TASKS[t]}{what}" for t in found for what in ("", ", p"))]

@@ -46,7 +46,7 @@ def of_gradients(model: UniMoER, data: TrainingData) -> Rows:
     for layer, prefix, name, _ in adapted(model):
         at = {"layer": layer, "projection": name}
         for side, key in zip(SIDES, ("lora_A", "lora_B"), strict=True):
-            of = [[g[f"{prefix}.{key}.{name}"].cpu() for g in halves] for halves in (e, r)]
+            of = [[g[f"{prefix}.{key}.{name}"].cpu() for g in both] for both in (e, r)]
             (a, b), (c, d) = of if side == "inputs" else [[m.t() for m in h] for h in of]
             rows.append({**at, "side": side, **between((a, b), (c, d), most=len(a))})
     return rows

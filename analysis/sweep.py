@@ -76,28 +76,17 @@ def _row(trials: dict[int, dict]) -> dict[str, Any]:
         )
         for task in first["scores"]
     }
+    means = [
+        np.mean([np.mean([q[METRIC] for q in rows.values()]) for rows in t["scores"].values()])
+        for t in trials.values()
+    ]
     norms = [line["gradient_norm"] for trial in trials.values() for line in trial["curve"]]
     return {
         **{key: first["config"][key] for key in SWEPT},
         "seeds": len(trials),
         "scores": scores,
         "mean": float(np.mean(list(scores.values()))),
-        "seed_sd": None
-        if len(trials) < 2
-        else float(
-            np.std(
-                [
-                    np.mean(
-                        [
-                            np.mean([q[METRIC] for q in rows.values()])
-                            for rows in t["scores"].values()
-                        ]
-                    )
-                    for t in trials.values()
-                ],
-                ddof=1,
-            )
-        ),
+        "seed_sd": float(np.std(means, ddof=1)) if len(means) > 1 else None,
         "gradient_norm": float(np.median(norms)),
     }
 
@@ -152,7 +141,8 @@ def _markdown(choice: dict[str, Any], baselines: dict, steps: int) -> str:
 
 def _seed_sd(choice: dict[str, Any]) -> float:
     """Of a setting's mean score over seeds, in points; the mean over settings with several."""
-    known = [row["seed_sd"] for rows in choice["rows"].values() for row in rows if row["seed_sd"]]
+    known = [row["seed_sd"] for rows in choice["rows"].values() for row in rows
+             if row["seed_sd"] is not None]  # fmt: skip
     return 100 * float(np.mean(known)) if known else 0.0
 
 

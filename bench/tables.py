@@ -99,10 +99,10 @@ def corpus_table(rows: list[dict]) -> str:
 
 def index_table(rows: list[dict]) -> str:
     names = {
-        "before_bytes": "before (GB)", "peak_bytes": "peak (GB)",
+        "before_bytes": "before (GB)", "peak_bytes": "peak (GB)", "made_bytes": "once made (GB)",
         "kept_bytes": "on disk (GB)", "own_bytes": "own, mapped (GB)",
     }  # fmt: skip
-    names = {key: name for key, name in names.items() if key in rows[0]}
+    names = {key: name for key, name in names.items() if key in rows[0]}  # earlier records: made
     cells = [
         [f"{row['documents']:,}", f"{row['seconds']:,.0f}"]
         + [f"{row[key] / 1e9:.3f}" for key in names]

@@ -37,7 +37,6 @@ from model.weights import revision
 
 COMMANDS = ("encode", "search")
 METRICS = (metrics.MRR_10, *metrics.METRICS, "recall_1000")
-CUTS = {"recall_100": 100, "recall_1000": 1000}  # need so deep a ranking
 AT_ONCE = 256  # queries whose rankings are held as dicts
 
 
@@ -231,15 +230,13 @@ def _measure(
             for who, keys in rankings.items()
         }
     found["mean"] = {
-        who: {metric: metrics.mean(rows, metric) for metric in deep_enough(args.depth)}
+        who: {
+            metric: metrics.mean(rows, metric)
+            for metric in metrics.deep_enough(METRICS, args.depth)
+        }
         for who, rows in found["scores"].items()
     }
     return found
-
-
-def deep_enough(depth: int) -> list[str]:
-    """The metrics of a ranking of `depth` documents: recall at 1,000 is none of a hundred."""
-    return [metric for metric in METRICS if CUTS.get(metric, 0) <= depth]
 
 
 def scored(
@@ -257,7 +254,7 @@ def scored(
         some = names[start : start + AT_ONCE]
         run = cut(to_run(keys[start : start + AT_ONCE], some, ids), judged.excluded, depth)
         qrels = {query: judged.qrels[query] for query in some}
-        wanted = deep_enough(depth)
+        wanted = metrics.deep_enough(METRICS, depth)
         found |= metrics.evaluate(qrels, run, metrics=wanted, relevant=judged.relevant)
         if file is not None:
             for query, row in run.items():

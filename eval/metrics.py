@@ -1,6 +1,7 @@
 """Per-query ranking metrics, through trec_eval (`pytrec_eval`); the interval of a mean."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -9,6 +10,12 @@ from scipy import stats
 
 METRICS = ("ndcg_cut_10", "map", "recip_rank", "recall_100")
 MRR_10 = "recip_rank_cut_10"  # MS MARCO's; trec_eval's recip_rank has no cut
+
+
+def deep_enough(names: Sequence[str], depth: int) -> list[str]:
+    """Those of a ranking of `depth` documents: recall at 1,000 is none of a hundred."""
+    cuts = ((name, re.search(r"_(\d+)$", name)) for name in names)
+    return [name for name, cut in cuts if cut is None or int(cut[1]) <= depth]
 
 
 def evaluate(

@@ -315,7 +315,7 @@ def table(found: Sequence[dict[str, Any]], title: str) -> str:
         for key in ("exact_match", "f1"):
             low, high = interval([of[key] for of in row["questions"].values()])
             cells.append(f"{row[key]:.3f} ± {(high - low) / 2:.3f}".rjust(14))
-        reads = any(of["read"] for of in row["questions"].values())
+        reads = "retrieve" in PARTS.get(row["side"], STAGES)
         cells.append(f"{row['found']:7.3f}" if reads else f"{'-':>7}")
         for stage in (*STAGES, "together"):
             took = row["latency"].get(stage, {})

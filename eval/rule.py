@@ -99,7 +99,10 @@ def decide(
     passed = [p is not None and p <= alpha for p in evidence.values()]
     supported = seeds > 1 and (any(passed) if large else bool(passed) and all(passed))
     if seeds == 1 or None in evidence.values():
-        said.append("Nothing is supported: without a second seed the seed variance is unknown.")
+        why = "a second seed the seed variance is unknown" if seeds == 1 else (
+            "an interval (queries of one cluster) nothing is tested"
+        )  # fmt: skip
+        said.append(f"Nothing is supported: without {why}.")
     elif evidence:
         p = ", ".join(f"{k} {v:.4f}" for k, v in evidence.items())
         sure = [k for k, v in evidence.items() if v is not None and v <= alpha]
@@ -117,7 +120,7 @@ def verdict(
     clusters: Mapping[str, Clusters],
     specialist: Mapping[str, str] = SPECIALIST,
     joint: str = JOINT,
-    moe: str = MOE,
+    moe: str | None = MOE,
     family: int | None = None,
     draws: int = 10_000,
 ) -> dict[str, Any]:
@@ -155,7 +158,9 @@ def verdict(
         loss = interference(y, labels, *pair) if p > 0 else Estimate(math.nan)
         gain = gain_normalised(y, labels, *pair, b) if measurable else Estimate(math.nan)
         back, why = Estimate(math.nan), "the joint arm has no loss whose interval excludes 0"
-        if moe not in y:
+        if moe is None:
+            why = None
+        elif moe not in y:
             why = f"{moe} was not run"
         elif loss.low > 0:
             back = won_back(y, labels, *pair, moe)
@@ -165,7 +170,8 @@ def verdict(
         sure = least == least  # not NaN
         found = {
             **{"measurable": measurable, "specialist": p, "base": base_mean},
-            **{"joint": float(y[joint].mean()), "moe": float(y[moe].mean()) if moe in y else None},
+            "joint": float(y[joint].mean()),
+            "moe": float(y[moe].mean()) if moe in y else None,
             "seed_sd": math.sqrt(sum(spread) / len(spread)),
             **{"interference": loss.value, "interval": loss.interval},
             **{"se": loss.se, "df": loss.df, "p": loss.p},

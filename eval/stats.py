@@ -244,7 +244,8 @@ def won_back(arms: Arms, clusters: Clusters, specialist: str, joint: str, other:
     """W = (M - J) / (P - J), the fraction of the joint arm's loss that arm `other` (M) undoes, with
     Fieller's interval (none where it has no ends): the loss may be few standard errors.
 
-    `verdict` gives it where the interval of P - J excludes 0. Also raises ValueError if P = J.
+    `eval.rule.verdict` gives it where the interval of P - J excludes 0. Also raises ValueError if
+    P = J.
     """
     y = checked(arms, [specialist, joint, other])
     p, j, m = (float(y[name].mean()) for name in (specialist, joint, other))

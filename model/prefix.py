@@ -156,7 +156,7 @@ def _compute(
 
 
 def fingerprint(ids: TokenIds) -> str:
-    """Of the texts, one after the other."""
+    """sha256 of the texts' lengths and token ids, in their order."""
     digest = hashlib.sha256()
     for text in ids:
         digest.update(np.asarray([len(text), *text], dtype=np.int32).tobytes())

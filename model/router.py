@@ -97,6 +97,11 @@ SIMILARITY = ("similarity-mean", "similarity-max")
 NOT_LEARNED = ("task", "uniform", *SIMILARITY)  # every other router has an MLP
 
 
+def learned(kind: str, frozen: bool = False) -> bool:
+    """Whether a router of this kind ("": none) is trained."""
+    return kind not in ("", *NOT_LEARNED) and not frozen
+
+
 @dataclass(frozen=True)
 class RouterConfig:
     """kind: one of `ROUTES`.

@@ -94,6 +94,6 @@ def logits(model: UniMoER, collection: Collection) -> Score:
     return score
 
 
-def sigmoid(logits: Score) -> Score:
-    """In float64: in fp32 everything above 17 would score alike."""
-    return lambda pairs: torch.tensor(logits(pairs), dtype=torch.float64).sigmoid().tolist()
+def sigmoid(score: Score) -> Score:
+    """Of logits, in float64: in fp32 everything above 17 would score alike."""
+    return lambda pairs: torch.tensor(score(pairs), dtype=torch.float64).sigmoid().tolist()

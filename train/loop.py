@@ -21,7 +21,7 @@ from eval.machine import peak_bytes
 from eval.provenance import sources
 from model import parallel, sharding, weights
 from model.files import locked, write_text
-from model.router import NOT_LEARNED
+from model.router import learned
 from model.unimoer import UniMoER
 from train import losses, pcgrad
 from train.batches import TrainingData
@@ -93,8 +93,8 @@ class StepLosses:
         line = {"tokens": self.tokens, **{name: x.item() for name, x in self.seen.items()}}
         if self.given:
             # Where the router learns nothing, an idle expert is so by design.
-            learns = config.router not in NOT_LEARNED and not config.router_frozen
-            line |= routing_line(self.given, config.experts, learns)
+            alarm = learned(config.router, config.router_frozen)
+            line |= routing_line(self.given, config.experts, alarm)
         return line
 
 

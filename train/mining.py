@@ -26,6 +26,7 @@ import json
 import random
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -148,7 +149,8 @@ def mine(
     }
     if (folder / MANIFEST).exists() and "sha256" in (found := _begin(folder, identity)):
         mined_sha256(folder)  # what the manifest says is there
-        _tidy(folder)  # a kill may have come between the manifest and this
+        with suppress(OSError):  # another process's, or another user's
+            _tidy(folder)  # a kill may have come between the manifest and this
         return found
     _require_ours(folder)
     busy = "another process mines into it: wait for it, or choose another --out"

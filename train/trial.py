@@ -120,7 +120,6 @@ class Workbench:
         self.collection: Collection = self.collections[0]
         self._bases: dict[tuple[str, str | None], str] = {}
         self._sets: dict[str, TextSet] = {}
-        self._of: tuple = ()  # what their states are of
         self._evaluation: tuple[str, EvaluationSet] | None = None
 
     def model(self, config: Config) -> UniMoER:
@@ -154,10 +153,8 @@ class Workbench:
             tokens = sum(len(row) for row in ids)
             if 2 * tokens * model.decoder.config.hidden_size > LIMIT:
                 return TextSet(ids)  # the lower layers are run again each time
-            fields = (config.adapter_layers, config.dtype, config.causal, model.identity)
-            if self._of != fields:  # of another depth: on disk, where they are found again
-                self._sets, self._of = {}, fields
-            found = self._sets.get(key := fingerprint(ids))
+            of = f"{config.adapter_layers} {config.dtype} {config.causal} {model.identity}"
+            found = self._sets.get(key := f"{of} {fingerprint(ids)}")
             if found is None:
                 with (
                     parallel.first(),  # it makes the file, the others find it
@@ -177,6 +174,8 @@ class Workbench:
                     )
                 found = TextSet(ids, states)
                 if not parallel.apart():
+                    if self.keep_prefix:  # those of another depth are found on disk again
+                        self._sets = {k: v for k, v in self._sets.items() if k.startswith(of)}
                     self._sets[key] = found
             return found
 

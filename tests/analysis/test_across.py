@@ -158,3 +158,9 @@ def test_an_arm_that_one_collection_lacks(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(ValueError, match="smoke-on-set0, smoke-on-set1: no seed of emb-only, ran"):
         across.judge(places)
+
+
+def test_a_specialist_that_scores_nothing_is_named() -> None:
+    y = {"emb-only": np.zeros((3, 8)), "joint-single": np.full((3, 8), 0.1)}
+    with pytest.raises(ValueError, match="'emb-only' is 0.0; a relative loss needs"):
+        mean([(y, [f"c{i}" for i in range(8)])])

@@ -143,7 +143,7 @@ def test_what_agrees_between_collections_is_said() -> None:
     nothing = {"a": verdict(None, row(1.0, 0.5, False), row(1.0, 0.5, False))}
     said = overview.agreement(nothing)
     assert "Nowhere is reranking measurable." in said
-    assert "is no verdict in 1 of 1 settings; the statistics support it in none" in said
+    assert "There is no verdict in 1 of 1 settings; the statistics support it in none." in said
 
 
 def test_publishing_a_collection_renews_the_page_that_shows_it(

@@ -52,7 +52,7 @@ def test_with_a_large_spread_the_means_alone_say_so(made: Maker) -> None:
     text = (made.folder / "report.md").read_text()
     row = found["all", "reranking"]
     assert (row["rank"], row["best_rank"], row["shown"]) == (16, 16, None)
-    told = "On reranking, r16 for all experts is the best, and no smaller rank within 1 % of it"
+    told = "On reranking, r16 for all experts is the best, and no smaller rank is within 1 % of it"
     assert told in text
 
 

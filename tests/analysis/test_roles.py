@@ -35,3 +35,24 @@ def test_without_two_experts_or_weights_of_both_tasks_names_stay() -> None:
     assert roles.of_trial(alone) == {name: name for name in NAMES}
     four = trial([0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1], (*NAMES, "fourth"))
     assert list(roles.of_trial(four).values()) == [*roles.OWN.values(), "shared", "fourth"]
+
+
+def routed(embedding: list[float], reranking: list[float], experts=NAMES, **config) -> dict:
+    made = trial(embedding, reranking, experts)
+    return {**made, "config": {"router": "sparsegen", **made["config"], **config}}
+
+
+@pytest.mark.parametrize(
+    ("made", "names", "order"),
+    [
+        (routed([0.6, 0.2, 0.2], [0.2, 0.6, 0.2]), [*roles.OWN.values(), "the other"], [0, 1, 2]),
+        # Another seed dealt the roles otherwise: the columns follow.
+        (routed([0.0, 0.4, 0.6], [0.0, 0.7, 0.3]), [*roles.OWN.values(), "the other"], [2, 1, 0]),
+        (routed([0.2, 0.8], [0.6, 0.4], NAMES[:2]), list(roles.OWN.values()), [1, 0]),
+        (routed([0.0, 0.4, 0.6], [0.0, 0.7, 0.3], router="task"), list(NAMES), [0, 1, 2]),
+        (routed([0.0, 0.4, 0.6], [0.0, 0.7, 0.3], router_frozen=True), list(NAMES), [0, 1, 2]),
+    ],
+    ids=["named", "dealt anew", "two", "by task", "frozen"],
+)  # fmt: skip
+def test_columns_are_in_the_order_of_the_roles(made: dict, names: list, order: list) -> None:
+    assert roles.columns(made) == (names, order)

@@ -1,4 +1,4 @@
-"""eval/stats.py by simulation: errors, intervals and detectable effects are what is promised."""
+"""eval/stats.py and eval/rule.py by simulation: errors, intervals and what is detectable."""
 
 import contextlib
 import math
@@ -20,7 +20,7 @@ def quick(scores, base, clusters, detectable=False):
     """`verdict` without Joint-MoE, the randomisation test and, where nothing reads it, what is
     detectable: the slowest part by far."""
     pair = {t: {a: y for a, y in arms.items() if a in ARMS[t][:2]} for t, arms in scores.items()}
-    skipped = mock.patch.object(stats, "smallest_detectable_effect", lambda *of: math.nan)
+    skipped = mock.patch.object(rule, "smallest_detectable_effect", lambda *of: math.nan)
     with contextlib.nullcontext() if detectable else skipped:
         return rule.verdict(pair, base, clusters, draws=1)
 

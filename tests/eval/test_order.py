@@ -216,4 +216,4 @@ def test_speed_counts_the_pairs_that_were_ranked(evaluation, listwise, monkeypat
     assert found["pairs_per_second"] == len(evaluation.pairs) / 2.5
     lost = evaluation.sample(10)
     lost.candidates = {LOST: {}}
-    assert order.speed(listwise, lost) == {"pairs": 0, "seconds": 0.0, "pairs_per_second": 0.0}
+    assert order.speed(listwise, lost) == {"pairs": 0, "seconds": 0.0, "pairs_per_second": None}
