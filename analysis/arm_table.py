@@ -12,7 +12,7 @@ COLUMNS = ("adapters (rank)", "router", "trained on", "other differences")
 ROUTER = ("router", "router_noise", "expert_dropout", "always_on", "per_token", "router_frozen")
 # Shown in columns of their own, or not what an arm is.
 APART = ("tasks", "experts", "ranks", *ROUTER, "scored", "seed", "measured_on", "negatives_sha256")
-TEXT = """What each arm is made of; other differences: what else sets it apart from most of the arms.
+TEXT = """What each arm is made of; other differences: what else sets it apart from most arms.
 
 """
 

@@ -225,6 +225,8 @@ def reading(v: dict[str, Any]) -> str:
             f"The {'other ' if sure else ''}{many}{to} {'are' if len(unsure) > 1 else 'is'} not "
             f"significant (detectable: {seen} points)."
         )
+    if lost := [label(arm) for arm, row in v["arms"].items() if row["collapsed"] == 1]:
+        said.append(f"In every seed of {', '.join(lost)} an expert carries no weight in the end.")
     for task in TASKS:
         best = _best(v, task)
         if best:

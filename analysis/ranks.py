@@ -67,7 +67,9 @@ def ladders(v: dict[str, Any], baselines: dict, arms: Trials) -> Section:
     rows = [
         [
             row["ladder"], TASKS[row["task"]], f"r{row['best_rank']}", f"r{row['rank']}",
-            f"{row['loss']:+.2f} % {span(row['interval'])}",
+            "the best itself"
+            if row["arm"] == row["best"]
+            else f"{row['loss']:+.2f} % {span(row['interval'])}",
             {True: "yes", False: "no", None: "-"}[row["shown"]], f"{row['bytes'] / 1e6:.2f} MB",
         ]
         for row in found
