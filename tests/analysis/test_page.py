@@ -10,8 +10,8 @@ from analysis import page
     [
         ([1], "seed 1"),
         ([0, 1, 2], "seeds 0 to 2"),
-        ([0, 2], "seeds 0, 2"),
-        ([3, 4], "seeds 3 to 4"),
+        ([0, 2], "seeds 0 and 2"),
+        ([0, 2, 5], "seeds 0, 2, 5"),
     ],
 )
 def test_seeds_have_names(numbers: list[int], words: str) -> None:
