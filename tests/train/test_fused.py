@@ -18,7 +18,8 @@ from train.trial import repeatable
 LAST_IN_PARTS = {
     "embedding_pooling": "last", "reranking_pooling": "last", "cached_tokens": 30,
 }  # fmt: skip
-PCGRAD = {"pcgrad": True}  # the balance loss goes back by itself
+# The balance loss goes back by itself, from the upper router through the lower one's layer.
+PCGRAD = {"pcgrad": True, "adapter_layers": 1}
 TOKENS = {"per_token": True, "expert_dropout": 0.0}  # routed in the kernel
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
