@@ -16,7 +16,7 @@ from eval import hub, mteb_data
 from eval.bm25 import BM25
 from eval.command import exit_status
 from eval.sources import Qrels, Sources, documents, folder, read_queries, read_splits
-from eval.stdlib import documented_functions, split_modules
+from eval.stdlib import documented_functions, kept_functions, split_modules
 from eval.store import StoredTexts, stored
 from model import bases
 
@@ -136,13 +136,14 @@ def load(data: str, cache: Path | None = None) -> Collection:
             wins over a folder of that name: write ./scifact for the folder.
         cache: where hub files are kept, by default huggingface_hub's own cache; and stored texts,
             by default ours. What the hub may not have ("bioasq") is a BEIR folder of that name in
-            it. "stdlib" is built anew each time (3.5 s on one core).
+            it. The functions of "stdlib" are kept there too.
     Raises:
         ValueError: nothing of that name; a missing or malformed file (with file and line); no
             network and nothing cached.
     """
     if data == "stdlib":
-        return stdlib(Path(sysconfig.get_path("stdlib")))
+        place = cache or bases.cache_folder() / "data"
+        return stdlib(Path(sysconfig.get_path("stdlib")), place)
     return _read(find(data, cache), cache)
 
 
@@ -236,7 +237,7 @@ def fingerprint(
 # ---------------------------------------------------------------------------------------- stdlib
 
 
-def stdlib(root: Path) -> Collection:
+def stdlib(root: Path, cache: Path | None = None) -> Collection:
     """The standard library under `root`: docstrings ask, functions answer.
 
     Query: the first sentence of the docstring of a function or method (not of one nested in
@@ -248,8 +249,10 @@ def stdlib(root: Path) -> Collection:
     functions come from. Across splits nothing may be shared, or the test set would be seen in
     training: a pair whose query *or* document text also occurs in the test split is dropped from
     dev and train, one that occurs in dev is dropped from train.
+
+    cache: where the functions are kept; None: they are looked for anew.
     """
-    pairs = list(documented_functions(root))
+    pairs = list(documented_functions(root)) if cache is None else kept_functions(root, cache)
     if not pairs:
         raise ValueError(
             f"no function with a docstring under {root}: this Python carries no sources of its "

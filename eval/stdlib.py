@@ -3,13 +3,19 @@
 import ast
 import hashlib
 import inspect
+import json
+import os
 import re
+import sys
 import tokenize
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+
+from model.files import read_json, write_json
 
 # Left out of `stdlib`. Tests: their docstrings name test cases and their bodies repeat each other.
 # turtledemo, idlelib and lib2to3 are programs that come with Python, not a library, and are absent
@@ -46,16 +52,38 @@ def split_modules(sizes: Counter[str]) -> dict[str, str]:
     return split
 
 
+def kept_functions(root: Path, cache: Path) -> list[Pair]:
+    """`documented_functions`, looked for once: they are kept in the cache, under a hash of the
+    sources, of this module and of the Python that parses them."""
+    digest = hashlib.sha256(sys.version.encode() + Path(__file__).read_bytes())
+    for parts, path in _modules(root):
+        digest.update(json.dumps([parts, hashlib.sha256(path.read_bytes()).hexdigest()]).encode())
+    place = cache / f"stdlib-{digest.hexdigest()[:16]}.json"
+    if place.exists():
+        try:
+            return [Pair(*row) for row in read_json(place, "it is made again")["pairs"]]
+        except (ValueError, KeyError, TypeError) as problem:
+            print(f"{place}: damaged, made again ({problem})")
+    pairs = list(documented_functions(root))
+    with suppress(OSError):  # a cache that can only be read: they are looked for each time
+        write_json(place, {"pairs": pairs}, f".{os.getpid()}")  # others may find the same
+    return pairs
+
+
+def _modules(root: Path) -> Iterator[tuple[tuple[str, ...], Path]]:
+    """The parts of a module's name, and its file, of all that are looked at."""
+    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
+        parts = path.relative_to(root).with_suffix("").parts
+        skip = any(part in EXCLUDED or part.startswith("test_") for part in parts)
+        # config-3.11-x86_64-linux-gnu and the like cannot be imported: files of the build
+        if not skip and all(part.isidentifier() for part in parts):
+            yield parts, path
+
+
 def documented_functions(root: Path) -> Iterator[Pair]:
     """Every documented function under `root`, in the order of path and line."""
     used: set[str] = set()
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        parts = path.relative_to(root).with_suffix("").parts
-        top = parts[0]
-        skip = any(part in EXCLUDED or part.startswith("test_") for part in parts)
-        # config-3.11-x86_64-linux-gnu and the like cannot be imported: files of the build
-        if skip or not all(part.isidentifier() for part in parts):
-            continue
+    for parts, path in _modules(root):
         with tokenize.open(path) as file:  # honours the coding line
             source = file.read()
         with warnings.catch_warnings():
@@ -72,7 +100,7 @@ def documented_functions(root: Path) -> Iterator[Pair]:
                 continue
             name = name if name not in used else f"{name}:{node.lineno}"
             used.add(name)
-            yield Pair(name, top, query, _without_docstrings(node, lines))
+            yield Pair(name, parts[0], query, _without_docstrings(node, lines))
 
 
 def _functions(

@@ -224,3 +224,20 @@ def test_modules_are_split_by_share_and_large_ones_train():
 )
 def test_first_sentence(docstring, sentence):
     assert S.first_sentence(docstring) == sentence
+
+
+def test_functions_are_looked_for_once(tmp_path: Path, monkeypatch, capsys) -> None:
+    root, cache = tmp_path / "lib", tmp_path / "cache"
+    root.mkdir()
+    (root / "one.py").write_text('def f(x):\n    """Returns what it is given."""\n    return x\n')
+    first = S.kept_functions(root, cache)
+    assert first == list(S.documented_functions(root)) and len(first) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(S.ast, "parse", lambda *_: pytest.fail("parsed again"))
+        assert S.kept_functions(root, cache) == first
+    [kept] = cache.iterdir()
+    kept.write_text("{")
+    assert S.kept_functions(root, cache) == first
+    assert f"{kept}: damaged, made again" in capsys.readouterr().out
+    (root / "two.py").write_text('def g(x):\n    """Returns it twice over."""\n    return x, x\n')
+    assert [pair.id for pair in S.kept_functions(root, cache)] == ["one.f", "two.g"]
