@@ -84,6 +84,7 @@ def documented_functions(root: Path) -> Iterator[Pair]:
     """Every documented function under `root`, in the order of path and line."""
     used: set[str] = set()
     for parts, path in _modules(root):
+        top = parts[0]
         with tokenize.open(path) as file:  # honours the coding line
             source = file.read()
         with warnings.catch_warnings():
@@ -100,7 +101,7 @@ def documented_functions(root: Path) -> Iterator[Pair]:
                 continue
             name = name if name not in used else f"{name}:{node.lineno}"
             used.add(name)
-            yield Pair(name, parts[0], query, _without_docstrings(node, lines))
+            yield Pair(name, top, query, _without_docstrings(node, lines))
 
 
 def _functions(
