@@ -14,7 +14,7 @@ SCALES = {
         "layers": 16, "adapter_layers": 12, "embedding_pooling": "mean",
         "reranking_pooling": "mean", "document_tokens": 64, "steps": 80, "train_queries": 1280,
         "embedding_batch": 16, "reranking_batch": 8, "group_size": 4, "negatives_depth": 20,
-        "learning_rate": 3e-3, "checkpoint_every": 20, "candidates": 10, "reranking_queries": 200,
+        "learning_rate": 3e-3, "checkpoint_every": 20, "candidates": 10, "reranking_queries": 480,
         "measured": 200,
     },
     # One GPU: every layer, longer texts, more steps.

@@ -155,7 +155,11 @@ def _score_panel(axes: Axes, verdict: dict[str, Any], task: str, arms: list[str]
 def _effects(verdict: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     """(text, colour, statistics) of each row of the interference panel."""
     return [
-        (f"{TASKS[task].capitalize()}{kind}", mark(found["p_holm"], verdict["alpha"]), found)
+        (
+            f"{TASKS[task].capitalize()}{kind}",
+            mark(found["p_holm"], found.get("alpha", verdict["alpha"])),
+            found,
+        )
         for tasks, kind in ((verdict["tasks"], ""), (verdict["aa"], " A/A"))
         for task, found in tasks.items()
         if found["interference"] is not None

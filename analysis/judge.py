@@ -115,13 +115,14 @@ def _twins(
     y: dict[str, dict[str, np.ndarray]], base: dict[str, np.ndarray],
     labels: dict[str, list[str]], ready: list[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """The verdict's numbers where the A/A arm takes the joint arm's place, under a name that both
-    tasks share."""
+    """The verdict where the A/A arm takes the joint arm's place, under a name that both tasks
+    share, and the level of its look."""
     twin = {task: y[task].get(f"{SPECIALIST[task]}-aa") for task in ready}
     arms = {task: {**y[task], "aa": aa} for task, aa in twin.items() if aa is not None}
     if not arms:
         return {}
-    return rule.verdict(arms, base, labels, joint="aa", moe=None, family=len(TASKS))["tasks"]
+    found = rule.verdict(arms, base, labels, joint="aa", moe=None, family=len(TASKS), by_seed=False)
+    return {task: row | {"alpha": found["alpha"]} for task, row in found["tasks"].items()}
 
 
 def _row(

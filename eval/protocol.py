@@ -12,7 +12,7 @@ from torch import Tensor
 from eval.collections import Collection, require_split
 from eval.machine import trim_heap
 from eval.metrics import evaluate, ideal
-from eval.rerank import HEADS, head_weights, over_heads, to_run
+from eval.rerank import over_heads, scores_by_heads, to_run
 from eval.retrieval import Best, Ids, cut, search
 from eval.sources import Qrels
 from eval.stages import Stages
@@ -20,7 +20,6 @@ from model import parallel
 from model.heads import truncate
 from model.prefix import TextSet
 from model.pseudo import ByPseudoQuery, PseudoQuery
-from model.texts import in_batches
 from model.tokens import Tokenizer
 from model.unimoer import UniMoER
 from trials import Config
@@ -44,9 +43,10 @@ class EvaluationSet:
     Retrieval: every judged query against every document of the split's pool. Reranking:
     `reranking_queries` of them (chosen by each query id's own generator, so they do not depend on
     arm or seed) with BM25's own top `candidates`; nothing is forced in, so `ceiling` is what a
-    perfect reranker would reach. What the collection excludes for a query is taken out of its
-    rankings before they are cut, and its own instruction stands in the tokenizer's templates
-    (`Prompts.instructed`).
+    perfect reranker would reach. Queries without a relevant document among them score 0 in any
+    order: they count, but models need not score their pairs. What the collection excludes for a
+    query is taken out of its rankings before they are cut, and its own instruction stands in the
+    tokenizer's templates (`Prompts.instructed`).
 
     tokenizer: None for what needs no model; `read_by` then makes the sets for models.
     """
@@ -76,11 +76,17 @@ class EvaluationSet:
         self.candidates = {
             query: dict(list(self.bm25[query].items())[: config.candidates]) for query in chosen
         }
-        self.pairs = [(q, d) for q in chosen for d in self.candidates[q]]
+        self.scored = {q: found for q, found in self.candidates.items()
+                       if any(self.qrels[q].get(d, 0) > 0 for d in found)}  # fmt: skip
         self.clusters = {q: collection.domain.get(q, q) for q in self.queries}
         self.collection, self._states = collection, states
         self._tokenizer = None if tokenizer is None else self._prompted(tokenizer)
         self._sets: dict[str, TextSet] = {}
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The (query, document) pairs that models score."""
+        return [(q, d) for q, found in self.scored.items() for d in found]
 
     def _prompted(self, tokenizer: Tokenizer) -> Tokenizer:
         own = self.collection.instruction
@@ -100,14 +106,14 @@ class EvaluationSet:
     def sample(self, count: int) -> "EvaluationSet":
         """A small set for looking into a model: `count` of the reranking queries.
 
-        Retrieval is among the candidates and the relevant documents of all of them.
+        Retrieval is among the candidates and the relevant documents of all of them. All their
+        pairs are scored.
         """
         chosen = sorted(self.candidates, key=lambda query: random.Random(query).random())[:count]
         part = copy.copy(self)
         part.queries = sorted(chosen)
         part.qrels = part.reranking_qrels = {q: self.qrels[q] for q in part.queries}
-        part.candidates = {q: self.candidates[q] for q in part.queries}
-        part.pairs = [(q, d) for q in part.queries for d in part.candidates[q]]
+        part.candidates = part.scored = {q: self.candidates[q] for q in part.queries}
         near = {d for q in part.queries for d in (*part.candidates[q], *part.qrels[q])}
         part.documents = [d for d in self.documents if d in near]
         part._sets = {}
@@ -118,7 +124,7 @@ class EvaluationSet:
         where that is one part."""
         parts: list[list[str]] = [[]]
         count = 0
-        for query, found in self.candidates.items():
+        for query, found in self.scored.items():
             if parts[-1] and count + len(found) > WINDOW:
                 parts.append([])
                 count = 0
@@ -129,8 +135,7 @@ class EvaluationSet:
         made = []
         for queries in parts:
             part = copy.copy(self)
-            part.candidates = {query: self.candidates[query] for query in queries}
-            part.pairs = [(q, d) for q in queries for d in part.candidates[q]]
+            part.scored = {query: self.scored[query] for query in queries}
             part._states, part._sets = without_states, {}
             made.append(part)
         return made
@@ -295,7 +300,7 @@ class EvaluationSet:
             return model.score_all(self._set("reranking", model), progress=progress, shared=True)
         most = head.asked.read if isinstance(head, ByPseudoQuery) else None
         c, ids, places = self.collection, [], []
-        for query, found in self.candidates.items():
+        for query, found in self.scored.items():
             order = list(range(len(found)))
             if shuffle is not None:
                 read = order[:most]
@@ -306,7 +311,7 @@ class EvaluationSet:
             places += [len(places) + i for i in order]
         lists = [
             (c.queries[query], [c.corpus[d] for d in row])
-            for query, row in zip(self.candidates, ids, strict=True)
+            for query, row in zip(self.scored, ids, strict=True)
         ]
         options: dict[str, Any] = {"progress": progress, "shared": True}
         if isinstance(head, ByPseudoQuery):
@@ -364,26 +369,14 @@ class EvaluationSet:
             found["reranking"] = keep.kept("reranking", rerank)
         return found, rest
 
-    @torch.no_grad()
     def untrained(
         self, model: UniMoER, progress: bool = False, keep: Stages | None = None
     ) -> dict[str, Scores]:
         """The bare base: its vectors as they are, and the mean of 20 random relevance heads. keep:
         as of `retrieved`."""
-        weights = head_weights(model.decoder.config.hidden_size).to(model.device)
-
-        def score(batch, states, base) -> tuple[Tensor, list[Tensor]]:
-            read, routing = model.pooled(batch, "reranking", states, base)
-            return read.float() @ weights, routing
 
         def by_heads(part: "EvaluationSet") -> Tensor:
-            texts = part._set("reranking", model)
-            scores = torch.zeros(len(texts.ids), HEADS)
-            for indices, rows in in_batches(
-                model.decoder, texts, score, base=True, progress=progress, shared=True, trie=True
-            ):
-                scores[indices] = rows
-            return parallel.together(scores, model.device)
+            return scores_by_heads(model, part._set("reranking", model), progress)
 
         def reranking() -> Scores:
             scores = self._by_window(by_heads, keep, "pair-scores-of-base")

@@ -4,6 +4,10 @@ import torch
 from torch import Tensor
 
 from eval.metrics import METRICS, MRR_10, evaluate
+from model import parallel
+from model.prefix import TextSet
+from model.texts import in_batches
+from model.unimoer import UniMoER
 
 HEADS = 20  # random ones of an untrained model
 
@@ -24,6 +28,23 @@ def head_weights(width: int, heads: int = HEADS) -> Tensor:
     random head may be lucky by several points, so the reference is the mean of many.
     """
     return torch.rand(width, heads, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@torch.no_grad()
+def scores_by_heads(model: UniMoER, texts: TextSet, progress: bool = False) -> Tensor:
+    """Scores (n, HEADS) of n pairs by `head_weights` over the bare base; shared over ranks."""
+    weights = head_weights(model.decoder.config.hidden_size).to(model.device)
+    scores = torch.zeros(len(texts.ids), HEADS)
+
+    def score(batch, states, base) -> tuple[Tensor, list[Tensor]]:
+        read, routing = model.pooled(batch, "reranking", states, base)
+        return read.float() @ weights, routing
+
+    for indices, rows in in_batches(
+        model.decoder, texts, score, base=True, progress=progress, shared=True, trie=True
+    ):
+        scores[indices] = rows
+    return parallel.together(scores, model.device)
 
 
 def over_heads(

@@ -59,7 +59,31 @@ def test_candidates_are_bm25_s_own(make, collection):
         expected = bm25.search({"q": collection.queries[query]}, 6)["q"]
         assert list(row) == list(expected)
         assert row == expected
-    assert evaluation.pairs == [(q, d) for q, row in evaluation.candidates.items() for d in row]
+
+
+def test_only_pairs_that_can_change_a_score_are_scored(collection, config, model):
+    """As if all had been: a query without a relevant candidate scores 0 in any order. So for lists
+    and for the untrained base."""
+    other = next(q for q in collection.qrels["test"] if q != LOST)
+    qrels = collection.qrels | {"test": collection.qrels["test"] | {other: {"d0": 1}}}
+    for head in ("linear", "interaction"):
+        settings, reader = (
+            replace(config, rerank_head=head),
+            moved(replace(config, rerank_head=head)),
+        )
+        of = replace(collection, qrels=qrels), reader.tokenizer, settings, without_states
+        evaluation, every = EvaluationSet(*of), EvaluationSet(*of)
+        every.scored = every.candidates
+        assert every.scored.keys() - evaluation.scored.keys() == {LOST, other}
+        assert len(every.pairs) - len(evaluation.pairs) == len(every.candidates[other]) > 0
+        pairs = [(evaluation.reranking(reader), every.reranking(reader))]
+        if head == "linear":
+            pairs.append(tuple(of.untrained(model)["reranking"] for of in (evaluation, every)))
+        for found, expected in pairs:
+            assert list(found) == list(expected) and found[other]["ndcg_cut_10"] == 0
+            for query, row in expected.items():
+                assert found[query] == pytest.approx(row)
+    assert other in evaluation.sample(99).scored
 
 
 def test_nothing_is_forced_in(make, collection):
@@ -272,7 +296,7 @@ def test_many_pairs_are_scored_window_by_window(make, model, monkeypatch, size):
     monkeypatch.setattr("eval.protocol.WINDOW", size)
     windows = whole._windows()
     assert len(windows) > 1 and [p for part in windows for p in part.pairs] == whole.pairs
-    assert all(len(p.pairs) <= size or len(p.candidates) == 1 for p in windows)
+    assert all(len(p.pairs) <= size or len(p.scored) == 1 for p in windows)
     torch.testing.assert_close(
         whole._by_window(lambda part: part.pair_scores(model), None, ""), expected[0]
     )
@@ -327,7 +351,6 @@ def test_what_is_excluded_is_taken_out_before_the_cut(collection, model, config,
     left = [d for d in top[first] if d not in out]
     assert list(evaluation.bm25[first]) == left[:4]
     assert list(evaluation.candidates[first]) == left[:3]
-    assert [d for q, d in evaluation.pairs if q == first] == left[:3]
     assert list(evaluation.bm25[second]) == top[second][:4]
     assert evaluation.documents == free.documents
 
