@@ -164,7 +164,7 @@ EXPERIMENTS = {
             "random": {**MOE, "router": "sparsegen", "router_frozen": True, "router_std": 1.0},
             "oracle": {**MOE, "router": "task"},
         }),
-        report="compare", reference="sparsegen",
+        report="routers", reference="sparsegen",
     ),
     "routing": Experiment(
         question="What does the router read: the task, its template, the domain?",
@@ -239,14 +239,14 @@ EXPERIMENTS = {
             ("head-on-reranking", "rank-only", "reranking",
              "what a new head loses on the reranking expert"),
         ),
-        paired=(("head-on-reranking", "rank-only"),),
+        paired=(("head-on-reranking", "rank-only"),), smoke_seeds=1,
     ),
     "rank_sweep": Experiment(
         question="How much rank does each expert need?",
         expected="Little: one rank is said to be enough for a reranker (arXiv 2504.08780).",
         arms=_ranks(1, 4, 8, 16, 32),
         by_scale={"smoke": _ranks(1, 16)},
-        report="ranks", reference="all-r16",
+        report="ranks", reference="all-r16", smoke_seeds=1,
     ),
     "remedies": Experiment(
         question="Do simpler remedies than routing win back what sharing costs?",
@@ -273,7 +273,7 @@ EXPERIMENTS = {
                 },
             }),
         },
-        report="pareto", paired=(("pcgrad", "joint-single"),),
+        report="pareto", paired=(("pcgrad", "joint-single"),), smoke_seeds=1,
         contrasts=tuple(
             (arm, against, task, f"against {what}")
             for against, what in (("joint-single", "sharing"), ("joint-moe", "routing"))
@@ -291,7 +291,7 @@ EXPERIMENTS = {
             **_like("joint-single", {f"{mode}-single": head for mode, head in MODES.items()}),
             **_like("joint-moe", {f"{mode}-moe": SPARSEGEN | head for mode, head in MODES.items()}),
         },
-        report="order", measures=("order",),
+        report="order", measures=("order",), smoke_seeds=1,
         contrasts=(
             *((f"{mode}-moe", f"{mode}-single", task, f"what routing adds, {mode}")
               for mode in MODES for task in ("embedding", "reranking")),

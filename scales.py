@@ -5,9 +5,9 @@ SCALES = {
     # A look at the machinery: too small to conclude anything.
     "smoke": {
         "layers": 2, "adapter_layers": 1, "embedding_pooling": "mean", "reranking_pooling": "mean",
-        "document_tokens": 16, "steps": 6, "train_queries": 64, "embedding_batch": 8,
+        "document_tokens": 16, "steps": 4, "train_queries": 64, "embedding_batch": 8,
         "reranking_batch": 4, "group_size": 4, "negatives_depth": 20, "learning_rate": 1e-3,
-        "checkpoint_every": 3, "candidates": 5, "reranking_queries": 40, "measured": 16,
+        "checkpoint_every": 2, "candidates": 5, "reranking_queries": 40, "measured": 16,
     },
     # Two CPU cores, half an hour: docs/pilot.md tells what was tried.
     "small": {

@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import experiments
-from analysis import arm_table, disk, figures, judge, roles
-from analysis.figures import METRIC, TASKS, label, p_value, span, table
-from analysis.page import frame, limits, mean, with_holm, write_folder
-from eval import inference, rule, stats
+from analysis import arm_table, differences, disk, figures, judge, roles
+from analysis.figures import METRIC, TASKS, label, p_value, table
+from analysis.page import frame, limits, mean, write_folder
+from eval import inference, rule
 from model.router import learned
 
 SPECIALISTS = tuple(rule.SPECIALIST.values())
@@ -51,10 +51,6 @@ COLLAPSED = (
 FAMILY = (
     "\nHolm: p adjusted over all {family} differences of this table. Detectable: the smallest "
     "difference that this run would find with 80 % power at Holm's first step."
-)
-PAIRED = (
-    "Paired: by seed, where both see the same batches and begin alike, or the one where the other "
-    "ended; the other arms count as independent of each other.\n\n"
 )
 CAPTION = (
     "Difference of each arm to {reference} in points of nDCG@10: mean over seeds (large dot) with "
@@ -132,24 +128,11 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
             and learned(first["config"]["router"], first["config"].get("router_frozen", False))
             else None,
         }
-    differences = []
-    for arm, other, task, shows in _pairs(study, y):
-        both = judge.at_common_seeds(y[task], arms, arm, other)
-        if not len(both[arm]):
-            continue
-        pairs = (arm, other) in study.paired and len(both[arm]) > 1
-        e = stats.Estimate(100 * float(both[arm].mean() - both[other].mean()))
-        if len(set(labels[task])) > 1:  # one cluster gives no interval
-            e = stats.arm_difference(both, labels[task], arm, other, by_seed=pairs)
-        differences.append({
-            "arm": arm, "against": other, "task": task, "shows": shows, "paired": pairs,
-            "difference": e.value, "interval": e.interval,
-            "p": e.p if e.interval else None, "se": e.se if e.interval else None, "df": e.df,
-            "by_seed": (100 * (both[arm] - both[other]).mean(axis=1)).tolist(),
-        })  # fmt: skip
-    with_holm(differences)
-    for row in differences:
-        row.pop("df")
+    made = (
+        differences.difference(arm, other, task, shows, y[task], labels[task], arms, study.paired)
+        for arm, other, task, shows in _pairs(study, y)
+    )
+    found = differences.tested([row for row in made if row])
     files = {"baselines.json": baselines} | disk.trials_by_file(arms)
     return {
         "experiment": folder.parent.name,
@@ -160,7 +143,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
         "split": baselines["config"]["split"],
         "arms": rows,
         "made_of": arm_table.describe(arms),
-        "differences": differences,
+        "differences": found,
         "references": judge.references(baselines),
         "queries": {task: len(labels[task]) for task in TASKS},
         "clusters": {task: len(set(labels[task])) for task in TASKS},
@@ -226,7 +209,10 @@ def reading(v: dict[str, Any]) -> str:
             f"significant (detectable: {seen} points)."
         )
     if lost := [label(arm) for arm, row in v["arms"].items() if row["collapsed"] == 1]:
-        said.append(f"In every seed of {', '.join(lost)} an expert carries no weight in the end.")
+        said.append(
+            f"In every seed of {', '.join(lost)} an expert carries under 1 % of the weight in most "
+            "layers in the end."
+        )
     for task in TASKS:
         best = _best(v, task)
         if best:
@@ -320,27 +306,10 @@ def scores_table(v: dict[str, Any]) -> str:
 
 
 def differences_table(v: dict[str, Any]) -> str:
-    contrasts = any(row["shows"] for row in v["differences"])
-    rows = [
-        [
-            *([row["shows"]] if contrasts else []),
-            f"{label(row['arm'])} − {label(row['against'])}" if contrasts else label(row["arm"]),
-            TASKS[row["task"]],
-            f"{row['difference']:+.2f} {span(row['interval'])}" + ", paired" * row["paired"],
-            p_value(row["p"]),
-            p_value(row.get("p_holm")),
-            f"{row['detectable']:.2f}" if row.get("detectable") is not None else "-",
-        ]
-        for row in v["differences"]
-    ]
-    if not rows:
-        name = label(v["reference"])
-        return (
-            f"{name} has no trial to hold against.\n\n" if name else "No pair has trials yet.\n\n"
-        )
-    first = ["what it shows", "arms"] if contrasts else ["arm"]
-    made = table([*first, "task", "difference, points", "p", "Holm p", "detectable"], rows)
-    return made + PAIRED * any(row["paired"] for row in v["differences"])
+    if v["differences"]:
+        return differences.markdown(v["differences"])
+    name = label(v["reference"])
+    return f"{name} has no trial to hold against.\n\n" if name else "No pair has trials yet.\n\n"
 
 
 def _weights(v: dict[str, Any]) -> str:

@@ -62,11 +62,13 @@ def ladders(v: dict[str, Any], baselines: dict, arms: Trials) -> Section:
         for task in TASKS:
             row = enough({a: y[task][a] for a in steps}, steps, labels[task])
             bytes_ = 4 * v["arms"][row["arm"]]["trainable_parameters"]
-            found.append({"ladder": ladder, "task": task, "bytes": bytes_, **row})
+            ran = sorted(steps.values())
+            found.append({"ladder": ladder, "task": task, "bytes": bytes_, "ran": ran, **row})
     settle(found)
     rows = [
         [
-            row["ladder"], TASKS[row["task"]], f"r{row['best_rank']}", f"r{row['rank']}",
+            row["ladder"], TASKS[row["task"]], ", ".join(map(str, row["ran"])),
+            f"r{row['best_rank']}", f"r{row['rank']}",
             "the best itself"
             if row["arm"] == row["best"]
             else f"{row['loss']:+.2f} % {span(row['interval'])}",
@@ -76,7 +78,16 @@ def ladders(v: dict[str, Any], baselines: dict, arms: Trials) -> Section:
     ]  # fmt: skip
     if not rows:
         return Section("", "", {})
-    head = ["rank of", "task", "best", "smallest within 1 %", "loss to the best", "shown", "bytes"]
+    head = [
+        "rank of",
+        "task",
+        "ranks that were run",
+        "best",
+        "smallest within 1 %",
+        "loss to the best",
+        "shown",
+        "bytes",
+    ]
     picture = {"ranks": draw(v, arms)}
     return Section(
         TEXT.format(table=table(head, rows), caption=CAPTION), told(found), {"ladders": found},
