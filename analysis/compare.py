@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 import experiments
 from analysis import arm_table, differences, disk, figures, judge, roles
 from analysis.figures import METRIC, TASKS, label, p_value, table
-from analysis.page import frame, limits, mean, write_folder
+from analysis.page import frame, limits, write_folder
 from eval import inference, rule
-from model.router import learned
 
 SPECIALISTS = tuple(rule.SPECIALIST.values())
 BODY = """\
@@ -123,10 +122,7 @@ def compare(folder: Path, baselines: dict, arms: Trials) -> dict[str, Any]:
             "router": first["config"]["router"] if first else None,
             "shaken": bool(first) and judge.shaken(first["config"]),
             "routing": _routing(list(trials.values())),
-            "collapsed": mean(["alarm" in line for line in _last(trials.values())])
-            if first
-            and learned(first["config"]["router"], first["config"].get("router_frozen", False))
-            else None,
+            "collapsed": None if (of := judge.collapsed(trials)) is None else len(of) / len(trials),
         }
     made = (
         differences.difference(arm, other, task, shows, y[task], labels[task], arms, study.paired)

@@ -13,11 +13,12 @@ import numpy as np
 import experiments
 from analysis import arm_table
 from analysis.disk import Trials, origin, planned, trials_by_file
-from analysis.figures import METRIC, METRICS, REFERENCE_ROWS, TASKS
+from analysis.figures import METRIC, METRICS, REFERENCE_ROWS, TASKS, label
 from analysis.page import with_holm
 from analysis.sensitivity import sensitivity
 from eval import inference, rule, stats
 from eval.rule import JOINT, MOE, NEEDED, SPECIALIST
+from model.router import learned
 
 RIVALS = (MOE, "joint-2r", "joint-3r", "uniform-moe", "oracle-moe")  # may win back the loss
 SAME_SIZE = ("joint-3r", "uniform-moe")  # controls with about Joint-MoE's parameters but no routing
@@ -106,9 +107,20 @@ def judge(folder: Path, baselines: dict, arms: dict[str, dict[int, dict]]) -> di
         "config": next(iter(used.get(JOINT, {}).values()), baselines)["config"],
         "seconds": sum(sum(file["seconds"].values()) for file in files.values()),
         "peak_bytes": max(file["peak_bytes"] for file in files.values()),
-        **origin(files),
+        **(made := origin(files)),
+        "warnings": [*made["warnings"], *_alarms(used)],
         "trials": list(files),
     }
+
+
+def _alarms(used: Trials) -> list[str]:
+    """Routers that ended without one of their experts, a sentence for each arm."""
+    return [
+        f"{label(arm)}: in {len(seeds)} of {len(trials)} seeds an expert carried under 1 % of the "
+        "weight in more than half of the layers in the last step."
+        for arm, trials in used.items()
+        if (seeds := collapsed(trials))
+    ]
 
 
 def _twins(
@@ -145,6 +157,15 @@ def _row(
         "rates": {k: config[k] for k in ("learning_rate", "clip")} if trials else None,
         "shaken": bool(trials) and shaken(config),
     }
+
+
+def collapsed(trials: dict[int, dict]) -> list[int] | None:
+    """The seeds whose last step raised the alarm of `train.loop.routing_line`; None of an arm
+    without a learned router."""
+    config = next(iter(trials.values()), {"config": {}})["config"]
+    if not config or not learned(config["router"], config.get("router_frozen", False)):
+        return None
+    return [s for s, t in trials.items() if any("alarm" in line for line in t["curve"][-1:])]
 
 
 def shaken(config: dict) -> bool:

@@ -158,3 +158,16 @@ def test_nothing_is_said_of_a_task_that_cannot_be_measured() -> None:
     assert report.headline({"decision": "inconclusive", "tasks": tasks}) == (
         "Inconclusive: +1.50 % on reranking; retrieval cannot be measured here."
     )
+
+
+@words_alone
+def test_a_verdict_says_where_a_router_has_collapsed(make: Make) -> None:
+    folder = make()
+    assert "an expert carried" not in report.summary(report.write(folder))
+    for arm in ("joint-moe", "joint-single"):
+        path = folder / arm / "seed1.json"
+        last = {"step": 9, "alarm": "collapse: shared carry no weight"}
+        change(path, curve=[*json.loads(path.read_text())["curve"], last])
+    told = "Joint-MoE: in 1 of 3 seeds an expert carried under 1 % of the weight"
+    assert told in report.summary(report.write(folder)) and told in text_of(folder)
+    assert "Joint-Single: in" not in text_of(folder)  # it has no router
