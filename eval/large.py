@@ -197,8 +197,7 @@ def _measure(
 
     with timed("queries"):
         model = UniMoER.from_pretrained(args.model, args.device)
-        if judged.instruction:
-            model.tokenizer = model.tokenizer.with_instruction(judged.instruction)
+        model.tokenizer = model.tokenizer.with_instruction(judged.instruction)
         prompts = model.tokenizer.prompts.texts()
         asked = truncate(model.encode_query(list(judged.queries.values())), stored.dimension)
         del model  # its memory is the search's

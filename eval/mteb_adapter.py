@@ -7,12 +7,14 @@ functions alone.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import mteb
 import torch
 from datasets import Dataset
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -22,6 +24,9 @@ from torch import Tensor
 
 from eval.collections import Collection, require_split
 from eval.command import FULL
+from eval.provenance import prompts
+from model.files import read_json, write_json
+from model.tokens import INSTRUCTION, Prompts
 from model.unimoer import UniMoER
 
 # ISO 639-1 -> mteb's name of a language and its script, of those that eval/hub.py has.
@@ -35,14 +40,15 @@ LANGUAGES = {
 
 
 def meta(model: UniMoER, name: str, version: str, *, cross: bool) -> ModelMeta:
-    """What mteb keeps beside the scores (`model_meta.json`): with base, prompts and lengths."""
+    """What mteb keeps beside the scores (`model_meta.json`): with base, lengths and the model's own
+    prompts; those of each task lie under `made_by`."""
     weights = [*model.decoder.named_weights().values(), *model.trained().values()]
     c = model.config
     return ModelMeta(
         loader=None,
         loader_kwargs={
             "base": model.identity,
-            "prompts": c.prompts.texts(),
+            "prompts": prompts(c, tasks=("reranking" if cross else "embedding",)),
             "document_tokens": c.document_tokens,
             "pooling": {"embedding": c.embedding_pooling, "reranking": c.reranking_pooling},
         },
@@ -56,6 +62,16 @@ def meta(model: UniMoER, name: str, version: str, *, cross: bool) -> ModelMeta:
     )  # fmt: skip
 
 
+def instruction(templates: Prompts, name: str, task: TaskMetadata) -> str:
+    """The task's own, if the template (query, document or pair) has a place for one; else "": the
+    template stands as it is."""
+    if INSTRUCTION not in getattr(templates, name):
+        return ""
+    own = task.prompt
+    side = "document" if name == "document" else "query"
+    return (own.get(side) if isinstance(own, dict) else own) or ""
+
+
 def texts_of(inputs: Iterable[Mapping[str, Any]]) -> list[str]:
     """The texts of mteb's batches, in their order."""
     return [text for batch in inputs for text in batch["text"]]
@@ -65,8 +81,11 @@ class Encoder:
     """The embedding side: mteb's EncoderProtocol.
 
     Queries take the query's template; documents, and the texts of tasks without sides (similarity,
-    clustering, classification), the document's.
+    clustering, classification), the document's; either with the task's own instruction, where it
+    has a place for one and the task has one.
     """
+
+    templates = {"query", "document"}
 
     def __init__(self, model: UniMoER, name: str, version: str):
         self.model = model
@@ -84,8 +103,9 @@ class Encoder:
     ) -> Tensor:
         """(n, D) unit vectors, fp32."""
         task = "query" if prompt_type == PromptType.query else "document"
+        asked = instruction(self.model.config.prompts, task, task_metadata)
         bar = kwargs.get("show_progress_bar")
-        return self.model.encode(texts_of(inputs), task=task, progress=bar)
+        return self.model.encode(texts_of(inputs), task=task, instruction=asked, progress=bar)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Cosine (n, m)."""
@@ -103,7 +123,10 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class CrossEncoder:
-    """The reranking side: mteb's CrossEncoderProtocol."""
+    """The reranking side: mteb's CrossEncoderProtocol. The pair's template has the task's own
+    instruction, as above."""
+
+    templates = {"pair"}
 
     def __init__(self, model: UniMoER, name: str, version: str):
         self.model = model
@@ -122,8 +145,18 @@ class CrossEncoder:
     ) -> Tensor:
         """(n,) raw scores of relevance: in fp32 the sigmoid of logits ties where it saturates."""
         pairs = list(zip(texts_of(inputs1), texts_of(inputs2), strict=True))
+        asked = instruction(self.model.config.prompts, "pair", task_metadata)
         bar = bool(kwargs.get("show_progress_bar"))
-        return self.model.score_pairs(pairs, progress=bar)
+        return self.model.score_pairs(pairs, instruction=asked, progress=bar)
+
+
+def asked(side: Encoder | CrossEncoder, task: TaskMetadata) -> dict[str, str]:
+    """The prompts of a task, by name: the side's own, with the task's instruction where it goes."""
+    own, found = side.model.config.prompts, side.mteb_model_meta.loader_kwargs["prompts"]
+    for name in side.templates & found.keys():
+        if text := instruction(own, name, task):
+            found = found | {name: replace(own, instruction=text).filled(name)}
+    return found
 
 
 def named(names: Iterable[str]) -> list[Any]:
@@ -160,8 +193,9 @@ def main_score(side: Encoder | CrossEncoder, task: Any, folder: Path) -> float:
     """A task's main score by one side, over the splits and languages that the task asks for.
 
     By default mteb keeps a stored result whatever the revision of the data that it was made on;
-    here another revision of the data is measured anew, as is another revision of the model. (A task
-    that sums up others, such as CQADupstackRetrieval, has no revision of its own.)
+    here another revision of the data is measured anew, as are another revision of the model and
+    other prompts, which lie beside the result, in `made_by`. What sums up other tasks, such as
+    CQADupstackRetrieval, is summed up again each time.
 
     Args:
         folder: of the results, in mteb's own layout.
@@ -170,13 +204,14 @@ def main_score(side: Encoder | CrossEncoder, task: Any, folder: Path) -> float:
     """
     cache = mteb.ResultCache(folder)
     place = cache.get_task_result_path(task.metadata.name, side.mteb_model_meta)
-    known = json.loads(place.read_text())["dataset_revision"] if place.exists() else None
-    again = "only-missing" if known in (None, task.metadata.revision) else "always"
+    if isinstance(task, AbsTaskAggregate):
+        for part in task.tasks:
+            main_score(side, part, folder)
+        place.unlink(missing_ok=True)
+    else:
+        _settle(place, side, task.metadata)
     try:
-        found = mteb.evaluate(
-            cast(Any, side), task, cache=cache, encode_kwargs={"batch_size": 32},
-            overwrite_strategy=again,
-        )  # fmt: skip
+        found = mteb.evaluate(cast(Any, side), task, cache=cache, encode_kwargs={"batch_size": 32})
     except OSError as problem:  # the hub's errors and those of `datasets` are of this class
         if problem.errno in FULL:
             raise
@@ -191,6 +226,21 @@ def main_score(side: Encoder | CrossEncoder, task: Any, folder: Path) -> float:
     # As it is stored, which rounds; and of the languages that are asked for: it may hold more.
     result = TaskResult.from_disk(place).validate_and_filter_scores(task)
     return float(result.get_score(splits=list(task.eval_splits)))
+
+
+def _settle(place: Path, side: Encoder | CrossEncoder, task: TaskMetadata) -> None:
+    """Take the stored result away if it is of other data or prompts; where there is then none, say
+    how it will be made, which comes first, for mteb stores a result language by language."""
+    origin, told = place.parent / "made_by" / place.name, asked(side, task)
+    if place.exists():
+        # A result of which nothing is said is older than the instructions of tasks.
+        own = {"prompts": side.mteb_model_meta.loader_kwargs["prompts"]}
+        made = read_json(origin, "remove it") if origin.exists() else own
+        data = read_json(place, "remove it, it is made again")["dataset_revision"]
+        if (data, made["prompts"]) != (task.revision, told):
+            place.unlink()
+    if not place.exists():
+        write_json(origin, {"prompts": told})
 
 
 def tasks(

@@ -80,18 +80,14 @@ class EvaluationSet:
                        if any(self.qrels[q].get(d, 0) > 0 for d in found)}  # fmt: skip
         self.clusters = {q: collection.domain.get(q, q) for q in self.queries}
         self.collection, self._states = collection, states
-        self._tokenizer = None if tokenizer is None else self._prompted(tokenizer)
+        own = collection.instruction
+        self._tokenizer = None if tokenizer is None else tokenizer.with_instruction(own)
         self._sets: dict[str, TextSet] = {}
 
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """The (query, document) pairs that models score."""
-        return [(q, d) for q, found in self.scored.items() for d in found]
-
-    def _prompted(self, tokenizer: Tokenizer) -> Tokenizer:
-        own = self.collection.instruction
-        return tokenizer.with_instruction(own) if own else tokenizer
-
+    perfect reranker would reach. Queries without a relevant document among them score 0 in any
+    order: they count, but models need not score their pairs. What the collection excludes for a
+    query is taken out of its rankings before they are cut, and its own instruction stands in the
+    tokenizer's templates (`Prompts.instructed`) and in lists, not in a pseudo-query.
     @property
     def tokenizer(self) -> Tokenizer:
         assert self._tokenizer is not None, "made without a tokenizer: call read_by first"
@@ -100,7 +96,8 @@ class EvaluationSet:
     def read_by(self, tokenizer: Tokenizer) -> "EvaluationSet":
         """The same queries, documents and candidates, for a model with another tokenizer."""
         other = copy.copy(self)
-        other._tokenizer, other._sets = self._prompted(tokenizer), {}
+        other._tokenizer = tokenizer.with_instruction(self.collection.instruction)
+        other._sets = {}
         return other
 
     def sample(self, count: int) -> "EvaluationSet":

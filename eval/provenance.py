@@ -1,4 +1,4 @@
-"""What a result says of the code, versions and device that made it."""
+"""What a result says of the code, versions, device and prompts that made it."""
 
 import hashlib
 import json
@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.machine import device_name
+from model.config import ModelConfig
 from model.files import read_json
+from model.pseudo import PseudoQuery
+from model.router import TASKS
 
 ROOT = Path(__file__).parent.parent
 CODE = ("kernels", "model", "eval", "train")  # what produces the numbers of trials
@@ -58,6 +61,31 @@ def made_by(device: str, *more: str, begun: Iterable[str] = ()) -> dict:
         },
         "device": device_name(device),
     }
+
+
+def prompts(
+    config: ModelConfig,
+    instruction: str = "",
+    tasks: Iterable[str] = TASKS,
+    asked: PseudoQuery | None = None,
+) -> dict[str, str]:
+    """What a model reads around the texts of these tasks: templates, and the instruction of a
+    pseudo-query. (All else of a list is `model.listwise`'s and `model.pseudo`'s own.)
+
+    Args:
+        instruction: a benchmark's own; "": the model's.
+        asked: it reranks by this one, not by its head.
+    """
+    own = config.prompts.instructed(instruction) if instruction else config.prompts
+    names = ["query", "document"] if "embedding" in tasks else []
+    found = {}
+    if "reranking" in tasks:
+        if asked or config.rerank_head == "pseudo_query":
+            names.append("document")
+            found["instruction"] = (asked or PseudoQuery()).instruction
+        elif not config.listwise:
+            names.append("pair")
+    return {name: own.filled(name) for name in names} | found
 
 
 def stored(place: Path, of: dict[str, Any], another: str = "--name") -> dict | None:

@@ -266,16 +266,23 @@ class Joint(nn.Module):
         self,
         pairs: Sequence[tuple[str, str]],
         *,
+        instruction: str = "",
         budget: int | None = None,
         progress: bool = False,
     ) -> Tensor:
         """Raw scores (n,) of pairs: logits. A listwise head takes those of one query as a list, in
-        the order given, and its scores are cosines. budget: None: 2,048 tokens on a CPU."""
+        the order given, and its scores are cosines.
+
+        Args:
+            instruction: in place of the model's own, where the pair's template has a place for it.
+            budget: None: 2,048 tokens on a CPU.
+        """
         budget = budget or usual_budget(self.device, 2048)
         if not self.config.listwise:
             # Each once: equal ones tie to the last bit, wherever they would stand in a batch.
             place = {pair: i for i, pair in enumerate(dict.fromkeys((q, d) for q, d in pairs))}
-            texts = TextSet(self.tokenizer.pairs(list(place)))
+            tokenizer = self.tokenizer.with_instruction(instruction)
+            texts = TextSet(tokenizer.pairs(list(place)))
             scores = self.score_all(texts, budget=budget, progress=progress)
             return scores[[place[q, d] for q, d in pairs]]
         lists, places = by_query(pairs)

@@ -112,7 +112,10 @@ class Tokenizer:
         self.end_id = end
 
     def with_instruction(self, instruction: str) -> "Tokenizer":
-        """The same, asked with a benchmark's own instruction; see `Prompts.instructed`."""
+        """The same, asked with a benchmark's own instruction ("": the model's stands); see
+        `Prompts.instructed`."""
+        if not instruction:
+            return self
         other = copy.copy(self)
         other.prompts = self.prompts.instructed(instruction)
         return other

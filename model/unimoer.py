@@ -35,6 +35,7 @@ class UniMoER(Joint):
         texts: Sequence[str],
         *,
         task: str = "document",
+        instruction: str = "",
         dimensions: int | None = None,
         budget: int | None = None,
         progress: bool | None = None,
@@ -43,6 +44,7 @@ class UniMoER(Joint):
 
         Args:
             task: "query" or "document", which decides the template.
+            instruction: in place of the model's own; see `Prompts.instructed`.
             dimensions: only the first of them, at length 1 again (Matryoshka); None: all D.
             budget: tokens of one batch; None: 2,048 on a CPU, `CARD_BUDGET` on a card.
             progress: a bar; None: from 1,000 texts up.
@@ -57,7 +59,8 @@ class UniMoER(Joint):
             raise ValueError(f"task must be 'query' or 'document', got {task!r}")
         truncate(torch.zeros(0, self.decoder.config.hidden_size), dimensions)  # before the work
         texts = listed(texts, "texts")
-        tokenize = self.tokenizer.queries if task == "query" else self.tokenizer.documents
+        tokenizer = self.tokenizer.with_instruction(instruction)
+        tokenize = tokenizer.queries if task == "query" else tokenizer.documents
         bar = len(texts) >= 1000 if progress is None else progress
         budget = budget or usual_budget(self.device, 2048)
         vectors = self.embed_all(TextSet(tokenize(texts)), budget=budget, progress=bar)
