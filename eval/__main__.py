@@ -26,7 +26,7 @@ from eval.benchmarks import beir, evaluation_set, split_of
 from eval.collections import load, require_split
 from eval.command import exit_status
 from eval.machine import device_name
-from eval.provenance import made_by, stored
+from eval.provenance import made_by, prompts, stored
 from eval.stages import Stages
 from eval.vectors import Vectors
 from model import bases, saved
@@ -92,13 +92,12 @@ def answer(args: argparse.Namespace) -> None:
             "revision": version,
             "asked": {**settings.asked(), "queries": args.queries},
             "data": collection.identity,
-            "prompts": {**saved.read_config(Path(args.model))[0].prompts.texts(),
-                        "generate": rag.PROMPT},
+            "prompts": {**prompts(saved.read_config(Path(args.model))[0]), "generate": rag.PROMPT},
             "device": device_name(args.device),
             **({"answers": of} if public else {}),
         }  # fmt: skip
         specialists = [
-            {"revision": revision(of), **saved.read_config(Path(of))[0].prompts.texts()}
+            {"revision": revision(of), **prompts(saved.read_config(Path(of))[0])}
             for of in args.specialists
         ]
         found, ready = [], set()

@@ -21,7 +21,7 @@ from eval.benchmarks import TITLES, joined, split_of
 from eval.collections import Collection, load
 from eval.command import exit_status
 from eval.protocol import EvaluationSet, without_states
-from eval.provenance import made_by, stored
+from eval.provenance import made_by, prompts, stored
 from eval.stages import Stages
 from model import bases
 from model.config import DTYPES
@@ -202,7 +202,8 @@ def measure(
         at: the folders of published models. stages: have what an earlier call finished.
     """
     scores, models, held, model, vectors = {}, [], None, None, None
-    for task, source in (("embedding", row.embedder), ("reranking", row.reranker)):
+    sides = {"embedding": row.embedder, "reranking": row.reranker}
+    for task, source in sides.items():
         if source is None:
             continue
         if model is None or source != held:
@@ -211,8 +212,13 @@ def measure(
             model, held = baselines.load(placed, device), source
             part = evaluation.read_by(model.tokenizer)
             head = source == row.reranker and row.pseudo_query is None
+            reads = [name for name, by in sides.items() if by == source]
+            # Random heads read pairs, whatever the head of the saved model does.
+            config = replace(model.config, rerank_head="linear") if row.untrained else model.config
+            instruction = evaluation.collection.instruction
             models.append({
-                "base": model.identity, "prompts": part.tokenizer.prompts.texts(),
+                "base": model.identity,
+                "prompts": prompts(config, instruction, reads, row.pseudo_query),
                 "parameters": baselines.parameters(model, head, base=row.untrained),
             })  # fmt: skip
         if row.untrained:

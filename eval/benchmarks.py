@@ -10,7 +10,7 @@ from eval import hub, metrics
 from eval.collections import Collection, load, missing, require_known
 from eval.metrics import METRICS, MRR_10
 from eval.protocol import EvaluationSet, Scores, without_states
-from eval.provenance import made_by, stored
+from eval.provenance import made_by, prompts, stored
 from eval.stages import Stages
 from model import bases
 from model.files import write_json, write_text
@@ -136,7 +136,8 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
         shorter = dict(zip(map(str, args.dimensions), rest, strict=True))
         result = {
             "model": args.name, "revision": mark, "base": model.identity,
-            "prompts": evaluation.tokenizer.prompts.texts(), "split": split, "asked": asked,
+            "prompts": prompts(model.config, collection.instruction), "split": split,
+            "asked": asked,
             "data": collection.identity,
             "bm25": evaluation.bm25_scores(), "scores": scores, "dimensions": shorter,
             "ceiling": {"reranking": evaluation.ceiling()},
@@ -144,6 +145,8 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
         }  # fmt: skip
         if args.untrained:
             result["untrained"] = evaluation.untrained(model, progress=True, keep=stages)
+            # Its random heads read pairs, whatever the model's own head does.
+            result["prompts"]["pair"] = evaluation.tokenizer.prompts.filled("pair")
         write_json(place, result)
         stages.done()
     show(result)

@@ -24,7 +24,7 @@ from torch import Tensor
 from eval import hub, metrics
 from eval.collections import find, fingerprint
 from eval.command import exit_status
-from eval.provenance import made_by
+from eval.provenance import made_by, prompts
 from eval.provenance import stored as known
 from eval.retrieval import Ids, cut, exact, plan, to_run
 from eval.sources import Qrels, Sources, lacking, read_qrels, read_queries, read_splits
@@ -198,10 +198,10 @@ def _measure(
     with timed("queries"):
         model = UniMoER.from_pretrained(args.model, args.device)
         model.tokenizer = model.tokenizer.with_instruction(judged.instruction)
-        prompts = model.tokenizer.prompts.texts()
+        read = prompts(model.config, judged.instruction, ["embedding"])
         asked = truncate(model.encode_query(list(judged.queries.values())), stored.dimension)
         del model  # its memory is the search's
-    found: dict = {"prompts": prompts, "seconds": seconds, **made_by(args.device)}
+    found: dict = {"prompts": read, "seconds": seconds, **made_by(args.device)}
     rankings: dict[str, Tensor] = {}
     k = judged.depth(args.depth)
     if args.index != "exact":  # first: it may not fit, and is gone before the exact search

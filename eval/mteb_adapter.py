@@ -124,7 +124,7 @@ def _unit(x: Tensor) -> Tensor:
 
 class CrossEncoder:
     """The reranking side: mteb's CrossEncoderProtocol. The pair's template has the task's own
-    instruction, as above."""
+    instruction, as above; lists have none."""
 
     templates = {"pair"}
 
@@ -145,7 +145,8 @@ class CrossEncoder:
     ) -> Tensor:
         """(n,) raw scores of relevance: in fp32 the sigmoid of logits ties where it saturates."""
         pairs = list(zip(texts_of(inputs1), texts_of(inputs2), strict=True))
-        asked = instruction(self.model.config.prompts, "pair", task_metadata)
+        config = self.model.config
+        asked = "" if config.listwise else instruction(config.prompts, "pair", task_metadata)
         bar = bool(kwargs.get("show_progress_bar"))
         return self.model.score_pairs(pairs, instruction=asked, progress=bar)
 

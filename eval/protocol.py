@@ -46,7 +46,7 @@ class EvaluationSet:
     perfect reranker would reach. Queries without a relevant document among them score 0 in any
     order: they count, but models need not score their pairs. What the collection excludes for a
     query is taken out of its rankings before they are cut, and its own instruction stands in the
-    tokenizer's templates (`Prompts.instructed`).
+    tokenizer's templates (`Prompts.instructed`) and in lists, not in a pseudo-query.
 
     tokenizer: None for what needs no model; `read_by` then makes the sets for models.
     """
@@ -322,7 +322,7 @@ class EvaluationSet:
             of = [rows[[place[d] for d in row]] for row in ids]
             found = head.scores(partial(model.embed_all, **options), lists, of)
         else:
-            found = model.score_lists(lists, **options)
+            found = model.score_lists(lists, instruction=c.instruction, **options)
         together = torch.cat([torch.zeros(0), *found])
         scores = torch.empty_like(together)
         scores[places] = together

@@ -69,8 +69,8 @@ def prompts(
     tasks: Iterable[str] = TASKS,
     asked: PseudoQuery | None = None,
 ) -> dict[str, str]:
-    """What a model reads around the texts of these tasks: templates, and the instruction of a
-    pseudo-query. (All else of a list is `model.listwise`'s and `model.pseudo`'s own.)
+    """What a model reads around the texts of these tasks: templates, and the instruction of a list,
+    whose other words are `model.listwise`'s and `model.pseudo`'s.
 
     Args:
         instruction: a benchmark's own; "": the model's.
@@ -85,6 +85,8 @@ def prompts(
             found["instruction"] = (asked or PseudoQuery()).instruction
         elif not config.listwise:
             names.append("pair")
+        elif instruction:
+            found["instruction"] = instruction
     return {name: own.filled(name) for name in names} | found
 
 

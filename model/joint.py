@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -232,6 +232,7 @@ class Joint(nn.Module):
         lists: Sequence[tuple[str, Sequence[str]]],
         *,
         vectors: Sequence[Tensor] | None = None,
+        instruction: str = "",
         budget: int | None = None,
         progress: bool = False,
         shared: bool = False,
@@ -241,6 +242,8 @@ class Joint(nn.Module):
 
         Args:
             vectors: (n, D) of each list's documents, which a pseudo-query then need not encode.
+            instruction: of a benchmark, which an interaction head reads (`Lists.blocks`); a
+                pseudo-query is asked with its own (`model.pseudo`).
         Raises:
             ValueError: the head scores pairs; vectors for another head, which reads the documents
                 themselves; or more or fewer of them than documents.
@@ -255,7 +258,8 @@ class Joint(nn.Module):
                 f"rerank_head={self.config.rerank_head!r} scores pairs: use score_pairs, predict "
                 "or rank"
             )
-        made = [self.lists.blocks(query, documents) for query, documents in lists]
+        blocks = partial(self.lists.blocks, instruction=instruction)
+        made = [blocks(query, documents) for query, documents in lists]
         texts = TextSet([block.ids for blocks in made for block in blocks])
         dtype = torch.promote_types(self.dtype, torch.float)
         rows = in_batches(self.decoder, texts, self.marked, title="rerank", **options)
@@ -274,7 +278,8 @@ class Joint(nn.Module):
         the order given, and its scores are cosines.
 
         Args:
-            instruction: in place of the model's own, where the pair's template has a place for it.
+            instruction: in place of the model's own, where the pair's template has a place for it;
+                of lists as of `score_lists`.
             budget: None: 2,048 tokens on a CPU.
         """
         budget = budget or usual_budget(self.device, 2048)
@@ -286,7 +291,8 @@ class Joint(nn.Module):
             scores = self.score_all(texts, budget=budget, progress=progress)
             return scores[[place[q, d] for q, d in pairs]]
         lists, places = by_query(pairs)
-        found = self.score_lists(lists, budget=budget, progress=progress)
+        options: dict[str, Any] = {"budget": budget, "progress": progress}
+        found = self.score_lists(lists, instruction=instruction, **options)
         return torch.cat([torch.zeros(0), *found])[places]
 
     def relevance(self, scores: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ depends on the company of a document and on its place.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,16 +64,26 @@ class Lists:
         self.prefix, self.suffix = map(tokenizer.template, chat)
         self.lead = tokenizer.lead()
 
-    def blocks(self, query: str, documents: Sequence[str], early: bool = False) -> list[Block]:
+    def blocks(
+        self,
+        query: str,
+        documents: Sequence[str],
+        early: bool = False,
+        instruction: str = "",
+    ) -> list[Block]:
         """The texts of a list: as many documents in each as `tokens` and BLOCK allow, in order.
 
         Args:
             early: put the query's mark behind its first mention too, as training wants it.
+            instruction: what the published template has between the query and the documents; ""
+                leaves its place out.
         Raises:
             ValueError: the query leaves no room for a document.
         """
-        query, documents = strip(query), [strip(document) for document in documents]
-        head, tail = self._frame(query, BLOCK, early)  # no number of documents is written longer
+        query, instruction = strip(query), strip(instruction)
+        documents = [strip(document) for document in documents]
+        frame = partial(self._frame, query, early=early, instruction=instruction)
+        head, tail = frame(BLOCK)  # no number of documents is written longer
         room = self.tokens - len(head) - len(tail)
         [opening] = self.tokenizer.pieces([_passage(BLOCK - 1, "")], 0)
         limit = min(self.tokenizer.document_tokens, room - len(opening) - 1)
@@ -91,28 +102,30 @@ class Lists:
                 groups.append([])
                 left = room - len(piece) - 1
             groups[-1].append(text)
-        return [Block(self._ids(query, group, limit, early), len(group)) for group in groups]
+        return [Block(self._ids(group, limit, *frame(len(group))), len(group)) for group in groups]
 
-    def _ids(self, query: str, documents: list[str], limit: int, early: bool) -> list[int]:
-        head, tail = self._frame(query, len(documents), early)
+    def _ids(self, documents: list[str], limit: int, head: list[int], tail: list[int]) -> list[int]:
         passages = [_passage(i, text) for i, text in enumerate(documents)]
         # Encoded by themselves: they are parted by marks, and the first by the end of a line, which
         # no byte-level tokenizer joins to what follows.
         pieces = self.tokenizer.pieces(passages, limit)
         return head + [i for piece in pieces for i in (*piece, self.marks[0])] + tail
 
-    def _frame(self, query: str, count: int, early: bool) -> tuple[list[int], list[int]]:
+    def _frame(
+        self, query: str, count: int, early: bool, instruction: str
+    ) -> tuple[list[int], list[int]]:
         """The tokens before the first document and behind the last one's mark."""
         begin = (
             f"I will provide you with {count} passages, each indicated by a numerical "
             f"identifier. Rank the passages based on their relevance to query: {query}"
         )
+        rest = f"\n<instruct>\n{instruction}\n</instruct>\n" if instruction else "\n"
         end = [f"\n</passage>\n<query>\n{query}", "\n</query>"]
-        texts = [begin, "\n", *end] if early else [f"{begin}\n", *end]
-        *head, asked, rest = self.tokenizer.pieces([(text, 0, 0) for text in texts], 0)
+        texts = [begin, rest, *end] if early else [f"{begin}{rest}", *end]
+        *head, asked, last = self.tokenizer.pieces([(text, 0, 0) for text in texts], 0)
         mark = self.marks[1]
         first = [*head[0], mark, *head[1]] if early else head[0]
-        return [*self.lead, *self.prefix, *first], [*asked, mark, *rest, *self.suffix]
+        return [*self.lead, *self.prefix, *first], [*asked, mark, *last, *self.suffix]
 
 
 def _passage(number: int, text: str) -> tuple[str, int, int]:

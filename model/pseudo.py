@@ -9,7 +9,8 @@ holds is scored whole by that one, as the authors do it: no window slides over i
 The published training and evaluation put it in other words: training ends in `Query: ...` and an
 end token within the turn, evaluation, which made the published numbers, in `Search Query: ...` and
 cuts documents at 1,024 words, not tokens. Ours are trained and read with `Query: ...`, the turn of
-a chat around it only where a base knows one.
+a chat around it only where a base knows one. Published evaluation reranks every set, BRIGHT's too,
+with the one INSTRUCTION; a benchmark's own says what to retrieve, and has no place here.
 """
 
 from collections.abc import Callable, Sequence

@@ -209,6 +209,11 @@ def test_the_scores_are_those_of_the_models(run, data: Path, folders, tmp_path: 
     )
     assert "embedding" not in result(tmp_path, "jina-reranker-v3")["scores"]
     assert found["models"][0]["prompts"]["query"].endswith("\nQuery:{query}")
+    # Of each model what it read, and nothing else.
+    e2rank = ["query", "document", "instruction"]
+    for row, read in (("qwen3-0.6b", [["query", "document"], ["pair"]]), ("e2rank-0.6b", [e2rank]),
+                      ("jina-reranker-v3", [[]])):  # fmt: skip
+        assert [list(m["prompts"]) for m in result(tmp_path, row)["models"]] == read
     assert [m["base"]["fingerprint"] for m in found["models"]] == [
         bases.identity(folders[name])["fingerprint"] for name in QWEN
     ]

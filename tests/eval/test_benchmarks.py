@@ -16,6 +16,7 @@ from eval.protocol import EvaluationSet
 from eval.provenance import sources
 from eval.retrieval import search
 from model.prefix import TextSet
+from model.pseudo import INSTRUCTION
 from model.tokens import Prompts, Tokenizer
 from model.unimoer import UniMoER
 from tests.eval import published as P
@@ -130,6 +131,23 @@ def test_all_domains_of_bright(hub, run, folder: Path, tmp_path: Path) -> None:
             del ranking[query][document]
     expected = metrics.evaluate(data.qrels["test"], ranking)
     assert result(tmp_path, "bright-pony-test")["scores"]["embedding"] == expected
+
+
+@pytest.mark.parametrize("head", ["interaction", "pseudo_query"])
+def test_a_list_names_what_it_was_asked_with(hub, run, tiny_base: Path, tmp_path: Path, head: str):
+    """Not the pair's template, which it never read; the untrained base beside it does."""
+    P.bright(hub[0], "pony", 0)
+    config = tiny_config(tiny_base, Path("unused"), rerank_head=head)
+    UniMoER(model_config(config)).save_pretrained(tmp_path / "arm" / "seed0.model")
+    words = ("--data", "bright/pony", "--model", str(tmp_path / "arm" / "seed0.model"))
+    assert run(*words)[0] == 0
+    own = Prompts().instructed(H.BRIGHT["pony"]).texts()
+    pair = own.pop("pair")
+    own["instruction"] = H.BRIGHT["pony"] if head == "interaction" else INSTRUCTION
+    assert result(tmp_path, "bright-pony-test")["prompts"] == own
+    assert run(*words, "--out", str(tmp_path / "more"), "--untrained")[0] == 0
+    place = tmp_path / "more" / "beir" / "arm-seed0" / "bright-pony-test.json"
+    assert json.loads(place.read_text())["prompts"] == {**own, "pair": pair}
 
 
 def prompt_of(domain: str) -> str:

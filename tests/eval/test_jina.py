@@ -29,13 +29,14 @@ DOCUMENTS = [
 ]
 
 
-def prompt(query: str, documents: list[str]) -> str:
+def prompt(query: str, documents: list[str], instruction: str = "") -> str:
     """The published template, written out again."""
     lines = ["<|im_start|>system", f"{SYSTEM}<|im_end|>", "<|im_start|>user"]
     lines += [
         f"I will provide you with {len(documents)} passages, each indicated by a numerical "
         f"identifier. Rank the passages based on their relevance to query: {query}"
     ]
+    lines += ["<instruct>", instruction, "</instruct>"] if instruction else []
     for i, document in enumerate(documents):
         lines += [f'<passage id="{i}">', f"{document}<|embed_token|>", "</passage>"]
     lines += ["<query>", f"{query}<|rerank_token|>", "</query><|im_end|>"]
@@ -72,17 +73,18 @@ def model(folder: Path, marks: tuple[int, int]) -> UniMoER:
 
 @pytest.fixture(scope="module")
 def derived(folder: Path, marks: tuple[int, int]) -> Callable[..., Tensor]:
-    """derived(query, documents, block) -> cosines, from the text of the prompt on."""
+    """derived(query, documents, block, instruction) -> cosines, from the text of the prompt on."""
     theirs = Qwen3Model.from_pretrained(folder, dtype=torch.float32).eval()
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tensors = load_file(folder / "model.safetensors")
     first, second = (tensors[f"projector.{at}.weight"].double() for at in (0, 2))
 
     @torch.no_grad()
-    def derive(query: str, documents: list[str], block: int) -> Tensor:
+    def derive(query: str, documents: list[str], block: int, instruction: str = "") -> Tensor:
         found, asked, weights = [], [], []
         for at in range(0, len(documents), block):
-            ids = torch.tensor(own.encode(prompt(query, documents[at : at + block])).ids)
+            text = prompt(query, documents[at : at + block], instruction)
+            ids = torch.tensor(own.encode(text).ids)
             hidden = theirs(ids[None]).last_hidden_state[0].double()
             d, q = ((first @ hidden[ids == mark].T).relu().T @ second.T for mark in marks)
             assert len(d) == len(documents[at : at + block]) and len(q) == 1
@@ -110,6 +112,16 @@ def test_the_scores_are_the_published_ones(model: UniMoER, derived: Callable[...
     torch.testing.assert_close(model.score_lists([(QUERY, clean[:1])])[0].double(), alone,
                                rtol=0, atol=1e-5)  # fmt: skip
     assert (alone - expected[0]).abs() > 1e-4  # a score depends on the company
+
+
+def test_an_instruction_is_read_where_it_was_published(model: UniMoER, derived: Callable) -> None:
+    asked = "Given a question, rank by what answers it."
+    expected = derived(QUERY, DOCUMENTS[:3], 125, asked)
+    [found] = model.score_lists([(QUERY, DOCUMENTS[:3])], instruction=asked)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    assert (expected - derived(QUERY, DOCUMENTS[:3], 125)).abs().max() > 1e-4
+    pairs = [(QUERY, text) for text in DOCUMENTS[:3]]
+    assert torch.equal(model.score_pairs(pairs, instruction=asked), found)
 
 
 def test_more_than_125_documents_make_blocks(model: UniMoER, derived: Callable) -> None:

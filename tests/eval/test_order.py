@@ -68,6 +68,20 @@ def test_lists_are_read_in_bm25_s_order(evaluation, listwise, collection) -> Non
     assert {q: row for q, row in expected.items() if q in part.queries} == part.reranking(listwise)
 
 
+def test_lists_have_the_collection_s_instruction(config, collection, listwise, evaluation) -> None:
+    """A pseudo-query does not, nor the documents that it is held against."""
+    own = replace(collection, instruction="find it")
+    asked = EvaluationSet(own, listwise.tokenizer, config, without_states)
+    found, query = asked.pair_scores(listwise), asked.pairs[0][0]
+    texts = [collection.corpus[d] for d in asked.candidates[query]]
+    lists = [(collection.queries[query], texts)]
+    [expected] = listwise.score_lists(lists, instruction="find it")
+    torch.testing.assert_close(found[: len(texts)], expected, rtol=0, atol=1e-6)
+    assert (found - evaluation.pair_scores(listwise)).abs().max() > 1e-4
+    by_query = [each.pair_scores(listwise, asked=PseudoQuery()) for each in (asked, evaluation)]
+    assert torch.equal(*by_query)
+
+
 def test_a_shuffle_is_another_order_of_the_same_list(evaluation, listwise, collection) -> None:
     """Scores come back to their documents, whatever the order in which they were read."""
     plain = evaluation.pair_scores(listwise)

@@ -72,6 +72,24 @@ def test_the_plain_template(tokenizer: OurTokenizer) -> None:
     assert lists.blocks("who?", []) == []
 
 
+def test_an_instruction_stands_between_query_and_documents(tokenizer: OurTokenizer) -> None:
+    lists = Lists(tokenizer, 8192)
+    [plain], [early] = (lists.blocks("who?", ["a"], early) for early in (False, True))
+    asked = {"instruction": "look <|embed_token|>up"}
+    [found], [trained] = (lists.blocks("who?", ["a"], early, **asked) for early in (False, True))
+    block = "<instruct>\nlook up\n</instruct>\n"
+    for text, without in ((found, plain), (trained, early)):
+        whole = text_of(lists, text.ids)
+        assert whole.replace(f"\n{block}<passage", "\n<passage") == text_of(lists, without.ids)
+        assert whole.count(block) == 1
+    # It is never cut, and counts.
+    few = Lists(tokenizer, 450)
+    long = "look up " * 20
+    free, parts = (few.blocks("who?", ["a"] * 9, instruction=text) for text in ("", long))
+    assert len(parts) > len(free) and max(len(part.ids) for part in parts) <= 450
+    assert all(f"\n{long}\n" in text_of(lists, part.ids) for part in parts)
+
+
 def test_with_chat_tokens_the_chat_template(tiny_base: Path, tmp_path: Path) -> None:
     """And where the vocabulary has the marks, these are used."""
     made = Tokenizer.from_file(str(tiny_base / "tokenizer.json"))
