@@ -24,7 +24,7 @@ from torch import Tensor
 
 from eval.collections import Collection, require_split
 from eval.command import FULL
-from eval.provenance import prompts
+from eval.provenance import made_by, prompts, warn_of_other_code
 from model.files import read_json, write_json
 from model.tokens import INSTRUCTION, Prompts
 from model.unimoer import UniMoER
@@ -196,7 +196,8 @@ def main_score(side: Encoder | CrossEncoder, task: Any, folder: Path) -> float:
     By default mteb keeps a stored result whatever the revision of the data that it was made on;
     here another revision of the data is measured anew, as are another revision of the model and
     other prompts, which lie beside the result, in `made_by`. What sums up other tasks, such as
-    CQADupstackRetrieval, is summed up again each time.
+    CQADupstackRetrieval, is summed up again each time. Of other code a result is taken, and that is
+    said.
 
     Args:
         folder: of the results, in mteb's own layout.
@@ -230,18 +231,18 @@ def main_score(side: Encoder | CrossEncoder, task: Any, folder: Path) -> float:
 
 
 def _settle(place: Path, side: Encoder | CrossEncoder, task: TaskMetadata) -> None:
-    """Take the stored result away if it is of other data or prompts; where there is then none, say
-    how it will be made, which comes first, for mteb stores a result language by language."""
+    """Take the stored result away if it is of other data or prompts, and warn if it is of other
+    code. Where there is none, put down what makes it: now, for mteb stores it part by part."""
     origin, told = place.parent / "made_by" / place.name, asked(side, task)
     if place.exists():
         # A result of which nothing is said is older than the instructions of tasks.
         own = {"prompts": side.mteb_model_meta.loader_kwargs["prompts"]}
         made = read_json(origin, "remove it") if origin.exists() else own
         data = read_json(place, "remove it, it is made again")["dataset_revision"]
-        if (data, made["prompts"]) != (task.revision, told):
-            place.unlink()
-    if not place.exists():
-        write_json(origin, {"prompts": told})
+        if (data, made["prompts"]) == (task.revision, told):
+            return warn_of_other_code(place, made)
+        place.unlink()
+    write_json(origin, {"prompts": told, **made_by(str(side.model.device))})
 
 
 def tasks(

@@ -115,9 +115,18 @@ def stored(place: Path, of: dict[str, Any], another: str = "--name") -> dict | N
             f"{place} is of another model, data, setting or device ({told}): move it away, or give "
             f"another {another}"
         )
-    if result.get("sources") != sources():
-        print(f"warning: the source has changed since {place} was made", file=sys.stderr)
+    warn_of_other_code(place, result)
     return result
+
+
+def warn_of_other_code(place: Path, made: dict[str, Any]) -> None:
+    """Say so if the result at `place` was made by other code than this, or by nobody knows which.
+
+    Args:
+        made: what is told of it; see `made_by`.
+    """
+    if made.get("sources") != sources():
+        print(f"warning: the source has changed since {place} was made", file=sys.stderr)
 
 
 def _differ(name: str, there: Any, now: Any) -> dict[str, tuple[Any, Any]]:

@@ -12,6 +12,7 @@ from mteb.types import PromptType
 
 from eval import mteb_adapter
 from eval.mteb_adapter import CrossEncoder, Encoder
+from eval.provenance import sources
 from model.config import ModelConfig
 from model.prefix import TextSet
 from model.tokens import Prompts
@@ -90,6 +91,24 @@ def test_templates_without_a_place_are_unchanged(tiny_base: Path, head: str) -> 
         found = mteb_adapter.asked(side, task("find").metadata)
         assert "find" not in str(found) and found == mteb_adapter.asked(side, task(None).metadata)
         assert ("pair" in found) == (head == "linear" and isinstance(side, CrossEncoder))
+
+
+def test_other_code_is_named(model: UniMoER, tmp_path: Path, capsys) -> None:
+    """Also where nothing says which made it; the result is taken as it is."""
+    side, line = Encoder(model, "a/b", "1"), [task(None), tmp_path]
+    place = tmp_path / "results/a__b/1/MockRetrievalTask.json"
+    told = place.parent / "made_by" / place.name
+    score = mteb_adapter.main_score(side, *line)
+    made = json.loads(told.read_text())
+    assert made["sources"] == sources() and made["device"] and made["versions"]["torch"]
+    assert mteb_adapter.main_score(side, *line) == score
+    assert "warning" not in capsys.readouterr().err
+    before = place.read_bytes()
+    for change in (lambda: told.write_text(json.dumps({**made, "sources": "0"})), told.unlink):
+        change()
+        assert mteb_adapter.main_score(side, *line) == score and place.read_bytes() == before
+        warning = f"warning: the source has changed since {place} was made\n"
+        assert capsys.readouterr().err.count(warning) == 1
 
 
 def test_the_prompts_lie_beside_the_scores(model: UniMoER, tmp_path: Path) -> None:
