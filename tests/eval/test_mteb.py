@@ -19,6 +19,7 @@ from mteb.mocks.mock_tasks import (
     retrieval,
     sts,
     summarization,
+    zeroshot_classification,
 )
 from mteb.models.models_protocols import CrossEncoderProtocol, EncoderProtocol
 
@@ -38,9 +39,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # mteb's own
 TASKS = [
     bitext_mining.MockBitextMiningTask, classification.MockClassificationTask,
     classification.MockMultilabelClassification, clustering.MockClusteringTask,
+    clustering.LegacyMockClusteringFastTask,  # AbsTaskClustering, of the tasks named .v2
     pair_classification.MockPairClassificationTask, regression.MockRegressionTask,
     reranking.MockRerankingTask, reranking.MockInstructionReranking, retrieval.MockRetrievalTask,
     retrieval.MockInstructionRetrieval, sts.MockSTSTask, summarization.MockSummarizationTask,
+    zeroshot_classification.MockTextZeroShotClassificationTask,
 ]  # fmt: skip
 PLAIN = sts.MockSTSTask.metadata  # of a task without a prompt
 METRICS = {"ndcg_at_10": "ndcg_cut_10", "map_at_1000": "map", "recall_at_100": "recall_100"}
@@ -79,8 +82,17 @@ def test_the_scores_are_ours(
     assert isinstance(sides[0], EncoderProtocol) and isinstance(sides[1], CrossEncoderProtocol)
     made = mteb_adapter.tasks(evaluation.collection, "test", evaluation.candidates)
     ours = (evaluation.retrieval(model), evaluation.reranking(model))
-    for side, task, mine in zip(sides, made, ours, strict=True):
-        found = mteb.evaluate(cast(Any, side), task, cache=mteb.ResultCache(tmp_path))
+    judged = (evaluation.qrels, evaluation.reranking_qrels)
+    predictions = tmp_path / "predictions"
+    for side, task, mine, qrels in zip(sides, made, ours, judged, strict=True):
+        found = mteb.evaluate(
+            cast(Any, side), task, cache=mteb.ResultCache(tmp_path), prediction_folder=predictions
+        )
+        run = json.loads((predictions / task.prediction_file_name).read_text())["default"]["test"]
+        theirs = metrics.evaluate(qrels, run)  # query by query, and not rounded
+        assert theirs.keys() == mine.keys() and len(mine) > 5
+        for query, row in mine.items():
+            assert theirs[query] == pytest.approx(row, rel=0, abs=1e-6), query
         scores = found.task_results[0].scores["test"][0]
         for theirs, metric in METRICS.items():
             rounded = round(metrics.mean(mine, metric), 5)  # as mteb stores them
@@ -93,6 +105,10 @@ def test_the_scores_are_ours(
     assert kept["loader_kwargs"]["base"]["fingerprint"] == model.identity["fingerprint"]
     loaded = mteb.ResultCache(tmp_path).load_results(require_model_meta=True)
     assert {m.model_name for m in loaded.model_results} == {"unimoer/x", "unimoer/x-reranker"}
+    shown = loaded.to_dataframe().set_index("task_name")  # of which leaderboards are made
+    for task, mine, who in zip(made, ours, ("unimoer/x", "unimoer/x-reranker"), strict=True):
+        cell = shown.loc[task.metadata.name, who]
+        assert cell == pytest.approx(metrics.mean(mine, "ndcg_cut_10"), rel=0, abs=5.1e-6)
 
 
 @pytest.mark.parametrize("kind", TASKS, ids=lambda kind: kind.__name__)
@@ -140,6 +156,28 @@ def test_a_score_is_of_what_the_task_asks_for(model: UniMoER, tmp_path: Path) ->
     stored["scores"]["test"].append(more)
     place.write_text(json.dumps(stored))
     assert mteb_adapter.main_score(side, task, tmp_path) == score
+
+
+def test_a_sum_is_that_of_its_tasks(model: UniMoER, tmp_path: Path) -> None:
+    """As mteb means it: the mean of the stored scores, also once one of them is measured anew."""
+    side, task = mteb_adapter.Encoder(model, "unimoer/x", "1"), reranking.MockAggregatedTask()
+    places = [tmp_path / f"results/unimoer__x/1/{part.metadata.name}.json" for part in task.tasks]
+
+    def expected() -> float:
+        rows = [json.loads(place.read_text())["scores"]["test"][0] for place in places]
+        return sum(row["main_score"] for row in rows) / len(rows)
+
+    whole = mteb_adapter.main_score(side, task, tmp_path)
+    assert whole == pytest.approx(expected(), abs=1e-5)
+    before = [place.read_bytes() for place in places]
+    assert mteb_adapter.main_score(side, task, tmp_path) == whole
+    assert [place.read_bytes() for place in places] == before  # nothing is measured twice
+    stored = json.loads(before[0])
+    stored["scores"]["test"][0]["main_score"] += 1
+    places[0].write_text(json.dumps(stored))
+    assert mteb_adapter.main_score(side, task, tmp_path) == pytest.approx(whole + 0.5, abs=1e-5)
+    places[0].write_text(json.dumps({**stored, "dataset_revision": "other"}))
+    assert mteb_adapter.main_score(side, task, tmp_path) == pytest.approx(whole, abs=1e-5)
 
 
 def test_a_hub_that_is_down_is_told(
