@@ -247,16 +247,22 @@ def _line(row: Row, cells: Sequence[str]) -> str:
     return f"| {row.name} | {row.what} | {' | '.join(cells)} |"
 
 
-def _head(title: str) -> list[str]:
+def _metric(result: dict) -> str:
+    return metrics.headline(result["data"]["name"], result["split"])
+
+
+def _head(title: str, bm25: Sequence[dict]) -> list[str]:
+    """bm25: a result of each collection."""
+    names = sorted({metrics.NAMES[_metric(result)] for result in bm25}, reverse=True)
     return [
-        f"| {title}: nDCG@10 | what | {' | '.join(TITLES.values())} | parameters |",
+        f"| {title}: {' or '.join(names)} | what | {' | '.join(TITLES.values())} | parameters |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
 
 
 def _value(result: dict, task: str) -> float | None:
     scores = result["scores"].get(task)
-    return None if scores is None else metrics.mean(scores, "ndcg_cut_10")
+    return None if scores is None else metrics.mean(scores, _metric(result))
 
 
 def _cells(values: Sequence[float | None], parameters: int) -> list[str]:
@@ -270,7 +276,9 @@ def _needs(models: Sequence[str]) -> list[str]:
 
 def table(title: str, rows: Sequence[Row], found: Found) -> str:
     """One collection: a line for each row, and the ceiling of the candidates."""
-    lines = _head(title)
+    bm25 = found[BM25]
+    assert isinstance(bm25, dict)
+    lines = _head(title, [bm25])
     for row in rows:
         result = found[row.name]
         if isinstance(result, list):
@@ -278,16 +286,15 @@ def table(title: str, rows: Sequence[Row], found: Found) -> str:
         else:
             values = [_value(result, task) for task in TITLES]
             lines.append(_line(row, _cells(values, result["parameters"])))
-    bm25 = found[BM25]
-    assert isinstance(bm25, dict)
-    ceiling = metrics.mean(bm25["ceiling"]["reranking"], "ndcg_cut_10")
+    ceiling = metrics.mean(bm25["ceiling"]["reranking"], _metric(bm25))
     lines.append(f"| ceiling | BM25's candidates in the best order | - | {ceiling:.4f} | - |")
     return "\n".join(lines)
 
 
 def mean_table(rows: Sequence[Row], found: Sequence[Found]) -> str:
     """Several collections: the mean of each row that all of them have."""
-    lines = _head(f"mean of {len(found)} collections")
+    bm25 = [result for of in found if isinstance(result := of[BM25], dict)]
+    lines = _head(f"mean of {len(found)} collections", bm25)
     for row in rows:
         results = [of[row.name] for of in found]
         have = [result for result in results if isinstance(result, dict)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eval import hub, metrics
 from eval.collections import Collection, load, missing, require_known
-from eval.metrics import METRICS, MRR_10
+from eval.metrics import METRICS, MRR_10, deep_enough
 from eval.protocol import EvaluationSet, Scores, without_states
 from eval.provenance import made_by, prompts, stored
 from eval.stages import Stages
@@ -168,37 +168,42 @@ def rows_of(result: dict) -> dict[str, Scores]:
 
 
 def show(result: dict) -> None:
-    """A table of one collection's means."""
+    """A table of one collection's means, without what its rankings are too short to tell."""
     print(f"{result['data']['name']}, {result['split']}, {result['model']}")
-    shown = (*METRICS, MRR_10)
+    depths = {"retrieval": result["asked"]["depth"], "reranking": result["asked"]["candidates"]}
+    shown = deep_enough((*METRICS, MRR_10), max(depths.values()))
     print(f"{'':28}" + "".join(f"{name:>19}" for name in shown))
     for name, scores in rows_of(result).items():
-        cells = "".join(f"{metrics.mean(scores, m):19.4f}" for m in shown)
-        print(f"{name:28}{cells}")
+        told = deep_enough(shown, depths[name.partition(",")[0]])
+        cells = (f"{metrics.mean(scores, m):.4f}" if m in told else "-" for m in shown)
+        print(f"{name:28}" + "".join(f"{cell:>19}" for cell in cells))
 
 
 def summary(title: str, found: dict[str, list[dict] | str]) -> str:
     """Each row (of several results: their mean), and the mean of the measured rows.
 
-    nDCG@10; of mMARCO MRR@10, which its authors measure.
+    Each by its `metrics.headline`, which a row names where they are not all of one.
 
     Args:
         found: row -> its results, or why there is none.
     """
-    metric, name_of = ("ndcg_cut_10", "nDCG@10") if title != "mmarco" else (MRR_10, "MRR@10")
     means: dict[str, list[float]] = {}
     columns: list[str] = []
+    measured: dict[str, str] = {}
     for name, results in found.items():
         if isinstance(results, str):
             continue
+        metric = metrics.headline(results[0]["data"]["name"], results[0]["split"])
+        measured[name] = metrics.NAMES[metric]
         each = [
             {what: metrics.mean(scores, metric) for what, scores in rows_of(result).items()}
             for result in results
         ]
         columns = list(each[0])
         means[name] = [sum(row[c] for row in each) / len(each) for c in columns]
+    names = sorted({*measured.values()}, reverse=True)  # nDCG@10 first
     lines = [
-        f"| {title}, {name_of} | {' | '.join(columns)} |",
+        f"| {title}, {' or '.join(names)} | {' | '.join(columns)} |",
         f"| --- |{' ---: |' * len(columns)}",
     ]
     for name, results in found.items():
@@ -208,6 +213,8 @@ def summary(title: str, found: dict[str, list[dict] | str]) -> str:
         label = results[0]["data"]["name"]
         if len(results) > 1:
             label = f"{name} (mean of {len(results)})"
+        if len(names) > 1:
+            label += f", {measured[name]}"
         lines.append(f"| {label} | {' | '.join(f'{value:.4f}' for value in means[name])} |")
     mean = [sum(column) / len(means) for column in zip(*means.values(), strict=True)]
     cells = " | ".join(f"{value:.4f}" for value in mean)

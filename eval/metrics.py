@@ -10,6 +10,14 @@ from scipy import stats
 
 METRICS = ("ndcg_cut_10", "map", "recip_rank", "recall_100")
 MRR_10 = "recip_rank_cut_10"  # MS MARCO's; trec_eval's recip_rank has no cut
+NAMES = {"ndcg_cut_10": "nDCG@10", MRR_10: "MRR@10"}
+
+
+def headline(collection: str, split: str) -> str:
+    """The one of NAMES that a collection's authors measure: MS MARCO's and mMARCO's of dev have
+    MRR@10 (TREC's Deep Learning track, which is MS MARCO's test, has nDCG@10)."""
+    marco = collection == "msmarco" or collection.startswith("mmarco-")
+    return MRR_10 if marco and split == "dev" else "ndcg_cut_10"
 
 
 def deep_enough(names: Sequence[str], depth: int) -> list[str]:

@@ -219,6 +219,29 @@ def test_the_scores_are_those_of_the_models(run, data: Path, folders, tmp_path: 
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "of"),
+    [("msmarco", "dev", "MRR@10"), ("mmarco-es", "dev", "MRR@10"), ("msmarco", "test", "nDCG@10"),
+     ("scifact", "test", "nDCG@10")],
+)  # fmt: skip
+def test_the_metric_is_the_collection_s_own(name: str, split: str, of: str) -> None:
+    values = {"recip_rank": 0.25, "ndcg_cut_10": 0.5}
+    result: dict = {
+        "data": {"name": name}, "split": split, "parameters": 0,
+        "ceiling": {"reranking": {"q": values}}, "scores": {"embedding": {"q": values}},
+    }  # fmt: skip
+    rows, found = [baselines.Row(baselines.BM25, "terms")], {baselines.BM25: result}
+    text = baseline_table.table("it", rows, {**found})
+    value = "0.2500" if of == "MRR@10" else "0.5000"
+    assert text.startswith(f"| it: {of} |") and lines(text)["bm25"][0] == value
+    assert lines(text)["ceiling"][1] == value
+    other = {**result, "data": {"name": "fiqa"}, "split": "test"}
+    text = baseline_table.mean_table(rows, [{**found}, {baselines.BM25: other}])
+    both = "nDCG@10" if of == "nDCG@10" else "nDCG@10 or MRR@10"
+    assert text.startswith(f"| mean of 2 collections: {both} |")
+    assert lines(text)["bm25"][0] == ("0.5000" if of == "nDCG@10" else "0.3750")
+
+
 def test_nothing_is_measured_twice(run, folders, saved, tmp_path: Path, monkeypatch) -> None:
     words = ("--rows", "e2rank-0.6b", "--models", str(saved[0]))
     code, out, _ = run(*words)

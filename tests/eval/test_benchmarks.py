@@ -23,6 +23,8 @@ from tests.eval import published as P
 from tests.train.tiny import TEST, tiny_config, tokens_only, write_collection
 from train.trial import model_config
 
+NDCG = "ndcg_cut_10"
+
 
 @pytest.fixture(scope="module")
 def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -61,12 +63,12 @@ def cells(text: str, row: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def means(found: dict) -> list[float]:
+def means(found: dict, metric: str = NDCG) -> list[float]:
     """As the summary's columns: retrieval of BM25 and model, reranking of both and the ceiling."""
     sides = (found["bm25"]["embedding"], found["scores"]["embedding"],
              found["bm25"]["reranking"], found["scores"]["reranking"],
              found["ceiling"]["reranking"])  # fmt: skip
-    return [metrics.mean(side, "ndcg_cut_10") for side in sides]
+    return [metrics.mean(side, metric) for side in sides]
 
 
 def test_all_of_beir(hub, run, tmp_path: Path) -> None:
@@ -166,12 +168,14 @@ def test_languages(hub, run, tmp_path: Path) -> None:
         name = word.replace("/", "-")
         found = result(tmp_path, f"{name}-dev")
         assert found["split"] == "dev" and len(found["scores"]["embedding"]) == 4
-        assert cells(out, name) == [f"{value:.4f}" for value in means(found)]
-        assert metrics.mean(found["bm25"]["embedding"], "ndcg_cut_10") > 0.7, word
-    assert cells(out, "**mean of 4 of 4**")
-    text, rows = summary("mmarco", {"mmarco/es": [found]}), found["scores"]["embedding"]
-    assert text.startswith("| mmarco, MRR@10 |")  # as its authors measure it
-    assert cells(text, "mmarco-es")[1] == f"{metrics.mean(rows, metrics.MRR_10):.4f}"
+        # As its authors measure it.
+        metric, label = (metrics.MRR_10, "MRR@10") if "mmarco" in word else (NDCG, "nDCG@10")
+        expected = [f"{value:.4f}" for value in means(found, metric)]
+        assert cells(out, f"{name}, {label}") == expected
+        assert metrics.mean(found["bm25"]["embedding"], NDCG) > 0.7, word
+    assert cells(out, "**mean of 4 of 4**") and "| collections, nDCG@10 or MRR@10 |" in out
+    text = summary("mmarco", {"mmarco/es": [found]})
+    assert text.startswith("| mmarco, MRR@10 |") and cells(text, "mmarco-es") == expected
     code, _, err = run("--data", "miracl/sw", "--split", "test")
     assert code == 2 and "miracl-sw has no test split (it has dev)" in err
 
@@ -212,7 +216,7 @@ def test_fewer_dimensions_are_further_rows_of_one_run(
         return whole(self, texts, **options)
 
     monkeypatch.setattr(UniMoER, "embed_all", counted)
-    code, out, _ = run("--data", str(place), "--dimensions", "4", "16", "32", "--depth", "5")
+    code, out, _ = run("--data", str(place), "--dimensions", "4", "16", "32", "--depth", "10")
     assert code == 0 and len(calls) == 1  # encoded once
     found = result(tmp_path, "tiny-test")
     data = load(str(place))
@@ -221,7 +225,7 @@ def test_fewer_dimensions_are_further_rows_of_one_run(
     for size in (4, 16, 32):
         asked = model.encode_query([data.queries[q] for q in queries], dimensions=size)
         read = model.encode_document([data.corpus[d] for d in documents], dimensions=size)
-        ranking = search(asked, read, queries, documents, 5)
+        ranking = search(asked, read, queries, documents, 10)
         expected = metrics.evaluate(data.qrels["test"], ranking)
         assert found["dimensions"][str(size)].keys() == expected.keys()
         for query, row in expected.items():
@@ -231,10 +235,31 @@ def test_fewer_dimensions_are_further_rows_of_one_run(
         assert line.split()[3] == f"{score:.4f}"
     assert found["dimensions"]["32"] == found["scores"]["embedding"]  # all that the model has
     assert found["dimensions"]["4"] != found["scores"]["embedding"]
-    code, _, err = run("--data", str(place), "--depth", "5")
+    code, _, err = run("--data", str(place), "--depth", "10")
     assert code == 2 and "another model, data, setting or device" in err
     code, _, err = run("--data", str(place), "--dimensions", "8", "64")
     assert code == 2 and "--dimensions 64: expected 1 to 32" in err
+
+
+@pytest.mark.parametrize(
+    ("depth", "candidates", "untold"),
+    [(50, 100, {"recall_100": 2}), (50, 50, {}), (5, 10, {"ndcg_cut_10": 2, metrics.MRR_10: 2})],
+)
+def test_what_a_ranking_is_too_short_to_tell(
+    run, tmp_path: Path, depth: int, candidates: int, untold: dict[str, int]
+) -> None:
+    """It is left out; a column that one of the two tasks can tell has no number in the other."""
+    place = write_collection(tmp_path / "Tiny")
+    words = ("--depth", str(depth), "--candidates", str(candidates))
+    code, out, _ = run("--data", str(place), *words)
+    assert code == 0
+    _, head, *rows = out.splitlines()
+    names = head.split()
+    told = metrics.deep_enough((*metrics.METRICS, metrics.MRR_10), max(depth, candidates))
+    assert names == told and len(rows) == 5
+    for at, name in enumerate(names):
+        cells = [row.split()[at - len(names)] for row in rows]
+        assert [cell == "-" for cell in cells] == [i < untold.get(name, 0) for i in range(5)]
 
 
 def test_another_choice_of_collections_is_another_summary(tmp_path: Path) -> None:
