@@ -89,6 +89,11 @@ class EvaluationSet:
     query is taken out of its rankings before they are cut, and its own instruction stands in the
     tokenizer's templates (`Prompts.instructed`) and in lists, not in a pseudo-query.
     @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The (query, document) pairs that models score."""
+        return [(q, d) for q, found in self.scored.items() for d in found]
+
+    @property
     def tokenizer(self) -> Tokenizer:
         assert self._tokenizer is not None, "made without a tokenizer: call read_by first"
         return self._tokenizer
