@@ -84,10 +84,6 @@ class EvaluationSet:
         self._tokenizer = None if tokenizer is None else tokenizer.with_instruction(own)
         self._sets: dict[str, TextSet] = {}
 
-    perfect reranker would reach. Queries without a relevant document among them score 0 in any
-    order: they count, but models need not score their pairs. What the collection excludes for a
-    query is taken out of its rankings before they are cut, and its own instruction stands in the
-    tokenizer's templates (`Prompts.instructed`) and in lists, not in a pseudo-query.
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """The (query, document) pairs that models score."""
