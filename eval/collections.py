@@ -62,6 +62,7 @@ class Collection:
     relevant_from: dict[str, int] = field(default_factory=dict)
     # What a process has found out about it, for all of its trials
     _indices: dict[int, BM25] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _orders: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
     negatives: dict[tuple[int, int], dict[str, list[str]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -89,6 +90,17 @@ class Collection:
                 if grade > 0:
                     found[document] = max(grade, found.get(document, 0))
         return {query: of_text[words(self.queries[query])] for query in self.qrels[split]}
+
+    def order(self, split: str) -> str:
+        """A hash (hex) over a split's judged queries and documents in their order, of which the
+        fingerprint knows nothing: what is kept by position is kept under it."""
+        if split not in self._orders:
+            digest = hashlib.sha256()
+            for kind, ids in (("query", self.qrels[split]), ("document", self.pools[split])):
+                for key in ids:
+                    digest.update(json.dumps([kind, key]).encode())
+            self._orders[split] = digest.hexdigest()[:16]
+        return self._orders[split]
 
     @property
     def identity(self) -> dict[str, str]:

@@ -118,8 +118,7 @@ class EvaluationSet:
         return part
 
     def _windows(self) -> list["EvaluationSet"]:
-        """This set in parts of whole queries with at most `WINDOW` pairs or one query each; itself
-        where that is one part."""
+        """This set, or parts of whole queries with at most `WINDOW` pairs or one query each."""
         parts: list[list[str]] = [[]]
         count = 0
         for query, found in self.scored.items():
@@ -143,7 +142,7 @@ class EvaluationSet:
     ) -> Tensor:
         """The scores (n, ...) of all pairs, of which `score` gives those of a part. keep: has them
         after each part, from which the same call goes on."""
-        windows, found, first = self._windows(), [], 0
+        windows, found, first, name = self._windows(), [], 0, self._of(name)
         if len(windows) == 1:
             return score(self)
         if keep and (before := keep.latest(name)):
@@ -154,6 +153,10 @@ class EvaluationSet:
                 keep.advance(name, end, found[0].numpy())
             trim_heap()
         return found[0]
+
+    def _of(self, name: str) -> str:
+        """The name of a piece in `Stages` whose rows are told by their positions alone."""
+        return f"{name}-{self.collection.order(self.config.split)}"
 
     def _set(self, task: str, model: UniMoER) -> TextSet:
         """The tokenized texts of a task, made when first needed; the model is not kept."""
@@ -212,7 +215,7 @@ class EvaluationSet:
         ids, widths = Ids.of(self.documents), (None, *sizes)
         queries = queries.to(model.device)
         best = [Best(truncate(queries, w), ids, depth + self._most, rows) for w in widths]
-        name, first = "keys-of-base" if base else "keys", 0
+        name, first = self._of("keys-of-base" if base else "keys"), 0
         if keep and (before := keep.latest(name)):
             first = before[0]
             for found, keys in zip(best, before[1], strict=True):
@@ -239,11 +242,11 @@ class EvaluationSet:
             nonlocal made
             rows, made = self.retrieved(model, sizes, progress=True, keep=keep)
             if with_vectors and made is not None:
-                keep.advance("vectors", len(made), made.numpy())
+                keep.advance(self._of("vectors"), len(made), made.numpy())
             return rows
 
         rows = keep.kept("retrieval", retrieve)
-        if with_vectors and made is None and (before := keep.latest("vectors")):
+        if with_vectors and made is None and (before := keep.latest(self._of("vectors"))):
             made = torch.from_numpy(before[1])
         return rows, made
 
@@ -269,12 +272,9 @@ class EvaluationSet:
         run = search(vectors[:n], vectors[n:], self.queries, self.documents, depth + self._most)
         return self.evaluate(self.qrels, cut(run, self._excluded, depth))
 
-    def retrieval(
-        self, model: UniMoER, base: bool = False, progress: bool = False,
-        keep: Stages | None = None,
-    ) -> Scores:  # fmt: skip
-        """Per-query metrics of full-corpus retrieval. keep: as of `retrieved`."""
-        return self.retrieved(model, base=base, progress=progress, keep=keep)[0][0]
+    def retrieval(self, model: UniMoER, **options: Any) -> Scores:
+        """Per-query metrics of full-corpus retrieval; options: of `retrieved`."""
+        return self.retrieved(model, **options)[0][0]
 
     def pair_scores(
         self,
@@ -383,9 +383,8 @@ class EvaluationSet:
         def retrieval() -> Scores:
             return self.retrieval(model, base=True, progress=progress, keep=keep)
 
-        if keep is None:
-            return {"embedding": retrieval(), "reranking": reranking()}
+        kept = keep.kept if keep else lambda name, make: make()
         return {
-            "embedding": keep.kept("retrieval-of-base", retrieval),
-            "reranking": keep.kept("reranking-of-base", reranking),
+            "embedding": kept("retrieval-of-base", retrieval),
+            "reranking": kept("reranking-of-base", reranking),
         }

@@ -168,7 +168,8 @@ def mine(
             if retriever == LEXICAL:
                 search, score = lexical(collection)
             else:
-                search, score = dense(models[retriever], collection, pool, folder / "vectors")
+                vectors = folder / "vectors" / collection.order("train")
+                search, score = dense(models[retriever], collection, pool, vectors)
             again = sigmoid(logits(models[reranker], collection)) if reranker else None
             judge = logits(models[teacher], collection) if teacher else None
             relevant = collection.relevant("train")

@@ -324,6 +324,40 @@ def test_a_collection_that_was_stopped_goes_on(
         assert len(calls) == 3 + 3 + 5
 
 
+def test_a_collection_in_another_order_begins_anew(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its content is the same, but what was kept of a window was told by positions alone."""
+    place = write_collection(tmp_path / "Tiny")
+    monkeypatch.setattr("eval.protocol.WINDOW", 10)
+
+    def reverse() -> None:
+        for file, head in (("corpus.jsonl", 0), ("qrels/test.tsv", 1)):
+            lines = (place / file).read_text().splitlines()
+            text = "\n".join([*lines[:head], *reversed(lines[head:])])
+            (place / file).write_text(text + "\n")
+
+    reverse()
+    assert run("--data", str(place))[0] == 0
+    whole = result(tmp_path, "tiny-test")
+    shutil.rmtree(tmp_path / "out")
+    reverse()
+    search, calls = EvaluationSet._search, []
+
+    def stopped(*args) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        search(*args)
+
+    monkeypatch.setattr(EvaluationSet, "_search", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run("--data", str(place))
+    reverse()
+    assert run("--data", str(place))[0] == 0
+    assert result(tmp_path, "tiny-test") == whole and len(calls) == 3 + 5
+
+
 def test_groups_as_collections(tmp_path: Path) -> None:
     """For what takes one collection after the other: gated sets only where they lie, and of a group
     none that was trained on."""

@@ -90,6 +90,21 @@ def test_killed_and_continued_recomputes_nothing(
     assert run("broken") == manifest and counted == {"encode": [], "pairs": []}
 
 
+def test_vectors_of_another_order_are_not_taken_up(
+    collection: Collection, folders: list[str], tmp_path: Path, monkeypatch
+) -> None:
+    """A corpus that was written anew in other rows has the same fingerprint."""
+    monkeypatch.setattr(first_stage, "SHARD", 20)
+    pools = {split: pool[::-1] for split, pool in collection.pools.items()}
+    other = replace(collection, pools=pools)
+    mine(tmp_path / "unbroken", other, WIDE, folders[0])
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(mining, "_part", lambda *_: (_ for _ in ()).throw(Stopped()))
+        mine(tmp_path / "broken", collection, WIDE, folders[0])
+    found = mine(tmp_path / "broken", other, WIDE, folders[0])
+    assert found["sha256"] == mined_sha256(tmp_path / "unbroken")
+
+
 def test_a_run_killed_at_its_end_is_finished_from_its_parts(
     collection: Collection, tmp_path: Path, monkeypatch
 ) -> None:
