@@ -7,7 +7,8 @@
 #   EVALUATE=      for kill-gate: collections that the trained models are measured on as well
 #   MTEB=          for kill-gate: tasks of mteb that decide for the embedding side, by name
 #   WANDB=project  log trials to Weights & Biases too, offline unless WANDB_MODE says otherwise
-#   PROCESSES=n    n processes, each with a card of its own (or a share of the CPU); docs/cluster.md
+#   PROCESSES=n    n processes, each with a card of its own (or a share of the CPU), for experiments,
+#                  eval BENCH=beir, baselines and encode; docs/cluster.md
 #   BENCH= MODEL= TASKS= BENCHMARK=  for eval, MODEL= for encode, search and rag, MODEL= OUT= for mine
 #   MODELS= ROWS=  for baselines: saved folders; published models by name
 #   PRICE=         for plan: dollars an hour, "t4=0.2 h100=2"
@@ -40,7 +41,15 @@ TRIALS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ARMS),--arms $(ARMS)) \
 TORCHRUN = torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m
 # What `mteb/` before a name, and Weights & Biases, need besides.
 NEEDED = $(if $(findstring mteb/,$(DATA) $(EVALUATE))$(WANDB),$(DEV))
-STUDY = $(PY) -m $(if $(PROCESSES),$(TORCHRUN) )run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS) $(ARGS))
+SHARED = $(PY) -m $(if $(PROCESSES),$(TORCHRUN) )
+ifdef PROCESSES
+  ALONE := $(filter mine search rag,$(MAKECMDGOALS)) \
+    $(and $(filter eval,$(MAKECMDGOALS)),$(filter-out beir,$(BENCH)))
+  ifneq ($(strip $(ALONE)),)
+    $(error $(strip $(ALONE)): the work of one process, leave out PROCESSES=$(PROCESSES))
+  endif
+endif
+STUDY = $(SHARED)run run $(subst -,_,$@) $(strip $(SETTING) $(TRIALS) $(ARGS))
 
 help:  ## List the targets
 	@echo 'make TARGET [VARIABLE=value ...]'
@@ -108,14 +117,14 @@ mine: $(MAIN) $(NEEDED)  ## Hard negatives for training: MODEL=bm25 or folder, D
 	$(PY) -m train mine $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 eval: $(DEV)  ## A saved model on public benchmarks: BENCH=beir or mteb, MODEL=folder, DATA=all TASKS= BENCHMARK=
-	$(PY) -m eval $(BENCH) $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) \
+	$(SHARED)eval $(BENCH) $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data $(DATA)) $(if $(TASKS),--tasks $(TASKS)) \
 	  $(if $(BENCHMARK),--benchmark '$(BENCHMARK)') $(ARGS)
 
 baselines: $(MAIN) $(NEEDED)  ## BM25, published models and MODELS=folders on the same candidates: DATA= ROWS=
-	$(PY) -m eval baselines $(if $(DATA),--data $(DATA)) $(if $(ROWS),--rows $(ROWS)) $(if $(MODELS),--models $(MODELS)) $(ARGS)
+	$(SHARED)eval baselines $(if $(DATA),--data $(DATA)) $(if $(ROWS),--rows $(ROWS)) $(if $(MODELS),--models $(MODELS)) $(ARGS)
 
 encode: $(MAIN) $(NEEDED)  ## A saved model's vectors of a corpus of any size, on disk, resumable: MODEL=folder DATA=
-	$(PY) -m eval encode $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
+	$(SHARED)eval encode $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 search: $(MAIN) $(NEEDED)  ## Search these vectors, exactly or through FAISS too, and score: MODEL=folder DATA=
 	$(PY) -m eval search $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)

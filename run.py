@@ -27,7 +27,7 @@ from analysis import (
 )
 from eval import benchmarks, hub, rule, stages
 from eval.collections import require_split
-from eval.command import exit_status
+from eval.command import job_status
 from eval.machine import device_name
 from eval.provenance import made_by, sources
 from kernels.choice import KERNELS, use_triton
@@ -52,15 +52,6 @@ from trials import Config, override, parts
 ROOT = Path(__file__).parent
 
 
-def finish(path: Path, result: dict) -> None:
-    """Store a result, once for all processes, before any of them looks for the next."""
-    parallel.wait()  # nobody is still to ask whether it is there
-    if parallel.rank() == 0:
-        write_json(path, result)
-        stages.discard(path)
-    parallel.wait()
-
-
 def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> None:
     """Their rows, computed where no experiment of this setting has them."""
     of = "".join(f", {name} {value}" for name, value in size.items())
@@ -69,8 +60,8 @@ def show_baselines(path: Path, plain: Config, bench: Workbench, size: dict) -> N
             if (result := reuse.baselines_elsewhere(path, plain, bench)) is None:
                 show = reports.show_row
                 result = run_baselines(plain, bench, lambda arm, s: show(arm + of, None, s), path)
-                return finish(path, result)
-            finish(path, result)
+                return stages.finish(path, result)
+            stages.finish(path, result)
         stages.discard(path)  # of a process that was killed within `finish`
     reports.show_row("bm25", None, result["bm25"])
     reports.show_row("untrained base" + of, None, result["untrained"])
@@ -183,7 +174,7 @@ def command_run(args: argparse.Namespace) -> None:
                 if result is None:
                     computed += 1
                     result = run_trial(config, arm, place, bench, track.beside(gradients.watch))
-                finish(path, result)
+                stages.finish(path, result)
                 track.end(result)
         reports.show_row(arm, config.seed, result["scores"])
         if parallel.rank() == 0:
@@ -233,7 +224,7 @@ def evaluate(
                 )
             if result is None:
                 result = measure_trial(config, arm, source, bench, path)
-                finish(path, result)
+                stages.finish(path, result)
             stages.discard(path)
         reports.show_row(arm, config.seed, result["scores"])
     if parallel.rank() == 0:
@@ -388,11 +379,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
-    work = parallel.connected()(partial(COMMANDS[args.command], args))
-    status = exit_status(work, NonFiniteLoss, parallel.LostProcess)
-    if status == 0:  # after a failure the others may stand in a collective, and NCCL would wait too
-        parallel.leave()
-    return status
+    return job_status(partial(COMMANDS[args.command], args), NonFiniteLoss)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from eval import baseline_table, hub, large, rag
 from eval.answers import NORMALISERS
 from eval.benchmarks import beir, evaluation_set, split_of
 from eval.collections import load, require_split
-from eval.command import exit_status
+from eval.command import job_status, require_one_process
 from eval.machine import device_name
 from eval.provenance import made_by, prompts, stored
 from eval.stages import Stages
@@ -222,9 +222,11 @@ def main(arguments: list[str] | None = None) -> int:
         for name, least in (("depth", 1), ("candidates", 1), ("queries", 0), ("passages", 1)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name} {getattr(args, name)}: expected at least {least}")
+        if args.bench != "beir":
+            require_one_process(args.bench)
         {"beir": beir, "mteb": through_mteb, "rag": answer}[args.bench](args)
 
-    return exit_status(work)
+    return job_status(work)
 
 
 if __name__ == "__main__":

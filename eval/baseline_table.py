@@ -19,13 +19,13 @@ from eval import baselines, metrics
 from eval.baselines import BM25, Row, Source
 from eval.benchmarks import TITLES, joined, split_of
 from eval.collections import Collection, load
-from eval.command import exit_status
+from eval.command import job_status
 from eval.protocol import EvaluationSet, without_states
 from eval.provenance import made_by, prompts, stored
-from eval.stages import Stages
-from model import bases
+from eval.stages import Stages, finish
+from model import bases, parallel
 from model.config import DTYPES
-from model.files import write_json, write_text
+from model.files import write_text
 from model.pseudo import PseudoQuery
 from model.saved import read_config
 from model.weights import revision
@@ -40,7 +40,9 @@ TRAINING = (
 
 
 def command(args: argparse.Namespace) -> None:
-    """A table of each collection, and of several their mean; all of them in a summary."""
+    """A table of each collection, and of several their mean; all of them in a summary. The
+    processes of a job share the texts."""
+    args.device = parallel.join(args.device)
     if odd := [text for text in args.local if not all(text.partition("="))]:
         raise ValueError(f"--local {odd[0]}: expected ID=FOLDER")
     rows = asked_rows(args)
@@ -61,7 +63,8 @@ def command(args: argparse.Namespace) -> None:
         parts.append(mean_table(rows, list(found.values())))
         print(f"{parts[-1]}\n")
     place = Path(args.out) / "baselines" / f"summary-{joined(args.data)}.md"
-    write_text(place, "\n\n".join(parts) + "\n")
+    if parallel.rank() == 0:
+        write_text(place, "\n\n".join(parts) + "\n")
     print(f"written to {place}")
 
 
@@ -149,14 +152,13 @@ def _one(
         return needs
     bm25 = row.name == BM25
     stages = Stages(place, {"data": collection.fingerprint, "asked": asked, "bases": prints,
-                            "device": args.device})  # fmt: skip
+                            "device": torch.device(args.device).type})  # fmt: skip
     result = {
         "row": row.name, "what": row.what, "split": split, "asked": asked,
         "data": collection.identity, **made_by(args.device, begun=stages.begun),
         **(_bm25(evaluation()) if bm25 else measure(row, at, evaluation(), args.device, stages)),
     }  # fmt: skip
-    write_json(place, result)
-    stages.done()
+    finish(place, result)
     return result
 
 
@@ -343,4 +345,4 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     args = parser().parse_args(arguments)
-    return exit_status(partial(command, args))
+    return job_status(partial(command, args))

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from eval import hub, metrics
 from eval.collections import Collection, load, missing, require_known
 from eval.metrics import METRICS, MRR_10, deep_enough
 from eval.protocol import EvaluationSet, Scores, without_states
 from eval.provenance import made_by, prompts, stored
-from eval.stages import Stages
-from model import bases
-from model.files import write_json, write_text
+from eval.stages import Stages, finish
+from model import bases, parallel
+from model.files import write_text
 from model.unimoer import UniMoER
 from model.weights import revision
 from trials import Config
@@ -85,7 +87,8 @@ def evaluation_set(
 
 def beir(args: argparse.Namespace) -> None:
     """Each collection: a JSON with per-query scores, and a table. Several: a summary of them, one
-    for each group and one for what is named alone."""
+    for each group and one for what is named alone. The processes of a job share the texts."""
+    args.device = parallel.join(args.device)
     cache = bases.cache_folder() / "data"
     asked = tables(args.data)
     for name in args.data:
@@ -106,7 +109,8 @@ def beir(args: argparse.Namespace) -> None:
             text = summary(table.title, found)
             of = table.title if table.title != ALONE else joined(list(table.rows))
             place = Path(args.out) / "beir" / args.name / f"summary-{of}.md"
-            write_text(place, text + "\n")
+            if parallel.rank() == 0:
+                write_text(place, text + "\n")
             print(f"{text}\nwritten to {place}")
 
 
@@ -130,7 +134,7 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
         evaluation = evaluation_set(model, collection, split, args)
         stages = Stages(place, {
             "revision": mark, "data": collection.fingerprint, "split": split,
-            "asked": asked, "device": args.device,
+            "asked": asked, "device": torch.device(args.device).type,
         })  # fmt: skip
         scores, rest = evaluation.scores(model, list(TITLES), stages, args.dimensions)
         shorter = dict(zip(map(str, args.dimensions), rest, strict=True))
@@ -147,8 +151,7 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
             result["untrained"] = evaluation.untrained(model, progress=True, keep=stages)
             # Its random heads read pairs, whatever the model's own head does.
             result["prompts"]["pair"] = evaluation.tokenizer.prompts.filled("pair")
-        write_json(place, result)
-        stages.done()
+        finish(place, result)
     show(result)
     return result
 

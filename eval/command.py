@@ -1,10 +1,13 @@
 """How a command ends: what its user can mend is one line, not a traceback."""
 
 import errno
+import io
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 
 from eval.provenance import remember
+from model import parallel
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 ELSEWHERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
@@ -32,3 +35,20 @@ def exit_status(work: Callable[[], object], *mendable: type[Exception]) -> int:
         print(f"error: {place} cannot be {what} ({problem.strerror}). {mend}", file=sys.stderr)
         return 2
     return 0
+
+
+def job_status(work: Callable[[], object], *mendable: type[Exception]) -> int:
+    """`exit_status` of work that the processes of a job share, once they have joined it; the first
+    of them prints. A lost one is a line, too."""
+    silent = redirect_stdout(io.StringIO()) if parallel.started()[0] else nullcontext()
+    with silent:
+        status = exit_status(parallel.connected()(work), *mendable, parallel.LostProcess)
+    if status == 0:  # after a failure the others may stand in a collective, and NCCL would wait too
+        parallel.leave()
+    return status
+
+
+def require_one_process(what: str) -> None:
+    """Raises ValueError in a job of several, each of which would do all of it."""
+    if (world := parallel.started()[1]) > 1:
+        raise ValueError(f"{what} is the work of one process, not of {world}: leave out torchrun")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from eval import hub, metrics
 from eval.collections import find, fingerprint
-from eval.command import exit_status
+from eval.command import exit_status, require_one_process
 from eval.provenance import made_by, prompts
 from eval.provenance import stored as known
 from eval.retrieval import Ids, cut, exact, plan, to_run
@@ -65,7 +65,7 @@ class Judged:
 
 
 def run_encode(args: argparse.Namespace) -> None:
-    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, world = parallel.started()
     if "LOCAL_RANK" in os.environ:
         args.device = parallel.own_card(args.device)
     sources = _find(args.data)
@@ -85,6 +85,7 @@ def run_encode(args: argparse.Namespace) -> None:
 
 
 def run_search(args: argparse.Namespace) -> None:
+    require_one_process("search")
     if args.depth < 1 or args.relevant < 0:
         raise ValueError("--depth and --relevant: expected positive numbers")
     if args.lists < 0 or args.probes < 0:

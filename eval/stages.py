@@ -131,6 +131,15 @@ def _lock(place: Path) -> Path:
     return place.with_name(f".{place.name}.lock")
 
 
+def finish(place: Path, result: dict[str, Any]) -> None:
+    """Store a result, once for all processes, before any of them looks for the next."""
+    parallel.wait()  # nobody is still to ask whether it is there
+    if parallel.rank() == 0:
+        write_json(place, result)
+        discard(place)
+    parallel.wait()
+
+
 def discard(place: Path) -> None:
     """Remove the pieces of a result, if there are any, and the lock, for which nobody asks again
     once the result is there."""

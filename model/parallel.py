@@ -26,6 +26,12 @@ class LostProcess(RuntimeError):
     """Another process of the job is gone, so this one cannot go on."""
 
 
+def started() -> tuple[int, int]:
+    """(rank, how many) of the job that `torchrun` started, whether this process has joined it or
+    not; (0, 1) without one."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def join(device: str) -> str:
     """Take part in the job that `torchrun` started, if there is one; the device of this process.
 
@@ -34,7 +40,7 @@ def join(device: str) -> str:
     Raises:
         ValueError: there are more processes than cards on this machine.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if started()[1] == 1:
         return device
     device = own_card(device)
     on_card = device.startswith("cuda")

@@ -252,14 +252,36 @@ def test_docs_name_only_targets_that_exist() -> None:
         assert mentioned_targets(page.read_text(encoding="utf-8")) <= make_targets().keys(), page
 
 
+def made(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What make would run."""
+    command, env = ["make", "-n", "PYTHON=python", *arguments], {"PATH": os.environ["PATH"]}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on PATH")
+def test_processes_are_started_or_refused() -> None:
+    torchrun = "python -m torch.distributed.run --standalone --nproc-per-node 2 -m "
+    for words, command in (
+        (["kill-gate"], "run run kill_gate"),
+        (["eval", "BENCH=beir"], "eval beir"),
+        (["baselines"], "eval baselines"),
+        (["encode"], "eval encode"),
+    ):
+        assert torchrun + command in made(*words, "PROCESSES=2").stdout
+        assert f"python -m {command}" in made(*words).stdout
+    for name, *words in (["mine"], ["search"], ["rag"], ["mteb", "eval", "BENCH=mteb"]):
+        words = words or [name]
+        refused = made(*words, "PROCESSES=2")
+        assert refused.returncode and len(refused.stderr.splitlines()) == 1
+        assert f"{name}: the work of one process" in refused.stderr
+        assert made(*words).returncode == 0
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on PATH")
 def test_variables_reach_run_only_when_given() -> None:
     def shown(*arguments: str) -> list[str]:
-        command = ["make", "-n", "kill-gate", "PYTHON=python", *arguments]
-        env = {"PATH": os.environ["PATH"]}
-        done = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, check=True
-        )
+        done = made("kill-gate", *arguments)
+        assert done.returncode == 0, done.stderr
         return done.stdout.strip().splitlines()
 
     assert shown()[-1] == "python -m run run kill_gate"

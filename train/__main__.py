@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 from eval.collections import Collection, load
-from eval.command import exit_status
+from eval.command import exit_status, require_one_process
 from model import bases
 from model.saved import name_of
 from train.mining import LEXICAL, PICKS, Settings, mine
 
 
 def command_mine(args: argparse.Namespace) -> None:
+    require_one_process("mine")
     settings = Settings(
         depth=args.depth, ranks=tuple(args.ranks), margin=args.margin, negatives=args.negatives,
         pick=args.pick, fill=args.fill, queries=args.queries, part=args.part,

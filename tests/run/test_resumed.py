@@ -67,22 +67,22 @@ def test_the_prefix_cache_is_used(done, words, setting, tmp_path, cache, monkeyp
 # Stopped and killed -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", ["write_json", "forget"])
+@pytest.mark.parametrize(("module", "function"), [(run.stages, "write_json"), (run, "forget")])
 def test_stopped_around_the_storing_of_a_result(
-    done, words, setting, tmp_path, cache, monkeypatch, function
+    done, words, setting, tmp_path, cache, monkeypatch, module, function
 ):
     """After the training, before the result is there; and after it, before the tidying."""
-    true = getattr(run, function)
+    true = getattr(module, function)
 
     def stop(path: Path, *rest: object) -> None:
         if path.parent.name == "joint-moe":
             raise Stopped
         true(path, *rest)
 
-    monkeypatch.setattr(run, function, stop)
+    monkeypatch.setattr(module, function, stop)
     with pytest.raises(Stopped):
         run.main(words(tmp_path / "runs"))
-    monkeypatch.setattr(run, function, true)
+    monkeypatch.setattr(module, function, true)
     folder = tmp_path / "runs" / "kill_gate" / setting
     assert (folder / "joint-moe" / "seed0.checkpoint").exists()
     assert (folder / "joint-moe" / "seed0.json").exists() == (function == "forget")
