@@ -15,17 +15,19 @@ INDEXES = ("flat", "ivf")
 TRAINING = 64  # vectors for each list that k-means sees; FAISS wants 39 at least
 
 
-def build(vectors: Vectors, kind: str, memory: float, lists: int = 0) -> faiss.Index:
+def build(
+    vectors: Vectors, kind: str, memory: float, lists: int = 0, held: float = 0
+) -> faiss.Index:
     """An index of all vectors under the inner product.
 
     Args:
         kind: flat (IndexFlatIP, float32), or ivf: lists around the centroids of a k-means
             (IndexIVFFlat; IndexIVFScalarQuantizer with fp16 where the shards are float16, which
             rounds nothing again).
-        memory: bytes that the index may take.
+        memory: bytes that the search may take; held: of these, what it holds beside the index.
         lists: of ivf; 0: 4 sqrt(documents), at most one for 39 documents.
     Raises:
-        ValueError: an unknown kind, more lists than documents, or an index larger than `memory`.
+        ValueError: an unknown kind, more lists than documents, or an index that does not fit.
     """
     if kind not in INDEXES:
         raise ValueError(f"index {kind!r}: expected exact or one of {INDEXES}")
@@ -36,10 +38,11 @@ def build(vectors: Vectors, kind: str, memory: float, lists: int = 0) -> faiss.I
     size = 2 if kind == "ivf" and vectors.dtype == "float16" else 4
     needed = count * (size * width + 8 * (kind == "ivf"))
     needed += 4 * width * min(count, TRAINING * lists) * (kind == "ivf")
-    if needed > memory:
+    if needed > memory - held:
         raise ValueError(
             f"--memory {memory / 1e9:g} GB: the {kind} index of {count:,} documents takes "
-            f"{needed / 1e9:.2g} GB: allow more, or use --index exact, which reads from the disk"
+            f"{needed / 1e9:.2g} GB and ids, queries and rankings {held / 1e9:.2g} GB: allow more, "
+            "or use --index exact, which reads from the disk"
         )
     kept = f"IVF{lists},{'SQfp16' if size == 2 else 'Flat'}" if kind == "ivf" else "Flat"
     index = faiss.index_factory(width, kept, faiss.METRIC_INNER_PRODUCT)

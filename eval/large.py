@@ -26,7 +26,7 @@ from eval.collections import find, fingerprint
 from eval.command import exit_status, require_one_process
 from eval.provenance import made_by, prompts
 from eval.provenance import stored as known
-from eval.retrieval import Ids, cut, exact, plan, to_run
+from eval.retrieval import Ids, cut, exact, held, plan, to_run
 from eval.sources import Qrels, Sources, lacking, read_qrels, read_queries, read_splits
 from eval.vectors import DTYPES, MANIFEST, WINDOW, Vectors, encode, read_manifest
 from model import bases, parallel, saved
@@ -111,10 +111,11 @@ def run_search(args: argparse.Namespace) -> None:
             f"{args.dimensions}: leave out --dimensions, or encode with it into another --vectors"
         )
     ids = stored.ids()
-    block = plan(
-        args.memory * 1e9, len(judged.qrels), len(ids), stored.dimension,
+    sizes = (
+        len(judged.qrels), len(ids), stored.dimension,
         min(judged.depth(args.depth), len(ids)), ids.itemsize, stored.window,
     )  # fmt: skip
+    block = plan(args.memory * 1e9, *sizes)
     ids = Ids(ids)
     documents = {document for row in judged.qrels.values() for document in row}
     absent = ids.absent(sorted(documents))
@@ -145,7 +146,7 @@ def run_search(args: argparse.Namespace) -> None:
     place = Path(args.out) / "search" / args.name / f"{name}.json"
     result = known(place, origin)
     if result is None or args.trec:
-        result = origin | _measure(args, stored, ids, judged, block)
+        result = origin | _measure(args, stored, ids, judged, block, held(*sizes))
         write_json(place, result)
     show(result)
 
@@ -185,9 +186,11 @@ def _judged(args: argparse.Namespace, sources: Sources) -> Judged:
 
 
 def _measure(
-    args: argparse.Namespace, stored: Vectors, ids: Ids, judged: Judged, block: tuple[int, int]
-) -> dict:
-    """Per-query scores of the exact search and of the index, its recall, and seconds."""
+    args: argparse.Namespace, stored: Vectors, ids: Ids, judged: Judged, block: tuple[int, int],
+    taken: int,
+) -> dict:  # fmt: skip
+    """Per-query scores of the exact search and of the index, its recall, and seconds. block: of
+    `plan`; taken: of `held`."""
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -209,7 +212,7 @@ def _measure(
         from eval import approximate  # FAISS is slow to import
 
         with timed("build"):
-            index = approximate.build(stored, args.index, args.memory * 1e9, args.lists)
+            index = approximate.build(stored, args.index, args.memory * 1e9, args.lists, taken)
         with timed(args.index):
             rankings[args.index] = approximate.search(index, asked, ids, k, args.probes)
         del index

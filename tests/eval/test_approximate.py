@@ -92,6 +92,7 @@ def test_lists_that_hold_too_few_leave_places_empty(real):
         ("hnsw", {}, "index 'hnsw': expected exact or one of"),
         ("ivf", {"lists": 401}, "--lists 401: expected at most 400"),
         ("flat", {"memory": 25_599}, "the flat index of 400 documents takes .*--index exact"),
+        ("flat", {"held": 1}, "takes 2.6e-05 GB and ids, queries and rankings 1e-09 GB: allow"),
         ("ivf", {"memory": 30_000}, "the ivf index of 400 documents takes"),
     ],
 )
@@ -102,3 +103,4 @@ def test_what_cannot_be_built(real, kind, options, message):
 
 def test_the_flat_index_fits_exactly(real):
     assert approximate.build(real[1], "flat", 400 * 16 * 4).ntotal == 400
+    assert approximate.build(real[1], "flat", 400 * 16 * 4 + 9, held=9).ntotal == 400

@@ -286,6 +286,7 @@ def test_another_checkpoint_cannot_search_these_vectors(
         (["search", "--model", ""], "expected a folder"),
         (["search", "--qrels", "nowhere"], "--qrels nowhere: there is no such file"),
         (["search", "--memory", "1e-6"], "--memory 1e-06 GB: 10 queries, depth 42 and 42 documen"),
+        (["search", "--index", "flat", "--memory", "1e-5"], "5.4e-06 GB and ids, queries and rank"),
         (["search", "--index", "ivf", "--lists", "43"], "--lists 43: expected at most 42"),
         (["search", "--depth", "0"], "expected positive numbers"),
     ],
