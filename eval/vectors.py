@@ -2,25 +2,29 @@
 
 A folder holds manifest.json (what the vectors are of), and for each window of documents
 00000.npy (float16 or float32, (documents, D)) beside 00000.ids.npy (their ids, UTF-8). Each file
-is written whole, then renamed, the vectors last: a shard whose vectors are there is finished, and
-is not encoded again. In memory are one window's texts, token ids and vectors, and 8 bytes for
-each document while the corpus is looked through.
+is renamed when it is whole, the vectors last: a shard whose vectors are there is finished, and is
+not encoded again. Of one that is not, the vectors are put on the disk `FLUSH` documents at a time,
+and the next call goes on after them. In memory are one window's texts, token ids and vectors of
+`FLUSH`, and 8 bytes for each document while the corpus is looked through.
 """
 
 import hashlib
+import io
+import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.format import open_memmap
+from numpy.lib.format import open_memmap, write_array_header_1_0
 from tqdm import tqdm
 
 from eval.machine import trim_heap
 from eval.sources import Sources, documents
-from model.files import locked, read_json, write_array, write_json
+from model.files import locked, read_json, sync, write_array, write_json
 from model.heads import truncate
 from model.unimoer import UniMoER
 
@@ -28,6 +32,7 @@ FORMAT = 1
 DTYPES = ("float16", "float32")
 MANIFEST = "manifest.json"
 WINDOW = 10_000  # documents of a shard
+FLUSH = 1_000  # documents that are encoded together; a killed call loses at most so many
 
 
 def windows(sources: Sources, size: int) -> Iterator[tuple[list[str], list[str]]]:
@@ -97,8 +102,7 @@ def encode(
 
     Args:
         revision: of the model's checkpoint (`weights.revision`); part of the manifest.
-        window: documents of a shard; sorted by length within it, so larger ones pack better, and
-            bound what is in memory.
+        window: documents of a shard, whose texts are in memory.
         dtype: of the vectors on disk. Components of unit vectors lose at most 2^-11 of their size
             in float16 (below 6e-5: 3e-8).
         dimension: how many of their first components are kept, at unit length again (Matryoshka);
@@ -138,14 +142,7 @@ def encode(
             bar = tqdm(total=sum(map(stored.size, own)), unit="document", disable=not progress)
             for shard, (ids, texts) in enumerate(windows(sources, window)):
                 if shard in own:
-                    vectors = model.encode_document(texts, progress=False)
-                    vectors = truncate(vectors, dimension or None).numpy()
-                    if not np.isfinite(vectors).all():
-                        bad = ids[int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])]
-                        raise ValueError(f"document {bad!r}: its vector is not finite")
-                    _write(stored, shard, ids, vectors.astype(dtype), f".{mine}")
-                    trim_heap()
-                    bar.update(len(ids))
+                    _encode(model, stored, shard, ids, texts, f".{mine}", bar)
             bar.close()
     return stored
 
@@ -188,16 +185,69 @@ def _check_room(stored: "Vectors", missing: list[int]) -> None:
         )
 
 
-def _write(stored: "Vectors", shard: int, ids: list[str], vectors: np.ndarray, mark: str) -> None:
-    content = np.array([key.encode() for key in ids])
-    for path, array in ((stored.path(shard, "ids.npy"), content), (stored.path(shard), vectors)):
-        try:
-            write_array(path, array, mark)
-        except OSError as error:
-            raise ValueError(
-                f"{path}: cannot be written ({error.strerror}): make room and start again, "
-                "finished shards are kept"
-            ) from error
+def _encode(
+    model: UniMoER, stored: "Vectors", shard: int, ids: list[str], texts: list[str], mark: str,
+    bar: tqdm,
+) -> None:  # fmt: skip
+    """A shard: its ids, then its vectors, in a file that grows and takes its name when it is whole.
+
+    How many of them an earlier call has put there is told by the file's size.
+    """
+    path, at_ids = stored.path(shard), stored.path(shard, "ids.npy")
+    part = path.with_name(f".{path.name}{mark}.part")
+    shape, kind, buffer = (len(ids), stored.dimension), np.dtype(stored.dtype), io.BytesIO()
+    write_array_header_1_0(buffer, {"descr": kind.str, "fortran_order": False, "shape": shape})
+    head, row = buffer.getvalue(), stored.dimension * kind.itemsize
+    with _written(at_ids):
+        write_array(at_ids, np.array([key.encode() for key in ids]), mark)
+    done = 0
+    with _written(path):
+        if _begins_with(part, head):
+            done = (part.stat().st_size - len(head)) // (row * FLUSH) * FLUSH
+        else:
+            _append(part, 0, head)
+    bar.update(done)
+    for start in range(done, len(ids), FLUSH):
+        vectors = model.encode_document(texts[start : start + FLUSH], progress=False)
+        vectors = truncate(vectors, stored.dimension).numpy()
+        if not np.isfinite(vectors).all():
+            bad = ids[start + int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])]
+            raise ValueError(f"document {bad!r}: its vector is not finite")
+        with _written(path):
+            _append(part, len(head) + start * row, vectors.astype(kind).tobytes())
+        trim_heap()
+        bar.update(len(vectors))
+    os.replace(part, path)
+    sync(path.parent)
+
+
+def _begins_with(path: Path, head: bytes) -> bool:
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(head)) == head
+
+
+def _append(path: Path, end: int, content: bytes) -> None:
+    """Put something on the disk behind the first `end` bytes of a file; what a killed call left
+    there goes."""
+    with open(path, "ab") as file:
+        file.truncate(end)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Raises ValueError where the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be written ({error.strerror}): make room and start again, what is "
+            "finished is kept"
+        ) from error
 
 
 class Vectors:

@@ -52,17 +52,17 @@ def whole(model: UniMoER, data: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 class Counted:
-    """Counts the texts that a model encodes, and dies before one of the windows."""
+    """Counts the texts that a model encodes, and dies at one of the windows."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, dies_at: int = -1):
         self.texts: list[str] = []
         self.windows, right = 0, UniMoER.encode_document
 
         def counted(model, texts, **options):
+            self.texts += texts
             if self.windows == dies_at:
                 raise KeyboardInterrupt
             self.windows += 1
-            self.texts += texts
             return right(model, texts, **options)
 
         monkeypatch.setattr(UniMoER, "encode_document", counted)
@@ -113,41 +113,48 @@ def test_the_vectors_are_the_models(dtype: str, model: UniMoER, data: Path, tmp_
     assert stored.size(8) == 2 and stored.shard(8).shape == (2, 32)
 
 
-def test_a_killed_run_goes_on_and_encodes_nothing_twice(
-    model: UniMoER, data: Path, whole: Path, tmp_path: Path, monkeypatch
+def test_killed_runs_encode_few_texts_twice(
+    model: UniMoER, data: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    counted = Counted(monkeypatch, dies_at=4)
-    with pytest.raises(KeyboardInterrupt):
-        run(model, data, tmp_path)
-    first = list(counted.texts)
-    monkeypatch.undo()
-    assert len(Vectors(tmp_path).missing()) == 5
-    with pytest.raises(ValueError, match=r"5 of 9 shards are missing, the first is 00004\.npy"):
-        Vectors(tmp_path).require_all()
-    # killed again, in the midst of a shard: its ids are there, its vectors are half a file
-    replace = os.replace
+    """All calls together: at most `FLUSH` more for each kill, in the midst of encoding, of a write,
+    and before a shard takes its name."""
+    monkeypatch.setattr(vectors, "FLUSH", 2)  # of a shard's 5 documents
+    run(model, data, tmp_path / "whole")
+    folder, append, replace = tmp_path / "killed", vectors._append, os.replace
 
-    def dies(source: Path, target: Path) -> None:
+    def half(path: Path, end: int, content: bytes) -> None:
+        if path.name.startswith(".00003.") and end > 128:  # behind the head and two vectors
+            append(path, end, content[: len(content) // 2])
+            raise KeyboardInterrupt
+        append(path, end, content)
+
+    def unnamed(source: Path, target: Path) -> None:
         if Path(target).name == "00004.npy":
-            shutil.copy(source, tmp_path / "half")
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run(model, data, tmp_path)
-    monkeypatch.undo()
-    half = (tmp_path / "half").read_bytes()[:100]
-    (tmp_path / "half").unlink()
-    (tmp_path / ".00004.npy.0-of-1.part").write_bytes(half)
-    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("0000[0-3].*")}
-    counted = Counted(monkeypatch)
-    run(model, data, tmp_path)
-    assert len(first) + len(counted.texts) == DOCUMENTS
-    assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
-    assert stored_files(tmp_path) == stored_files(whole)
+    texts = []
+    for missing, dies_at, module, name, other in (
+        (7, 7, vectors, "_append", append),
+        (6, -1, vectors, "_append", half),
+        (5, -1, os, "replace", unnamed),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, other)
+            texts.append(Counted(patch, dies_at).texts)
+            run(model, data, folder)
+        assert len(Vectors(folder).missing()) == missing
+    with pytest.raises(ValueError, match=r"5 of 9 shards are missing, the first is 00004\.npy"):
+        Vectors(folder).require_all()
+    before = {p.name: p.stat().st_mtime_ns for p in folder.glob("0000[0-3].*")}
+    texts.append(Counted(monkeypatch).texts)
+    run(model, data, folder)
+    # Two that were being encoded, two of a half write, and the last part of the unnamed shard.
+    assert sum(map(len, texts)) == DOCUMENTS + 2 + 2 + 1
+    assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
+    assert stored_files(folder) == stored_files(tmp_path / "whole")
     again = Counted(monkeypatch)
-    assert run(model, data, tmp_path).missing() == [] and not again.texts
+    assert run(model, data, folder).missing() == [] and not again.texts
 
 
 def test_memory_does_not_grow_with_the_corpus(model: UniMoER, tmp_path: Path, monkeypatch) -> None:
@@ -247,7 +254,8 @@ def test_a_disk_without_room_is_seen_beforehand(
 def test_a_write_that_fails_keeps_what_is_finished(
     model: UniMoER, data: Path, whole: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """The system refuses the fourth window's vectors: no file may be longer than 300 bytes."""
+    """The system refuses the fourth window's vectors: no file may be longer than 300 bytes. What
+    was written of them is no hindrance."""
     right, seen = UniMoER.encode_document, []
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -265,7 +273,7 @@ def test_a_write_that_fails_keeps_what_is_finished(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     monkeypatch.undo()
     assert Vectors(tmp_path).missing() == [3, 4, 5, 6, 7, 8]
-    assert not list(tmp_path.glob(".*.part"))
+    assert (tmp_path / ".00003.npy.0-of-1.part").stat().st_size == 300
     run(model, data, tmp_path)
     assert stored_files(tmp_path) == stored_files(whole)
 
