@@ -1,11 +1,13 @@
 """The shape of a decoder, from Hugging Face's config.json, and of a whole UniMoER."""
 
+import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model import bases
 from model.files import read_json
@@ -16,6 +18,25 @@ from model.tokens import Prompts
 from model.weights import AGAIN
 
 FAMILIES = ("qwen3", "mistral", "llama")
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """The frequencies of Llama 3.1 for texts longer than those it began with, as transformers'
+    `_compute_llama3_parameters` has them; the names are those of config.json."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def scale(self, frequency: Tensor) -> Tensor:
+        """Of frequencies (K / 2): those that turned less than low_freq_factor times in the original
+        length become slower by factor, those above high_freq_factor stay, others lie between."""
+        turns = self.original_max_position_embeddings * frequency / (2 * math.pi)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequency * (kept + (1 - kept) / self.factor)
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,7 @@ class DecoderConfig:
     tie_word_embeddings: bool = True
     sliding_window: int | None = None
     causal: bool = True
+    rope: Llama3Rope | None = None
 
     @classmethod
     def read(cls, folder: Path, layers: int | None = None, causal: bool = True) -> "DecoderConfig":
@@ -56,17 +78,22 @@ class DecoderConfig:
             ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
             ("attention_bias", raw.get("attention_bias", False), False),
             ("mlp_bias", raw.get("mlp_bias", False), False),
-            ("rope type", rope_type, "default"),
             ("quantization_config", raw.get("quantization_config"), None),
         ):
             if found != expected:
                 raise ValueError(f"{path}: {name} is {found!r}, only {expected!r} is implemented")
+        if rope_type not in ("default", "llama3"):
+            raise ValueError(
+                f"{path}: rope type is {rope_type!r}, only 'default' and 'llama3' are implemented"
+            )
         if raw["model_type"] == "qwen3" and raw.get("use_sliding_window", False):
             raise ValueError(f"{path}: use_sliding_window of Qwen3 is not implemented")
         # As transformers has it: 4,096 where Mistral's key is absent; Llama has none.
         window = raw.get("sliding_window", 4096) if raw["model_type"] == "mistral" else None
         try:
-            heads = raw["num_attention_heads"]
+            heads, rope = raw["num_attention_heads"], None
+            if rope_type == "llama3":
+                rope = Llama3Rope(**{f.name: rope_parameters[f.name] for f in fields(Llama3Rope)})
             config = cls(
                 model_type=raw["model_type"],
                 hidden_size=raw["hidden_size"],
@@ -81,6 +108,7 @@ class DecoderConfig:
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),
                 sliding_window=window,
                 causal=causal,
+                rope=rope,
             )
         except KeyError as missing:
             raise ValueError(f"{path}: key {missing} is missing") from None

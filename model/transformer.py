@@ -98,11 +98,13 @@ class Decoder(nn.Module):
         return tensors
 
     def rope_table(self, batch: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (N, K / 2) of position * theta^(-2i / K)."""
+        """cos and sin (N, K / 2) of position * theta^(-2i / K), scaled by `config.rope`."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         k = self.config.head_dim
         at = torch.arange(0, k, 2, device=batch.positions.device).to(wide)
         frequency = 1.0 / self.config.rope_theta ** (at / k)
+        if self.config.rope is not None:
+            frequency = self.config.rope.scale(frequency)
         angle = batch.positions.to(wide)[:, None] * frequency
         return angle.cos().to(dtype), angle.sin().to(dtype)
 

@@ -11,6 +11,7 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen3 import modeling_qwen3
@@ -44,7 +45,16 @@ MODELS: dict[str, dict] = {
     "mistral-window": {"model_type": "mistral", "sliding_window": 5},
     "llama": {"model_type": "llama", "rms_norm_eps": 1e-5},
     "llama-untied": {"model_type": "llama", "tie_word_embeddings": False, "rope_theta": 1e5},
-}
+    # of its eight frequencies two stay, one lies between, five are divided by 8
+    "llama-3": {
+        "model_type": "llama",
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 100,
+        },
+    },
+}  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # of the largest number that is compared
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -78,9 +88,11 @@ def no_islands(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return self.weight * x
 
     def rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.config
-        half = torch.arange(0, config.head_dim, 2, dtype=x.dtype) / config.head_dim
-        angle = position_ids[..., None].to(x.dtype) / config.rope_parameters["rope_theta"] ** half
+        made = self.compute_default_rope_parameters
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "float", x.dtype)
+            frequency, _ = ROPE_INIT_FUNCTIONS.get(self.rope_type, made)(self.config)
+        angle = position_ids[..., None].to(x.dtype) * frequency
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()
 

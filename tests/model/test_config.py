@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from model.config import DecoderConfig
+from model.packed import pack
 from model.transformer import Decoder
 from tests.model.decoders import THREE
 
@@ -21,6 +23,7 @@ from tests.model.decoders import THREE
         ({"mlp_bias": True}, "mlp_bias"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type is 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type is 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "key 'low_freq_factor'"),
         ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window"),
         ({"intermediate_size": None}, "intermediate_size"),
         (
@@ -38,6 +41,37 @@ def test_configs_that_are_not_implemented(
     with pytest.raises(ValueError, match=message) as error:
         DecoderConfig.read(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_llama_3_frequencies_are_those_of_transformers(
+    make_base: Callable[..., Path], key: str
+) -> None:
+    """Both ways to write them, with Llama 3.2's own numbers, at positions up to its 131,072."""
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    theta = {"rope_theta": 500000.0}
+    written = {key: rope, **theta} if key == "rope_scaling" else {key: rope | theta}
+    folder = make_base(head_dim=64, max_position_embeddings=131072)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(raw | written))
+    read = DecoderConfig.read(folder)
+    assert read.rope_theta == 500000.0
+    batch = pack([[1] * 4096])
+    batch = replace(batch, positions=torch.arange(0, 131072, 32))
+    found = Decoder(read).rope_table(batch, torch.float32)
+    config = AutoConfig.from_pretrained(folder)
+    theirs = LlamaRotaryEmbedding(config)(torch.zeros(1), batch.positions[None])
+    for ours, other in zip(found, theirs, strict=True):
+        # An angle of 131,072 has steps of 2^-7 in float32, and the two round differently.
+        torch.testing.assert_close(ours, other[0, :, :32], rtol=0, atol=0.02)
+        assert (ours - other[0, :, :32]).pow(2).mean().sqrt() < 2e-3
+    plain = Decoder(replace(read, rope=None)).rope_table(batch, torch.float32)
+    assert (found[0] - plain[0]).abs().max() > 1
 
 
 @pytest.mark.parametrize("layers", [0, -1, 5])
