@@ -142,7 +142,8 @@ class UniMoER(Joint):
     def save_pretrained(self, folder: Path | str) -> None:
         """Write `config.json`, `adapters.safetensors` and `heads.safetensors`.
 
-        The base is not copied: config.json names it and holds its fingerprint and the prompts.
+        The base is not copied: config.json names it (a folder by its whole path, so that the model
+        loads from anywhere) and holds its fingerprint and the prompts.
         Each file is renamed into place whole. config.json goes first and comes last, so a folder
         that was being written over when the process died is an error, not a mixture.
 
@@ -151,7 +152,9 @@ class UniMoER(Joint):
         """
         if any(getattr(module, "dropped", False) for module in self.modules()):
             raise ValueError("compact() dropped what would be saved: save before it, or load again")
-        settled = replace(self.config, revision=self.identity["revision"])
+        place = Path(self.config.base).expanduser()
+        base = str(place.resolve()) if place.is_dir() else self.config.base
+        settled = replace(self.config, base=base, revision=self.identity["revision"])
         saved.write(Path(folder), settled, self.identity, self.kept())
 
     @classmethod
@@ -167,13 +170,18 @@ class UniMoER(Joint):
         Args:
             base: where the base lies, if not where config.json says (a moved local folder).
         Raises:
-            ValueError: files are missing or foreign, the base is another one than it was trained
-                on, or a tensor is missing, unexpected or misshapen.
+            ValueError: files are missing or foreign, the base is not where it was or is another one
+                than it was trained on, or a tensor is missing, unexpected or misshapen.
         """
         folder = Path(folder)
         config, expected = saved.read_config(folder)
         if base:
             config = replace(config, base=base, revision=None)
+        elif Path(config.base).is_absolute() and not Path(config.base).is_dir():
+            raise ValueError(
+                f"{folder} was trained on the base in {config.base}, and there is no such folder: "
+                f"if it lies elsewhere, UniMoER.from_pretrained({str(folder)!r}, base=...) takes it"
+            )
         model = cls(config, device, kernels=kernels)
         if (found := model.identity["fingerprint"]) != expected["fingerprint"]:
             raise ValueError(

@@ -93,6 +93,27 @@ def test_another_base_is_refused(
     assert torch.equal(loaded.encode(TEXTS), model.encode(TEXTS))
 
 
+def test_a_base_given_by_a_relative_path_is_found_from_elsewhere(
+    make_base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`bases/tiny` looks like an id of the hub."""
+    (tmp_path / "bases").mkdir()
+    make_base().rename(tmp_path / "bases" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    model = make(Path("bases/tiny"))
+    model.save_pretrained(tmp_path / "saved")
+    assert model.config.base == "bases/tiny", "what is trained is called as it was asked for"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = UniMoER.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.encode(TEXTS), model.encode(TEXTS))
+    moved = (tmp_path / "bases" / "tiny").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"bases/tiny, and there is no such folder.*base=\.\.\."):
+        UniMoER.from_pretrained(tmp_path / "saved")
+    loaded = UniMoER.from_pretrained(tmp_path / "saved", base="../moved")
+    assert moved.is_dir() and torch.equal(loaded.encode(TEXTS), model.encode(TEXTS))
+
+
 @pytest.mark.parametrize("what", ["missing", "unexpected", "shape"])
 def test_tensors_that_do_not_fit(model: UniMoER, tmp_path: Path, what: str) -> None:
     model.save_pretrained(tmp_path)
