@@ -33,7 +33,7 @@ from eval.provenance import made_by, sources
 from kernels.choice import KERNELS, use_triton
 from model import bases, parallel
 from model.config import DTYPES
-from model.files import read_json, write_json
+from model.files import put_over, read_json, write_json
 from scales import SCALES
 from train.loop import NonFiniteLoss, forget, owned
 from train.mixture import training_steps
@@ -302,7 +302,7 @@ def command_publish(args: argparse.Namespace) -> None:
     # What cannot be reported is not published.
     reports.write(args.experiment, folder, tables=(folder / "tables.tex").exists())
     target = ROOT / "results" / args.experiment / folder.name
-    part = target.with_name(target.name + ".part")
+    part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     ignore = shutil.ignore_patterns(
         "*.checkpoint", "*.part", "*.log.jsonl", "*.model", "*.features", ".*"
@@ -310,10 +310,10 @@ def command_publish(args: argparse.Namespace) -> None:
     shutil.copytree(folder, part, ignore=ignore)
     for path in [*part.glob("baselines*.json"), *part.glob("*/*seed[0-9]*.json")]:
         write_json(path, overview.portable(read_json(path, "run it again")))
-    shutil.rmtree(target, ignore_errors=True)
-    part.rename(target)
+    put_over(part, target)
     # A report of sizes takes in the settings of other bases; a page those of other collections.
-    kind, places = experiments.EXPERIMENTS[args.experiment].report, sorted(target.parent.iterdir())
+    kind = experiments.EXPERIMENTS[args.experiment].report
+    places = sorted(target.parent.glob("[!.]*"))  # without what a killed process left
     shown = [p for p in places if p != target and target.name.startswith(p.name)]
     for place in {"scale": places, "verdict": [target, *shown]}.get(kind, [target]):
         overview.write(ROOT / "results", place.name, reports.write)

@@ -187,7 +187,8 @@ def stale(results: Path, report: Callable[[str, Path], str]) -> list[str]:
 
     Each setting is copied, its reports and its overview written again; text has to be the same, and
     JSON to the rounding of another processor's arithmetic. The bytes of figures depend on the
-    version of the plotting library and are not compared.
+    version of the plotting library and are not compared. What is hidden is what a killed `publish`
+    has left.
 
     Args:
         results: results/<experiment>/<setting>. report: as for `write`.
@@ -196,7 +197,7 @@ def stale(results: Path, report: Callable[[str, Path], str]) -> list[str]:
     """
     found = []
     with tempfile.TemporaryDirectory() as place:
-        folders = sorted(path for path in results.glob("*/*") if path.is_dir())
+        folders = sorted(path for path in results.glob("[!.]*/[!.]*") if path.is_dir())
         unwritten = shutil.ignore_patterns("report.md")
         for folder in folders:  # all of them first: a report may take in other settings
             copy = Path(place) / folder.relative_to(results)

@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,17 @@ def put(part: Path, place: Path) -> None:
                 os.fsync(file.fileno())
     os.replace(part, place)
     sync(place.parent)
+
+
+def put_over(part: Path, place: Path) -> None:
+    """`put` in place of the folder that has the name, which waits aside meanwhile: a killed process
+    leaves it as `.<name>.old`, and the next call removes that once the new one is in place."""
+    old = place.with_name(f".{place.name}.old")
+    if place.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(place, old)
+    put(part, place)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import pytest
 import experiments
 import run
 from analysis import compare, overview, report, reports
+from model import files
 from tests.analysis.made import Maker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,6 +163,44 @@ def test_publishing_a_collection_renews_the_page_that_shows_it(
     results = tmp_path / "results"
     assert "[smoke-scifact](kill_gate/smoke-scifact/" in (results / "smoke.md").read_text()
     assert overview.stale(results, reports.write) == []
+
+
+def test_a_publish_that_is_killed_leaves_nothing_that_looks_like_a_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the two renames, and while it copies; the next one removes what was left."""
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    maker = Maker(tmp_path / "runs" / "soft_vs_hard" / "smoke")
+    maker.baselines()
+    for arm in ("sparsegen", "uniform"):
+        maker.arm(arm, {"embedding": 0.5, "reranking": 0.4})
+    words = ["publish", "soft_vs_hard", "--scale", "smoke", "--partial"]
+    words += ["--runs", str(tmp_path / "runs")]
+    assert run.main(words) == 0
+    results = tmp_path / "results"
+    place = results / "soft_vs_hard"
+    before = {p: p.read_bytes() for p in (place / "smoke").rglob("*") if p.is_file()}
+
+    def killed(*_: object) -> None:
+        raise SystemExit(137)
+
+    for module, name, left in (
+        (files, "put", {".smoke.part", ".smoke.old"}),
+        (run, "put_over", {".smoke.part", "smoke"}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, killed)
+            with pytest.raises(SystemExit):
+                run.main(words)
+        assert {path.name for path in place.iterdir()} == left
+        stale = {Path(path).relative_to(results) for path in overview.stale(results, reports.write)}
+        assert stale == (set() if "smoke" in left else {Path("smoke.md")})
+        assert run.main(words) == 0
+        assert [path.name for path in place.iterdir()] == ["smoke"]
+        assert {p: p.read_bytes() for p in before if p.suffix == ".json"} == {
+            p: content for p, content in before.items() if p.suffix == ".json"
+        }
+        assert overview.stale(results, reports.write) == []
 
 
 def test_latex_tables() -> None:
