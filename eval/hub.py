@@ -6,8 +6,11 @@ the answers to three sets' questions are. Every file of a repository comes from 
 recorded. Nothing is read here: eval/sources.py does that.
 """
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -23,6 +26,7 @@ HUB_SPLITS = (
     | dict.fromkeys(("trec-covid", "nq", "arguana", "scidocs"), ("test",))
     | dict.fromkeys(("webis-touche2020", "climate-fever"), ("test",))
 )
+SLOW = 1e6  # bytes of a download that is announced
 MOST_SHARDS = 32  # of a parquet file on the hub that are looked for
 # Where a document with the query's own id is no answer: queries of the first two are documents of
 # the corpus; of the others ids may coincide, and mteb leaves these out too (ignore_identical_ids).
@@ -188,11 +192,9 @@ def _beir(name: str, cache: Path | None) -> Sources:
     for part in ("queries", "corpus"):
         shards = [f"{part}/{part}-00000-of-{n:05}.parquet" for n in range(1, MOST_SHARDS + 1)]
         file, at = _fetch(f"BeIR/{name}", [f"{part}.jsonl.gz", *shards], at, cache)
-        found = [file]
-        for number in range(1, int(file.stem[-5:]) if file.suffix == ".parquet" else 1):
-            shard = f"{part}/{part}-{number:05}-of-{file.stem[-5:]}.parquet"
-            found.append(_fetch(f"BeIR/{name}", [shard], at, cache)[0])
-        files.append(found)
+        count = int(file.stem[-5:]) if file.suffix == ".parquet" else 1
+        rest = [f"{part}/{part}-{number:05}-of-{count:05}.parquet" for number in range(1, count)]
+        files.append([file, *_each(f"BeIR/{name}", rest, at, cache)[0]])
     provenance[f"BeIR/{name}"] = str(at)
     return Sources(
         name, files[1], files[0], qrels, provenance,
@@ -277,20 +279,24 @@ def _each(
     repo: str, names: Sequence[str], revision: str | None, cache: Path | None
 ) -> tuple[list[Path], str]:
     """All of `names`, from one commit, and that commit."""
+    with contextlib.suppress(Exception):  # which the first file that is absent raises again
+        _announce(repo, names, revision, cache)
     files, at = [], revision
     for name in names:
-        file, at = _fetch(repo, [name], at, cache)
+        file, at = _fetch(repo, [name], at, cache, announced=True)
         files.append(file)
     return files, str(at)
 
 
 def _fetch(
-    repo: str, names: list[str], revision: str | None, cache: Path | None
+    repo: str, names: list[str], revision: str | None, cache: Path | None, announced: bool = False
 ) -> tuple[Path, str]:
     """The first of `names` that the repository has, and the commit it was resolved to."""
     failures = []
     for name in names:
         try:
+            if not announced:  # what the repository lacks fails here, and is not asked for twice
+                _announce(repo, [name], revision, cache)
             file = huggingface_hub.hf_hub_download(
                 repo, name, repo_type="dataset", revision=revision, cache_dir=cache
             )
@@ -307,3 +313,15 @@ def _fetch(
         f"a network, load it once on a machine that has one and bring {cache or 'HF_HOME'} over, "
         "or pass a BEIR folder: DATA=path"
     )
+
+
+def _announce(repo: str, names: Sequence[str], revision: str | None, cache: Path | None) -> None:
+    """A line on stderr before a download of `SLOW` bytes or more. Raises as the download would."""
+    look = partial(huggingface_hub.hf_hub_download, repo_type="dataset", dry_run=True)
+    plan = [look(repo, name, revision=revision, cache_dir=cache) for name in names]
+    new = [file for file in plan if file.will_download]
+    size = sum(file.file_size or 0 for file in new)
+    if size >= SLOW:
+        files = new[0].filename if len(new) == 1 else f"{len(new)} files"
+        line = f"downloading {repo}, {files}: {size / 1e6:,.0f} MB from the Hugging Face hub"
+        print(line, file=sys.stderr, flush=True)

@@ -14,12 +14,14 @@ Files = dict[str, dict[str, bytes]]
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Files, list[tuple]]:
-    """repository -> file name -> bytes, served as hf_hub_download would; `asked` logs the calls."""
+    """repository -> file name -> bytes, served as hf_hub_download would; `asked` logs the calls
+    that fetch."""
     files: Files = {}
     asked = []
 
-    def download(repo, name, *, repo_type, revision, cache_dir):
-        asked.append((repo, name, revision, cache_dir))
+    def download(repo, name, *, repo_type, revision, cache_dir, dry_run=False):
+        if not dry_run:
+            asked.append((repo, name, revision, cache_dir))
         assert repo_type == "dataset"
         if repo not in files:
             raise LocalEntryNotFoundError("no network, nothing cached")
@@ -27,6 +29,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Files, list[tu
             raise EntryNotFoundError(f"404: {name}")
         commit = revision or f"commit-of-{repo.split('/')[1]}"
         path = tmp_path / "hub" / repo / "snapshots" / commit / name
+        if dry_run:
+            size, new = len(files[repo][name]), not path.exists()
+            return SimpleNamespace(filename=name, file_size=size, will_download=new)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(files[repo][name])
         return str(path)

@@ -305,6 +305,28 @@ def test_a_hub_set(hub, tmp_path):
     ]
 
 
+def test_a_long_download_is_announced_once(hub, monkeypatch, capsys):
+    """Repository, files and size, in one line; what is small or there already, in none."""
+    P.miracl(hub[0], "hi", 2)
+    corpus = hub[0]["miracl/miracl-corpus"]
+    least = min(map(len, corpus.values()))
+    monkeypatch.setattr(H, "SLOW", least)
+    C.load("miracl/hi")
+    megabytes = sum(map(len, corpus.values())) / 1e6
+    said = [line for line in capsys.readouterr().err.splitlines() if "corpus" in line]
+    of = "downloading miracl/miracl-corpus, 2 files: "
+    assert said == [f"{of}{megabytes:,.0f} MB from the Hugging Face hub"]
+    assert sum(repo == "miracl/miracl-corpus" for repo, *_ in hub[1]) == 2
+    C.load("miracl/hi")
+    assert capsys.readouterr().err == ""
+    serve(hub[0], "scidocs", {"test.tsv": "q2\td2\t1"})
+    hub[0]["BeIR/scidocs"]["corpus.jsonl.gz"] += bytes(least)  # which gzip passes over
+    monkeypatch.setattr(H, "SLOW", least + 1)
+    C.load("scidocs")
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["downloading BeIR/scidocs, corpus.jsonl.gz: 0 MB from the Hugging Face hub"]
+
+
 @pytest.mark.parametrize("dev", ["dev.tsv", "validation.tsv"])
 def test_the_hub_dev_split_under_either_name(hub, dev):
     rows = {"train.tsv": "q1\td1\t1", dev: "q2\td1\t1", "test.tsv": "q2\td2\t1"}
