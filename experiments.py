@@ -50,7 +50,8 @@ ARMS = {
 # Fields of a scale that an arm may change, by its row of TUNED or its `steps_factor`.
 TUNED_FIELDS = ("steps", "learning_rate", "clip")
 
-SIZED = ("emb-only", "rank-only", "joint-single")
+SPECIALISTS = ("emb-only", "rank-only")
+SIZED = (*SPECIALISTS, "joint-single")
 
 
 def _ladder(sizes) -> dict[str, dict]:
@@ -74,7 +75,7 @@ def _pilot(names: Iterable[str]) -> dict[str, dict]:
     return {
         f"{arm}-{name}": {**ARMS[arm], **PILOT[name], "tuned_as": arm}
         for name in names
-        for arm in ("emb-only", "rank-only")
+        for arm in SPECIALISTS
         if arm == "rank-only" or name not in ("bce", "20-candidates")
     }
 
@@ -98,19 +99,17 @@ EXPERIMENTS = {
         smoke_seeds=3,  # the whole rule is applied
         arms=ARMS,
         controls={
+            # Matched by operations, over the same queries: half of joint-single's very batches, a
+            # specialist's data twice. By tokens the doubles are 90 and 110 % of it at `small`.
             **_like("joint-single", {"joint-half": {"steps_factor": 0.5}}),
-            **_like("emb-only", {"emb-only-double": {**ARMS["emb-only"], "steps_factor": 2.0}}),
-            **_like("rank-only", {"rank-only-double": {**ARMS["rank-only"], "steps_factor": 2.0}}),
+            **{f"{a}-double": {**ARMS[a], "steps_factor": 2.0, "tuned_as": a} for a in SPECIALISTS},
             **_like("joint-single", {"joint-2r": {"ranks": (32,)}, "joint-3r": {"ranks": (48,)}}),
             **_like("joint-moe", {
                 "uniform-moe": {**MOE, "router": "uniform"},
                 "oracle-moe": {**MOE, "router": "task"},
             }),
         },
-        aa={
-            **_like("emb-only", {"emb-only-aa": {**ARMS["emb-only"], "seed_offset": 1000}}),
-            **_like("rank-only", {"rank-only-aa": {**ARMS["rank-only"], "seed_offset": 1000}}),
-        },
+        aa={f"{a}-aa": {**ARMS[a], "seed_offset": 1000, "tuned_as": a} for a in SPECIALISTS},
     ),
     "scale_study": Experiment(
         question="Does interference fade as the model grows?",
@@ -192,7 +191,7 @@ EXPERIMENTS = {
         expected="Retrieval and reranking both judge relevance, so an expert trained for one "
         "should help the other, and the shared expert should be where they meet.",
         arms={
-            **{arm: ARMS[arm] for arm in ("emb-only", "rank-only")},
+            **{arm: ARMS[arm] for arm in SPECIALISTS},
             **_like("joint-moe", {
                 "full": SPARSEGEN,
                 "no-shared": {**SPARSEGEN, **PAIR},
@@ -396,4 +395,5 @@ def config(experiment: str, arm: str, scale: str, seed: int, **overrides) -> Con
         row["ranks"] = (width(base) // ratio,)
     tuned = TUNED.get(setting_name(scale, base, data), {}).get(like, {})
     made = _scaled(experiment, scale, **{**tuned, **row, **overrides, "seed": seed})
-    return replace(made, steps=round(made.steps * factor))
+    again = {"data_steps": made.steps} if factor not in (0.0, 1.0) else {}
+    return replace(made, steps=round(made.steps * factor), **again)

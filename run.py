@@ -148,7 +148,7 @@ def command_run(args: argparse.Namespace) -> None:
     for _, config in trials:  # what cannot work is said before anything is computed
         model_config(config)
     lengths = ("steps", "tasks", "train_queries", "embedding_batch", "reranking_batch",
-               "hard_negatives", "group_size")  # fmt: skip
+               "data_steps", "hard_negatives", "group_size")  # fmt: skip
     for config in {tuple(getattr(c, n) for n in lengths): c for _, c in trials}.values():
         training_steps(bench.collections, config)
     for data in args.evaluate:

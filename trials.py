@@ -73,6 +73,7 @@ class Config:
     seed: int = 0
     seed_offset: int = 0  # other seeds for the same arm: the A/A control
     steps: int = 1000
+    data_steps: int = 0  # train on what so many steps take; 0: `steps`
     train_queries: int = 0  # 0: all
     embedding_batch: int = 64
     hard_negatives: int = 1
@@ -166,7 +167,7 @@ class Config:
                     f"{name} must be at least {least.get(name, 1)}, got {getattr(self, name)}"
                 )
         for name in ("train_queries", "reranking_queries", "hard_negatives", "probes",
-                     "cached_tokens"):  # fmt: skip
+                     "cached_tokens", "data_steps"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("checkpoint_every", "negatives_depth", "retrieval_depth", "document_tokens",
@@ -231,8 +232,8 @@ class Experiment:
     own_base: what makes the untrained base of an arm another one, where the arm changes it.
 
     Three keys of an arm are not fields of Config: `steps_factor` multiplies the scale's number of
-    steps, `tuned_as` names the arm whose row of TUNED it takes, if not its own, `width_by_rank`
-    sets the rank to the base's width over it.
+    steps, over the same training queries, `tuned_as` names the arm whose row of TUNED it takes, if
+    not its own, `width_by_rank` sets the rank to the base's width over it.
     """
 
     question: str

@@ -133,10 +133,18 @@ def test_the_controls_are_matched():
     for arm, router in (("uniform-moe", "uniform"), ("oracle-moe", "task")):
         plain = replace(moe, router=router, router_noise=0.0, expert_dropout=0.0)
         assert made(arm) == plain
-    # As many updates with half the operations, or as many operations with half the tasks
-    assert made("joint-half") == replace(joint, steps=joint.steps // 2)
+    # As many updates with half the operations, or as many operations with half the tasks; over the
+    # training queries of the unscaled arm.
+    same = {"data_steps": joint.steps}
+    assert made("joint-half") == replace(joint, steps=joint.steps // 2, **same)
     for arm in ("emb-only", "rank-only"):
-        assert made(f"{arm}-double") == replace(made(arm), steps=2 * joint.steps)
+        assert made(f"{arm}-double") == replace(made(arm), steps=2 * joint.steps, **same)
+
+
+def test_no_other_arm_trains_on_what_another_number_of_steps_takes():
+    scaled = {arm for experiment, arm, scale in ROWS
+              if experiments.config(experiment, arm, scale, 0).data_steps}  # fmt: skip
+    assert scaled == {"joint-half", "emb-only-double", "rank-only-double"}
 
 
 def test_what_is_asked_for_wins():
@@ -146,7 +154,8 @@ def test_what_is_asked_for_wins():
 
 def test_steps_factor_applies_to_the_steps_that_count():
     assert experiments.config("kill_gate", "joint-half", "small", 0, steps=30).steps == 15
-    assert experiments.config("kill_gate", "emb-only-double", "small", 0, steps=30).steps == 60
+    double = experiments.config("kill_gate", "emb-only-double", "small", 0, steps=30)
+    assert (double.steps, double.data_steps) == (60, 30)
     assert experiments.config("kill_gate", "emb-only", "small", 0, steps=30).steps == 30
     row = EXPERIMENTS["kill_gate"].controls["joint-half"]
     assert row == {"steps_factor": 0.5, "tuned_as": "joint-single"}  # not consumed
@@ -161,6 +170,7 @@ def test_steps_factor_applies_to_the_steps_that_count():
         ({"group_size": 1}, "a positive and a negative, got 1"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"embedding_batch": 0}, "embedding_batch must be"),
+        ({"data_steps": -1}, "data_steps must be at least 0, got -1"),
         ({"reranking_batch": -1}, "reranking_batch must be"),
         ({"candidates": 0}, "candidates must be"),
         ({"start": ("shared=a",), "steps": -1}, "steps must be at least 0, got -1"),

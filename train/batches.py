@@ -117,9 +117,10 @@ class TrainingData:
     """Chosen queries, positives and negatives of both tasks, tokenized.
 
     `train_queries` of the training split, chosen by the query id's own generator, serve both
-    tasks; each task takes as many of them, in that fixed order, as its steps use up. So the pairs
-    that are trained on never depend on the arm or the seed; the seed orders them. (Where the steps
-    end amid an epoch after the first, the seed also decides which of them come once more.)
+    tasks; each task takes as many of them, in that fixed order, as its steps use up, or as
+    `data_steps` would. So the pairs that are trained on never depend on the arm or the seed; the
+    seed orders them. (Where the steps end amid an epoch, as with more or fewer than `data_steps`,
+    the seed also decides which of them come once more, or at all.)
     """
 
     def __init__(
@@ -130,8 +131,9 @@ class TrainingData:
         relevant = collection.relevant("train")
         self.relevant = {q: relevant[q] for q in order}
         # Of each task: whole batches, no more than the steps use.
+        steps = config.data_steps or config.steps
         self.used = {
-            task: order[: min(config.steps, len(order) // size) * size]
+            task: order[: min(steps, len(order) // size) * size]
             for task, size in batch_sizes(config).items()
         }
         self.queries = max(self.used.values(), key=len)

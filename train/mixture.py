@@ -44,21 +44,22 @@ def quotas(steps: int, wanted: Sequence[float]) -> list[int]:
 
 
 def training_steps(collections: Sequence[Collection], config: Config) -> list[int]:
-    """How many of the steps are of each collection.
+    """How many of the steps, or of `data_steps`, are of each collection.
 
     Raises:
         ValueError: a collection has no train split, too few queries for a batch, no step at all,
             or the name of another.
     """
     sizes = [len(check_training(collection, config)) for collection in collections]
-    counts = quotas(config.steps, shares(sizes, config.mixture_temperature))
+    steps = config.data_steps or config.steps
+    counts = quotas(steps, shares(sizes, config.mixture_temperature))
     names = [collection.name for collection in collections]
     if len(set(names)) < len(names):
         raise ValueError(f"data={config.data}: collections of a mixture need different names")
     for name, size, count in zip(names, sizes, counts, strict=True):
-        if config.steps and not count:
+        if steps and not count:
             raise ValueError(
-                f"{name}: its {size} queries get none of {config.steps} steps beside {names}: "
+                f"{name}: its {size} queries get none of {steps} steps beside {names}: "
                 "raise mixture_temperature or steps, or leave it out"
             )
     return counts
@@ -117,7 +118,7 @@ class Mixture(TrainingData):
             )
         marks = marks if len(marks) == count else [""] * count
         return [
-            replace(c, steps=steps, negatives=folder, negatives_sha256=mark)
+            replace(c, steps=steps, data_steps=0, negatives=folder, negatives_sha256=mark)
             for steps, folder, mark in zip(self.steps, folders, marks, strict=True)
         ]
 
@@ -128,7 +129,7 @@ class Mixture(TrainingData):
     def place(self, step: int, seed: int | None = None) -> tuple[int, int]:
         """Which collection a step takes, and which of its own steps that is."""
         seed = self.config.seed + self.config.seed_offset if seed is None else seed
-        epoch, at = divmod(step, self.config.steps)
+        epoch, at = divmod(step, sum(self.steps))
         order = _order(self.steps, seed, epoch)
         part = order[at]
         return part, epoch * self.steps[part] + order[:at].count(part)

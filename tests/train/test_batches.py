@@ -112,6 +112,21 @@ def test_what_is_trained_on_does_not_depend_on_the_seed(make, task, steps):
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranking"])
+def test_more_or_fewer_steps_over_the_queries_of_an_arm(make, task):
+    """Half of its very batches, or all of them and then the same queries in another order."""
+    arm, half, double = make(steps=2), *(make(steps=n, data_steps=2) for n in (1, 4))
+    assert arm.used == half.used == double.used and arm.negatives == double.negatives
+    assert len(arm.used[task]) < len(make(steps=4).used[task])
+    whole = ids(arm, range(2), task)
+    assert ids(half, range(1), task) == whole[:1]
+    assert ids(double, range(2), task) == whole
+    again = ids(double, range(2, 4), task)
+    assert again != whole and sorted(sum(again, [])) == sorted(sum(whole, []))
+    halves = {tuple(sorted(make(steps=1, data_steps=2, seed=s).embedding(0).ids)) for s in range(6)}
+    assert len(halves) > 1, "which half, the seed decides"
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranking"])
 def test_every_arm_sees_the_same_micro_batches(make, task):
     joint, only = make(seed=3), make(seed=3, tasks=(task,))
     moe = make(seed=3, experts=("embedding", "reranking", "shared"), ranks=(4, 4, 4))

@@ -115,6 +115,16 @@ def test_a_step_s_collection_is_a_function_of_seed_and_step(made) -> None:
     assert made(seed=1).place(3) == made(seed_offset=1).place(3) == data.place(3, 1)
 
 
+def test_more_or_fewer_steps_over_the_queries_of_an_arm(made) -> None:
+    arm, half, double = made(), *(made(steps=n, data_steps=8) for n in (4, 16))
+    assert half.steps == double.steps == arm.steps
+    assert [part.used for part in half.parts] == [part.used for part in arm.parts]
+    assert [part.used for part in double.parts] == [part.used for part in arm.parts]
+    for step in range(16):
+        assert double.embedding(step).ids == arm.embedding(step).ids
+        assert half.place(step) == arm.place(step)
+
+
 def test_what_is_trained_on_does_not_depend_on_seed_or_arm(made) -> None:
     seen = [
         {query for step in range(8) for query in made(seed=seed).embedding(step).ids}
