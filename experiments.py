@@ -1,7 +1,8 @@
 """The study as data: what is run, with which settings. Standard library only.
 
-A new experiment is a row in EXPERIMENTS, a new arm a row in its `arms`; scales are rows of
-scales.SCALES. A trial is one (experiment, arm, seed); its `Config` says everything about it.
+A new experiment is a row in EXPERIMENTS, a new arm a row in its `controls` (in its `arms` before
+anything is published, as reports name those that are missing); scales are rows of SCALES. A trial
+is one (experiment, arm, seed); its `Config` says everything about it.
 """
 
 from collections.abc import Iterable
@@ -202,18 +203,14 @@ EXPERIMENTS = {
                     **BESIDE, "tasks": ("reranking",), "start": ("embedding=emb-only",),
                     "frozen": ("embedding",),
                 },
-                "rerank-beside-nothing": {
-                    **BESIDE, "tasks": ("reranking",), "frozen": ("embedding",),
-                },
+                "rerank-beside-nothing": {**BESIDE, **ARMS["rank-only"], "frozen": ("embedding",)},
             }),
             **_like("emb-only", {
                 "embed-beside-reranking": {
                     **BESIDE, "tasks": ("embedding",), "start": ("reranking=rank-only",),
                     "frozen": ("reranking",),
                 },
-                "embed-beside-nothing": {
-                    **BESIDE, "tasks": ("embedding",), "frozen": ("reranking",),
-                },
+                "embed-beside-nothing": {**BESIDE, **ARMS["emb-only"], "frozen": ("reranking",)},
             }),
             **_like("rank-only", {
                 "head-on-base": HEAD,
