@@ -158,7 +158,7 @@ def fifth() -> tuple[str, dict]:
         r"A new arm: one row in `experiments.py`, such as `(.+?)` under `contr", page
     )
     assert recipe
-    [arm] = eval(f"{{{recipe[1]}}}", vars(experiments)).items()
+    [arm] = eval(f"{{{recipe[1]}}}", dict(vars(experiments))).items()
     return arm
 
 

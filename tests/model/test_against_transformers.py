@@ -88,10 +88,10 @@ def no_islands(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return self.weight * x
 
     def rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        made = self.compute_default_rope_parameters
+        made: Any = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "float", x.dtype)
-            frequency, _ = ROPE_INIT_FUNCTIONS.get(self.rope_type, made)(self.config)
+            frequency, _ = made(self.config)
         angle = position_ids[..., None].to(x.dtype) * frequency
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_llama_3_frequencies_are_those_of_transformers(
     batch = pack([[1] * 4096])
     batch = replace(batch, positions=torch.arange(0, 131072, 32))
     found = Decoder(read).rope_table(batch, torch.float32)
-    config = AutoConfig.from_pretrained(folder)
+    config: Any = AutoConfig.from_pretrained(folder)
     theirs = LlamaRotaryEmbedding(config)(torch.zeros(1), batch.positions[None])
     for ours, other in zip(found, theirs, strict=True):
         # An angle of 131,072 has steps of 2^-7 in float32, and the two round differently.
