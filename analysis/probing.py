@@ -149,7 +149,8 @@ def code_lengths(
     are of whole queries in a fixed random order. A yes or no costs -log2 p; a value, in units of
     its standard deviation, -log2 of the density of a Gaussian around the guess with the variance of
     the probe's residuals on what it was fitted to (in five folds): to whatever precision it is
-    sent, that costs both codes the same.
+    sent, that costs both codes the same. Fewer than `FOLDS` queries are no probe's, and in a
+    probability or variance the values' own distribution counts as so many queries.
     """
     names = np.unique(np.asarray(queries))
     order = {name: i for i, name in enumerate(np.random.default_rng(0).permutation(names))}
@@ -174,20 +175,24 @@ def code_lengths(
     for begin, end in zip(ends, ends[1:], strict=False):
         known, new = rank < begin, (rank >= begin) & (rank < end)
         groups = np.asarray(queries)[known]
-        folds = min(FOLDS, len(np.unique(groups)))
-        learnt = z[known].std(0) > 0 if known.any() else np.zeros(len(varies), bool)
-        if not learnt.any() or known.sum() < 2 * FOLDS or folds < 2:
+        learnt = z[known].std(0) > 0 if begin >= FOLDS else np.zeros(len(varies), bool)
+        if not learnt.any():
             sent += prior(z[new])
             continue
         own, values = x[known], z[known]
         penalty = _penalty(own, values, groups)
         guess, variance = _fitted(own, values, yes, penalty)(x[new]), np.ones(len(varies))
-        if not yes:
+        # Queries count, not pairs, of which those of a query may all have one value: few of them
+        # say little of how far a guess is off.
+        trust = begin / (begin + FOLDS)
+        if yes:
+            guess = trust * guess + (1 - trust) * share
+        else:
             left = np.concatenate([
                 values[test] - _fitted(own[train], values[train], yes, penalty)(own[test])
-                for train, test in GroupKFold(folds).split(own, values, groups)
+                for train, test in GroupKFold(FOLDS).split(own, values, groups)
             ])  # fmt: skip
-            variance = np.where(learnt, (left**2).mean(0), 1)
+            variance = np.where(learnt, trust * (left**2).mean(0) + 1 - trust, 1)
         sent += np.where(learnt, coded(z[new], guess, variance), prior(z[new]))
     pairs = zip(sent / len(y), prior(z) / len(y), varies, strict=True)
     return [(float(a), float(b)) if varied else None for a, b, varied in pairs]

@@ -43,7 +43,7 @@ def test_a_planted_property_is_read_off() -> None:
     assert score(x, y, QUERIES) == pytest.approx(1, abs=0.05)
     found = probing.probe(x[None], {"planted": y}, QUERIES, DOCUMENTS)["planted"][0]
     assert found["selectivity"] > 0.9 and abs(found["control"]) < 0.15  # type: ignore
-    assert found["saved_bits"] > 2  # type: ignore[operator]
+    assert found["saved_bits"] > 1.8  # type: ignore[operator]
 
 
 def test_with_noise_it_is_the_share_that_is_there() -> None:
@@ -245,11 +245,28 @@ def test_properties_of_a_pair() -> None:
     assert found["length"] == pytest.approx([math.log(6), 0])
 
 
+def test_a_code_of_what_belongs_to_the_query() -> None:
+    """200 queries have 200 values, however many pairs: where the features say nothing, the code
+    loses next to nothing, though two or six known queries may be alike; where half is there, it
+    saves."""
+    queries = np.repeat(np.arange(200), 10)
+    lost, saved = [], []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        of_query, x = rng.normal(size=(200, 6)), rng.normal(size=(2000, 6))
+        noise = rng.normal(size=200)
+        lost.append(saved_bits(x, noise[queries], queries.tolist()))
+        lost.append(saved_bits(x, (noise > 0.8).astype(float)[queries], queries.tolist()))
+        half = (of_query[:, 0] + noise)[queries]
+        saved.append(saved_bits(of_query[queries] + 0.3 * x, half, queries.tolist()))
+    assert min(lost) > -0.15 and max(lost) < 0.02 and np.mean(lost) > -0.04
+    assert min(saved) > 0 and np.mean(saved) > 0.2
+
+
 def test_a_few_queries_are_coded_by_the_prior() -> None:
-    """Too few for folds: no error, and no more bits than the values' own distribution takes."""
-    x, y = features()[:96], np.random.default_rng(3).normal(size=96)
-    queries = [i // 12 for i in range(96)]
-    assert saved_bits(x, y, queries) == pytest.approx(0, abs=0.3)
+    """Too few for folds: whole, however well the features tell the values."""
+    x = features()[:60]
+    assert saved_bits(x, x[:, 0], [i // 12 for i in range(60)]) == pytest.approx(0, abs=1e-9)
 
 
 def test_parts_of_speech() -> None:
