@@ -25,8 +25,9 @@ from analysis.page import (
 
 PROPERTY_NAMES = {
     "covered_terms": "covered query terms", "covered_share": "share of terms covered",
-    "tf_sum": "sum of TF", "idf_sum": "sum of IDF", "bm25": "BM25",
-    "bigrams": "share of query bigrams", "length": "document length (ln)",
+    "tf_sum": "sum of TF", "idf_sum": "sum of IDF",
+    "bm25": "BM25 (whole text)",
+    "bigrams": "share of query bigrams", "length": "length of what is read (ln)",
     "exact": "has a query bigram", "similarity": "similarity in the base",
     "nouns": "share of nouns in the query", "verbs": "share of verbs in the query",
     "relevant": "relevant",
@@ -46,8 +47,11 @@ the one on a control task, in which each document has one value at random under 
 0.5) where the control is below it. Code: the bits of each value (of a number, in units of its
 standard deviation) by the online code of the probe; bits saved: against the values' own
 distribution, 0 where the features say nothing. Portions of that code: {portions} % of the queries.
-The penalty of each probe is the one that does best on queries left out of what it is fitted to; of
-what is one value in each query the control has one for each query.
+Of a document a model reads the first {tokens} tokens; {cut:.0f} % of the pairs' documents
+are longer. Properties of texts are of what is read, but for BM25's score and the numbers of
+documents that have a term (IDF), which are of whole texts. The penalty of each probe is the one
+that does best on queries left out of what it is fitted to; of what is one value in each query the
+control has one for each query.
 At the layer with the highest mean score (of the base all layers are probed, of an arm the adapted
 ones: those below are the base's); mean over seeds ± their standard deviation, with its 95 %
 interval; the base is one model.
@@ -128,7 +132,7 @@ def summarise(of: dict[int, dict[str, Any]]) -> dict[str, Any]:
             known = [i for i, mean in enumerate(means) if mean is not None]
             best = max(known, key=lambda i: means[i]) if known else None
             views[view][name] = {"layers": by_layer, "best": best}
-    same = ("first_layer", "pairs", "queries", "recurring", "binary")
+    same = ("first_layer", "pairs", "queries", "recurring", "document_tokens", "cut", "binary")
     return {**{k: first[k] for k in same}, "at": list(of), "views": views}
 
 
@@ -312,6 +316,8 @@ def markdown(v: dict[str, Any]) -> str:
         portions=", ".join(f"{100 * share:g}" for share in PORTIONS),
         queries=one["queries"],
         yes=", ".join(PROPERTY_NAMES[name] for name in one["binary"]),
+        tokens=one["document_tokens"],
+        cut=100 * one["cut"] / one["pairs"],
         recurring=100 * one["recurring"] / one["pairs"],
         arms=compare.arms_section(v),
         table=table(["arm", "view", "property", "layer", *COLUMNS], rows),

@@ -14,7 +14,6 @@ than by the values' own distribution.
 import hashlib
 import math
 import random
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,10 +28,10 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from analysis.disk import read
+from analysis.properties import of_pairs
 from analysis.representation import features
 from eval.protocol import EvaluationSet
 from eval.provenance import sources
-from model.prefix import TextSet
 from model.unimoer import UniMoER
 from trials import Config
 
@@ -45,56 +44,6 @@ PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 
 PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 TRIED_ON = 1_000  # pairs: the best penalty is noise over signal, however many pairs there are
 MOST = 5_000  # pairs that a probe is fitted to: time and memory do not grow beyond
-WORD = re.compile(r"\w+")
-
-
-def terms(text: str) -> list[str]:
-    return WORD.findall(text.lower())
-
-
-def properties(
-    pairs: Sequence[tuple[str, str]], scores: Sequence[float], corpus: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """name -> (n,) of pairs (query, document).
-
-    covered_terms, covered_share: distinct query terms that the document has. tf_sum: how often it
-    has them. idf_sum: sum of ln(N / n_t) of those covered, over the documents `corpus`. bm25: the
-    first stage's `scores`. bigrams: the share of the query's bigrams that the document has word by
-    word. length: ln of the document's words. exact: whether any query bigram is there (0 or 1).
-    """
-    seen = Counter(word for text in corpus for word in set(terms(text)))
-    found: dict[str, list[float]] = {}
-    for (query, document), score in zip(pairs, scores, strict=True):
-        asked, words = terms(query), terms(document)
-        counts, distinct = Counter(words), set(asked)
-        covered = [word for word in distinct if counts[word]]
-        grams = set(zip(asked, asked[1:], strict=False))
-        there = grams & set(zip(words, words[1:], strict=False))
-        share = len(there) / len(grams) if grams else 0.0
-        row = {
-            "covered_terms": len(covered),
-            "covered_share": len(covered) / max(len(distinct), 1),
-            "tf_sum": sum(counts[word] for word in covered),
-            "idf_sum": sum(math.log(len(corpus) / seen[word]) for word in covered if seen[word]),
-            "bm25": score,
-            "bigrams": share,
-            "length": math.log(max(len(words), 1)),
-            "exact": float(share > 0),
-        }
-        for name, value in row.items():
-            found.setdefault(name, []).append(float(value))
-    return {name: np.array(values) for name, values in found.items()}
-
-
-def parts_of_speech(text: str) -> tuple[float, float]:
-    """The shares of nouns and of verbs among a text's words (Penn tags, a rule-based tagger)."""
-    from textblob.en import tag  # takes two seconds to import
-
-    tags = [kind for word, kind in tag(text) if WORD.match(word)]
-    if not tags:
-        return 0.0, 0.0
-    nouns, verbs = (sum(kind.startswith(first) for kind in tags) for first in ("NN", "VB"))
-    return nouns / len(tags), verbs / len(tags)
 
 
 def binary(y: np.ndarray) -> bool:
@@ -294,31 +243,16 @@ def measure(
 ) -> dict[str, Any]:
     """Probes of the pairs of `measured` reranking queries: the model, its experts, and the base.
 
-    Of the base all layers, of the others the adapted ones: those below are the base's. Of the
-    properties of text also `similarity`, the cosine of query and document in the untrained base,
-    `nouns` and `verbs`, their shares in the query, and `relevant`, the judgment.
+    Of the base all layers, of the others the adapted ones: those below are the base's.
     """
     assert model.config.lora is not None
     texts, experts = evaluation.collection, model.config.lora.experts
     chosen = sorted(evaluation.candidates, key=lambda query: random.Random(query).random())
     chosen = chosen[: config.measured]
-    keys = [(q, d) for q in chosen for d in evaluation.candidates[q]]
-    keys = keys[:MOST]
+    keys = [(q, d) for q in chosen for d in evaluation.candidates[q]][:MOST]
+    values, cut = of_pairs(model, evaluation, keys)
     pairs = [(texts.queries[q], texts.corpus[d]) for q, d in keys]
-    values = properties(
-        pairs,
-        [evaluation.candidates[q][d] for q, d in keys],
-        [texts.corpus[d] for d in evaluation.documents],
-    )
-    tokenizer = evaluation.tokenizer
-    sides = (tokenizer.queries([q for q, _ in pairs]), tokenizer.documents([d for _, d in pairs]))
-    first, second = (model.embed_all(TextSet(ids), base=True) for ids in sides)
-    values["similarity"] = (first * second).sum(1).double().numpy()
-    spoken = {q: parts_of_speech(texts.queries[q]) for q in chosen}
-    values["nouns"], values["verbs"] = np.array([spoken[q] for q, _ in keys]).T
-    judged = evaluation.qrels
-    values["relevant"] = np.array([float(judged[q].get(d, 0) > 0) for q, d in keys])
-    ids, (queries, documents) = tokenizer.pairs(pairs), zip(*keys, strict=True)
+    ids, (queries, documents) = evaluation.tokenizer.pairs(pairs), zip(*keys, strict=True)
     views: dict[str, dict[str, Any]] = {"model": {}, "base": {"base": True, "first": 0}}
     if len(experts) > 1:
         for at, name in enumerate(experts):
@@ -340,6 +274,8 @@ def measure(
         "first_layer": model.config.lora.first_layer,
         "pairs": len(pairs),
         "queries": len(set(queries)),
+        "document_tokens": config.document_tokens,
+        "cut": cut,
         "recurring": sum(n for n in Counter(documents).values() if n > 1),
         "probes": probes,
         "base_mark": mark,

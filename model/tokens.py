@@ -205,20 +205,36 @@ class Tokenizer:
                 found.append(ids)
         return found
 
+    def visible(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        """Of each (query, document) what `pairs` leaves of the document: its characters before the
+        first token that is cut."""
+        texts, _ = self._split(self.prompts.filled("pair"))
+        template = next(text for text in texts if "{document}" in text)
+        rows = ([_fill(template, {"query": q, "document": d})] for q, d in pairs)
+        found = []
+        for chunk in _chunks(rows):
+            parts = [part for [part] in chunk]
+            whole = [text for text, _, _ in parts]
+            encodings = self.fast.encode_batch(whole, add_special_tokens=False)
+            for encoding, (text, start, stop) in zip(encodings, parts, strict=True):
+                over = _over(encoding, start, stop, self.document_tokens)
+                found.append(text[start : encoding.offsets[over[0]][0] if over else stop])
+        return found
+
     @staticmethod
     def _cut(encoding: Encoding, start: int, stop: int, limit: int) -> list[int]:
         """Drop the tokens past `limit` of the characters [start, stop)."""
-        inside = 0
-        ids = []
-        for token, (left, right) in zip(encoding.ids, encoding.offsets, strict=True):
-            # A token that begins in the template (" The" after "Document:") belongs to the text.
-            if left < stop and right > start:
-                inside += 1
-                # One that ends in the template (".</" before "</doc>") stays: it is both.
-                if inside > limit and right <= stop:
-                    continue
-            ids.append(token)
-        return ids
+        over = set(_over(encoding, start, stop, limit))
+        return [token for at, token in enumerate(encoding.ids) if at not in over]
+
+
+def _over(encoding: Encoding, start: int, stop: int, limit: int) -> list[int]:
+    """The places of the tokens past `limit` of the characters [start, stop)."""
+    offsets = encoding.offsets
+    # A token that begins in the template (" The" after "Document:") belongs to the text.
+    inside = [at for at, (left, right) in enumerate(offsets) if left < stop and right > start]
+    # One that ends in the template (".</" before "</doc>") stays: it is both.
+    return [at for at in inside[limit:] if offsets[at][1] <= stop]
 
 
 def _chunks(filled: Iterable[list[Part]]) -> Iterator[list[list[Part]]]:

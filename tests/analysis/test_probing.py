@@ -1,7 +1,5 @@
 """Probes where the answer is known: a planted property, a random one, and queries that leak."""
 
-import math
-
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
@@ -231,20 +229,6 @@ def test_what_does_not_vary_has_no_score() -> None:
     assert set(found.values()) == {None}
 
 
-def test_properties_of_a_pair() -> None:
-    corpus = ["open a file", "close the file", "read"]
-    pairs = [("Open the file", "open a file, then the file."), ("read", "nothing")]
-    found = {k: v.tolist() for k, v in probing.properties(pairs, [2.5, 0.0], corpus).items()}
-    assert found["covered_terms"] == [3, 0] and found["covered_share"] == [1, 0]
-    assert found["tf_sum"] == [4, 0]  # open once, the once, file twice
-    idf = math.log(3 / 1) + math.log(3 / 1) + math.log(3 / 2)
-    assert found["idf_sum"] == pytest.approx([idf, 0])
-    assert found["bm25"] == [2.5, 0]
-    assert found["bigrams"] == [0.5, 0]  # "the file", not "open the"
-    assert found["exact"] == [1, 0]
-    assert found["length"] == pytest.approx([math.log(6), 0])
-
-
 def test_a_code_of_what_belongs_to_the_query() -> None:
     """200 queries have 200 values, however many pairs: where the features say nothing, the code
     loses next to nothing, though two or six known queries may be alike; where half is there, it
@@ -267,12 +251,6 @@ def test_a_few_queries_are_coded_by_the_prior() -> None:
     """Too few for folds: whole, however well the features tell the values."""
     x = features()[:60]
     assert saved_bits(x, x[:, 0], [i // 12 for i in range(60)]) == pytest.approx(0, abs=1e-9)
-
-
-def test_parts_of_speech() -> None:
-    assert probing.parts_of_speech("Return the sorted list of open files.") == (
-        pytest.approx(3 / 7), pytest.approx(1 / 7))  # fmt: skip
-    assert probing.parts_of_speech("...") == (0.0, 0.0)
 
 
 def probed(seeds: list[int], views: dict[str, tuple[list[list[float]], list[float]]]) -> dict:
@@ -345,6 +323,6 @@ def test_what_random_values_do_as_well_is_said() -> None:
     gaps = {**dict.fromkeys(names, 0.2), "bm25": -0.1, "relevant": 0.0}
     told = probes._unselective({"rank-only": {"views": {"model": {
         name: layer(gap) for name, gap in gaps.items()}}}})  # fmt: skip
-    assert told and "BM25 in Rank-Only (-0.10), relevant in Rank-Only (+0.00)." in told
+    assert told and "BM25 (whole text) in Rank-Only (-0.10), relevant in Rank-Only (+0.00)." in told
     gaps = {"views": {"model": {name: layer(0.2) for name in names}}}
     assert probes._unselective({"rank-only": gaps}) is None

@@ -311,3 +311,16 @@ def test_a_document_among_special_tokens_is_cut_alone(chat_base: Path) -> None:
     assert found.startswith(head) and found.endswith(tail)
     kept = found.removeprefix(head).removesuffix(tail)
     assert kept and len(plain_ids(tokenizer, " " + kept)) == 3
+
+
+def test_what_is_visible_of_a_document_is_what_its_tokens_say(
+    tiny_base: Path, chat_base: Path
+) -> None:
+    for tokenizer in (make(tiny_base), Tokenizer(chat_base, CHAT, 8)):
+        seen = tokenizer.visible([(LONG, LONG), ("q", "short"), ("q", ""), ("q", "🦊" * 10)])
+        assert LONG.startswith(seen[0]) and len(plain_ids(tokenizer, " " + seen[0])) == 8
+        assert seen[1:3] == ["short", ""]
+        # Of the last one that is read, not every byte has to be.
+        assert seen[3] == "🦊" * len(seen[3]) and 1 <= len(seen[3]) < 10
+        assert tokenizer.visible([("q", LONG + "behind")]) == seen[:1]
+        assert tokenizer.pairs([("q", seen[0])]) == tokenizer.pairs([("q", LONG)])

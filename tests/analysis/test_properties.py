@@ -1,0 +1,58 @@
+"""Properties of pairs by hand, and of what a model reads of a document."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from analysis import properties
+from eval.collections import Collection, load
+from eval.protocol import EvaluationSet, without_states
+from model.unimoer import UniMoER
+from tests.train.tiny import tiny_config, write_collection
+from train.trial import model_config
+
+
+def test_properties_of_a_pair() -> None:
+    corpus = ["open a file", "close the file", "read"]
+    pairs = [("Open the file", "open a file, then the file."), ("read", "nothing")]
+    found = {k: v.tolist() for k, v in properties.of_text(pairs, [2.5, 0.0], corpus).items()}
+    assert found["covered_terms"] == [3, 0] and found["covered_share"] == [1, 0]
+    assert found["tf_sum"] == [4, 0]  # open once, the once, file twice
+    idf = math.log(3 / 1) + math.log(3 / 1) + math.log(3 / 2)
+    assert found["idf_sum"] == pytest.approx([idf, 0])
+    assert found["bm25"] == [2.5, 0]
+    assert found["bigrams"] == [0.5, 0]  # "the file", not "open the"
+    assert found["exact"] == [1, 0]
+    assert found["length"] == pytest.approx([math.log(6), 0])
+
+
+def test_parts_of_speech() -> None:
+    assert properties.parts_of_speech("Return the sorted list of open files.") == (
+        pytest.approx(3 / 7), pytest.approx(1 / 7))  # fmt: skip
+    assert properties.parts_of_speech("...") == (0.0, 0.0)
+
+
+def test_what_is_cut_off_a_document_is_none_of_a_pair_s(tiny_base: Path, tmp_path: Path) -> None:
+    """Its words once more behind the cut change BM25's score alone."""
+    config = tiny_config(tiny_base, write_collection(tmp_path / "Tiny"))
+    collection = load(config.data)
+    longer = replace(collection, corpus={k: f"{d} {d}" for k, d in collection.corpus.items()})
+
+    def found(of: Collection, limit: int) -> tuple[dict[str, list[float]], int]:
+        model = UniMoER(model_config(replace(config, document_tokens=limit)))
+        evaluation = EvaluationSet(of, model.tokenizer, config, without_states)
+        own = {q: evaluation.bm25[q] for q in evaluation.candidates}
+        keys = [(q, f"d{q[1:]}") for q in own if f"d{q[1:]}" in own[q]]
+        evaluation.candidates = own
+        assert len(keys) >= 9
+        values, cut = properties.of_pairs(model, evaluation, keys)
+        return {name: column.tolist() for name, column in values.items()}, cut
+
+    short, long, whole = found(collection, 8), found(longer, 8), found(collection, 100)
+    assert short[1] == long[1] == len(short[0]["bm25"]) and whole[1] == 0
+    changed = {name for name in short[0] if short[0][name] != long[0][name]}
+    assert changed == {"bm25"}
+    seen = {name for name in short[0] if short[0][name] != whole[0][name]}
+    assert seen >= {"covered_terms", "tf_sum", "idf_sum", "length"} and "bm25" not in seen
