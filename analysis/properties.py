@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,18 +18,34 @@ def terms(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
+def frequencies(evaluation: EvaluationSet, words: frozenset[str]) -> Counter[str]:
+    """How many documents of the split's pool have each of some words; the collection keeps it.
+
+    Each text is asked for once and let go: the corpus may be larger than memory.
+    """
+    split, of = evaluation.config.split, evaluation.collection
+    if (split, words) not in of.frequencies:
+        texts = (of.corpus[document] for document in of.pools[split])
+        of.frequencies[split, words] = Counter(
+            word for text in texts for word in words.intersection(terms(text))
+        )
+    return of.frequencies[split, words]
+
+
 def of_text(
-    pairs: Sequence[tuple[str, str]], scores: Sequence[float], corpus: Sequence[str]
+    pairs: Sequence[tuple[str, str]],
+    scores: Sequence[float],
+    seen: Mapping[str, int],
+    documents: int,
 ) -> dict[str, np.ndarray]:
     """name -> (n,) of pairs (query, what a model reads of the document).
 
     covered_terms, covered_share: distinct query terms that the document has. tf_sum: how often it
-    has them. idf_sum: sum of ln(N / n_t) of those covered, over the documents `corpus`. bm25: the
-    first stage's `scores`, of whole documents. bigrams: the share of the query's bigrams that the
-    document has word by word. length: ln of the document's words. exact: whether any query bigram
-    is there (0 or 1).
+    has them. idf_sum: sum of ln(N / n_t) of those covered, n_t being `seen` of N = `documents`.
+    bm25: the first stage's `scores`, of whole documents. bigrams: the share of the query's bigrams
+    that the document has word by word. length: ln of the document's words. exact: whether any query
+    bigram is there (0 or 1).
     """
-    seen = Counter(word for text in corpus for word in set(terms(text)))
     found: dict[str, list[float]] = {}
     for (query, document), score in zip(pairs, scores, strict=True):
         asked, words = terms(query), terms(document)
@@ -42,7 +58,7 @@ def of_text(
             "covered_terms": len(covered),
             "covered_share": len(covered) / max(len(distinct), 1),
             "tf_sum": sum(counts[word] for word in covered),
-            "idf_sum": sum(math.log(len(corpus) / seen[word]) for word in covered if seen[word]),
+            "idf_sum": sum(math.log(documents / seen[word]) for word in covered if seen[word]),
             "bm25": score,
             "bigrams": share,
             "length": math.log(max(len(words), 1)),
@@ -76,11 +92,13 @@ def of_pairs(
     """
     texts, tokenizer = evaluation.collection, evaluation.tokenizer
     queries, documents = [texts.queries[q] for q, _ in keys], [texts.corpus[d] for _, d in keys]
-    seen = tokenizer.visible(list(zip(queries, documents, strict=True)))
+    read = tokenizer.visible(list(zip(queries, documents, strict=True)))
+    words = frozenset(word for query in queries for word in terms(query))
     values = of_text(
-        list(zip(queries, seen, strict=True)),
+        list(zip(queries, read, strict=True)),
         [evaluation.candidates[q][d] for q, d in keys],
-        [texts.corpus[d] for d in evaluation.documents],
+        frequencies(evaluation, words),
+        len(texts.pools[evaluation.config.split]),
     )
     sides = (tokenizer.queries(queries), tokenizer.documents(documents))
     first, second = (model.embed_all(TextSet(ids), base=True) for ids in sides)
@@ -89,4 +107,4 @@ def of_pairs(
     values["nouns"], values["verbs"] = np.array([spoken[query] for query in queries]).T
     judged = evaluation.qrels
     values["relevant"] = np.array([float(judged[q].get(d, 0) > 0) for q, d in keys])
-    return values, sum(a != b for a, b in zip(seen, documents, strict=True))
+    return values, sum(a != b for a, b in zip(read, documents, strict=True))

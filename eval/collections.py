@@ -46,6 +46,7 @@ class Collection:
         instruction: the task in words, as the authors give it to the models; "" for none.
         relevant_from: split -> the lowest grade that counts as relevant in scores, where not 1.
         negatives: (depth, count) -> query id -> BM25's hard negatives, kept by `train.batches`.
+        frequencies: (split, terms) -> term -> documents with it, kept by `analysis.properties`.
     """
 
     name: str
@@ -64,6 +65,9 @@ class Collection:
     _indices: dict[int, BM25] = field(default_factory=dict, init=False, repr=False, compare=False)
     _orders: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
     negatives: dict[tuple[int, int], dict[str, list[str]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    frequencies: dict[tuple[str, frozenset[str]], Counter[str]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 

@@ -1,8 +1,12 @@
 """Properties of pairs by hand, and of what a model reads of a document."""
 
 import math
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,9 +19,9 @@ from train.trial import model_config
 
 
 def test_properties_of_a_pair() -> None:
-    corpus = ["open a file", "close the file", "read"]
+    seen = {"open": 1, "file": 2, "the": 1, "read": 1}  # of three documents
     pairs = [("Open the file", "open a file, then the file."), ("read", "nothing")]
-    found = {k: v.tolist() for k, v in properties.of_text(pairs, [2.5, 0.0], corpus).items()}
+    found = {k: v.tolist() for k, v in properties.of_text(pairs, [2.5, 0.0], seen, 3).items()}
     assert found["covered_terms"] == [3, 0] and found["covered_share"] == [1, 0]
     assert found["tf_sum"] == [4, 0]  # open once, the once, file twice
     idf = math.log(3 / 1) + math.log(3 / 1) + math.log(3 / 2)
@@ -56,3 +60,43 @@ def test_what_is_cut_off_a_document_is_none_of_a_pair_s(tiny_base: Path, tmp_pat
     assert changed == {"bm25"}
     seen = {name for name in short[0] if short[0][name] != whole[0][name]}
     assert seen >= {"covered_terms", "tf_sum", "idf_sum", "length"} and "bm25" not in seen
+
+
+class Streamed(Mapping[str, str]):
+    """A corpus whose texts are asked for one by one, each at most once; none may be held."""
+
+    def __init__(self, texts: dict[str, str]):
+        self.texts, self.asked = texts, Counter[str]()
+        self.held: list[weakref.ref] = []
+
+    def __getitem__(self, key: str) -> str:
+        assert sum(text() is not None for text in self.held) <= 1
+        self.asked[key] += 1
+        text = Text(self.texts[key])
+        self.held.append(weakref.ref(text))
+        return text
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __iter__(self) -> Iterator[str]:
+        raise AssertionError("all at once")
+
+
+class Text(str):
+    """Of which it is seen when it is let go."""
+
+
+def test_the_corpus_is_counted_in_one_pass(tiny_base: Path, tmp_path: Path) -> None:
+    """Of the words that are asked for; a second trial of the process asks for no text again."""
+    config = tiny_config(tiny_base, write_collection(tmp_path / "Tiny"))
+    corpus = Streamed({"a": "Open a file, a file.", "b": "a file", "other": "open"})
+    whole = load(config.data)
+    collection = replace(whole, corpus=corpus, pools={"dev": ["a", "b"], "test": ["other"]})
+    of = SimpleNamespace(collection=collection, config=replace(config, split="dev"))
+    for _ in range(2):
+        found = properties.frequencies(of, frozenset({"open", "file", "rare"}))  # type: ignore
+        assert found == {"open": 1, "file": 2}
+    assert corpus.asked == {"a": 1, "b": 1}
+    of.config = replace(config, split="test")
+    assert properties.frequencies(of, frozenset({"open"})) == {"open": 1}  # type: ignore
