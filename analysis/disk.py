@@ -72,10 +72,13 @@ def trials_by_file(arms: Trials) -> dict[str, dict]:
     return {f"{arm}/seed{at}.json": trial for arm in arms for at, trial in arms[arm].items()}
 
 
-def measured(folder: Path, arms: Trials, name: str) -> Trials:
-    """arm -> seed -> what a measure (`routing`, `probing`) found; arms without are left out."""
+def measured(folder: Path, arms: Trials, name: str, *needs: str) -> Trials:
+    """arm -> seed -> what a measure (`routing`, `probing`) found; arms without are left out.
+
+    Raises ValueError as `read`.
+    """
     found = {
-        arm: {seed: read(path) for seed in trials
+        arm: {seed: read(path, *needs) for seed in trials
               if (path := folder / measure_file(arm, name, seed)).exists()}
         for arm, trials in arms.items()
     }  # fmt: skip

@@ -12,16 +12,8 @@ from matplotlib.ticker import MaxNLocator
 from analysis import ablation, compare, disk, figures, roles
 from analysis.bands import shade
 from analysis.figures import label, p_value, table
-from analysis.page import (
-    by_seed_less,
-    claims_table,
-    frame,
-    limits,
-    over_seeds,
-    spread,
-    with_holm,
-    write_folder,
-)
+from analysis.page import claims_table, frame, limits, over_seeds, spread, write_folder
+from analysis.probe_claims import HELD, INGREDIENTS, OWN, RELEVANCE, at_best, claims, held
 
 PROPERTY_NAMES = {
     "covered_terms": "covered query terms", "covered_share": "share of terms covered",
@@ -32,21 +24,23 @@ PROPERTY_NAMES = {
     "nouns": "share of nouns in the query", "verbs": "share of verbs in the query",
     "relevant": "relevant",
 }  # fmt: skip
-COLUMNS = ("score", "selectivity", "code", "bits saved", "seeds")
-MEASURED = ("score", "selectivity", "bits", "saved_bits")  # what these are of
-HELD, RELEVANCE = "BM25 and its ingredients", "relevance"
-OWN = roles.OWN["reranking"]
-INGREDIENTS = ("covered_terms", "tf_sum", "idf_sum", "bm25")  # of BM25, and itself
+COLUMNS = (
+    "score", "control (SD of draws)", "selectivity", "score, new documents",
+    "control (SD of draws)", "selectivity", "code", "bits saved", "seeds",
+)  # fmt: skip
 BODY = """\
 ## What can be read off
 
 Probes of {pairs:,} pairs of {queries} queries, tested on unseen queries: R² of ridge regression,
 for a yes or no ({yes}) the balanced accuracy of logistic regression. Selectivity: that score less
 the one on a control task, in which each document has one value at random under every query
-({recurring:.0f} % of the pairs are of a document that recurs), or less chance (0, of accuracies
-0.5) where the control is below it. Code: the bits of each value (of a number, in units of its
-standard deviation) by the online code of the probe; bits saved: against the values' own
-distribution, 0 where the features say nothing. Portions of that code: {portions} % of the queries.
+({recurring:.0f} % of the pairs are of a document that recurs), in the mean over {draws} draws, or
+less chance (0, of accuracies 0.5) where that is below it. New documents: the same where the pairs
+of all documents that a probe is tested on leave what it is fitted to, of which {kept:.0f} % are
+left; so nothing is gained by remembering documents, but fewer pairs read less off. Code:
+the bits of each value (of a number, in units of its standard deviation) by the online code of the
+probe; bits saved: against the values' own distribution, 0 where the features say nothing. Portions
+of that code: {portions} % of the queries.
 Of a document a model reads the first {tokens} tokens; {cut:.0f} % of the pairs' documents
 are longer. Properties of texts are of what is read, but for BM25's score and the numbers of
 documents that have a term (IDF), which are of whole texts. The penalty of each probe is the one
@@ -75,11 +69,11 @@ CAPTION = (
 def write(folder: Path) -> dict[str, Any]:
     """Write the report of runs/probing/<setting>; return what probing.json holds.
 
-    Raises ValueError as `disk.load`, and if no trial was probed.
+    Raises ValueError as `disk.load`, and if no trial was probed, or by code that knew less.
     """
     folder = folder.resolve()
     baselines, arms = disk.load(folder)
-    measured = disk.measured(folder, arms, "probing")
+    measured = disk.measured(folder, arms, "probing", "kept")
     if not measured:
         raise ValueError(f"{folder} has no probed model yet: `make probing` makes it")
     found = compare.compare(folder, baselines, arms)
@@ -132,7 +126,8 @@ def summarise(of: dict[int, dict[str, Any]]) -> dict[str, Any]:
             known = [i for i, mean in enumerate(means) if mean is not None]
             best = max(known, key=lambda i: means[i]) if known else None
             views[view][name] = {"layers": by_layer, "best": best}
-    same = ("first_layer", "pairs", "queries", "recurring", "document_tokens", "cut", "binary")
+    same = ("first_layer", "pairs", "queries", "recurring", "kept", "document_tokens", "cut",
+            "binary")  # fmt: skip
     return {**{k: first[k] for k in same}, "at": list(of), "views": views}
 
 
@@ -142,70 +137,44 @@ def first_layer(found: dict[str, Any], rows: Sequence[Any]) -> int:
     return found["first_layer"] + len(some["layers"]) - len(rows)
 
 
-def _at_best(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The scores over seeds at the one of some layers with the highest mean."""
-    known = [row["score"] for row in rows if row["score"]["mean"] is not None]
-    return max(known, key=lambda score: score["mean"]) if known else None
-
-
-def _held(found: dict[str, Any], view: str, names: Sequence[str]) -> dict[int, float]:
-    """seed -> the mean over properties of a view's scores, each at its best layer; the base is
-    read at the layers that the arm adapts. Empty where a property has no score in some seed."""
-    depth = len(found["views"]["model"][names[0]]["layers"])
-    best = [_at_best(found["views"][view][name]["layers"][-depth:]) for name in names]
-    scores = [score["seeds"] for score in best if score]
-    if len(scores) < len(names) or {len(row) for row in scores} != {len(found["at"])}:
-        return {}
-    return dict(zip(found["at"], np.mean(scores, 0).tolist(), strict=True))
-
-
-def claims(probed: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the reading claims, as differences over seeds with Holm's p over all of them.
-
-    Of BM25's ingredients in the mean, and of relevance: each arm less the base, each less Rank-Only
-    of the same seed; of the ingredients, reranking's own expert less every other.
-    """
-    rows = []
-
-    def add(arm: str, what: str, one: dict[int, float], other: dict[int, float]) -> None:
-        if values := by_seed_less(one, other):
-            rows.append({"arm": arm, "what": what, "difference": over_seeds(values)})
-
-    for arm, found in probed.items():
-        for names, text in ((INGREDIENTS, HELD), (("relevant",), RELEVANCE)):
-            own = _held(found, "model", names)
-            add(arm, f"{text}, against the base", own, _held(found, "base", names))
-            if arm != "rank-only" and "rank-only" in probed:
-                rival = _held(probed["rank-only"], "model", names)
-                add(arm, f"{text}, against {label('rank-only')}", own, rival)
-        for view in found["views"] if OWN in found["views"] else ():
-            if view not in ("model", "base", OWN):
-                mine, other = (_held(found, name, INGREDIENTS) for name in (OWN, view))
-                add(arm, f"{HELD}, expert: {OWN} against {view}", mine, other)
-    with_holm(row["difference"] for row in rows)
-    return rows
-
-
-def _selectivity(found: dict[str, Any], name: str) -> float | None:
-    """Of a property in the model, at its best layer, over seeds."""
+def _at_own_best(found: dict[str, Any], name: str, key: str) -> float | None:
+    """A number of a property in the model, at its best layer, over seeds."""
     of = found["views"]["model"][name]
-    return None if of["best"] is None else of["layers"][of["best"]]["selectivity"]["mean"]
+    return None if of["best"] is None else of["layers"][of["best"]][key]["mean"]
+
+
+def _beside(found: dict[str, Any], names: Sequence[str]) -> str:
+    """The selectivity of a claim's properties in their mean, and what is read off new documents."""
+    said = ""
+    gaps = [gap for n in names if (gap := _at_own_best(found, n, "selectivity")) is not None]
+    if gaps:
+        said = f"; selectivity {np.mean(gaps):+.2f}"
+    keys = ("new_score", "new_control", "new_selectivity")
+    rows = [[_at_own_best(found, name, key) for key in keys] for name in names]
+    if known := [row for row in rows if None not in row]:
+        score, control, gap = np.array(known, float).mean(0)
+        said += f"; on new documents {score:.2f}, control {control:.2f}, selectivity {gap:+.2f}"
+    return said
 
 
 def _unselective(probed: dict[str, dict[str, Any]]) -> str | None:
     """Which of the claims' properties a probe reads no better than values that have no meaning."""
-    low = [
-        f"{PROPERTY_NAMES[name]} in {label(arm)} ({gap:+.2f})"
-        for arm, found in probed.items()
-        for name in (*INGREDIENTS, "relevant")
-        if (gap := _selectivity(found, name)) is not None and gap <= 0
-    ]
+    low = []
+    for arm, found in probed.items():
+        for name in (*INGREDIENTS, "relevant"):
+            gap = _at_own_best(found, name, "selectivity")
+            if gap is None or gap > 0:
+                continue
+            new = _at_own_best(found, name, "new_selectivity")
+            beside = "not known" if new is None else f"{new:+.2f}"
+            low.append(f"{PROPERTY_NAMES[name]} in {label(arm)} ({gap:+.2f}; {beside})")
     if not low:
         return None
     return (
-        f"Whether these are held by more than the documents' own look: {', '.join(low)}. There the "
-        "probe does no better than on values drawn at random for each document (selectivity), so "
-        "what it reads it may have learnt document by document."
+        f"How much of these the documents' own look gives away: {', '.join(low)}. There the probe "
+        "does no better than on values drawn at random for each document (selectivity), so what it "
+        "reads it may have learnt document by document. Behind the semicolon the selectivity on "
+        "new documents: where it is above 0, some of it is read off documents never seen."
     )
 
 
@@ -223,7 +192,7 @@ def _told(row: dict[str, Any]) -> str:
 
 def _experts(arm: str, found: dict[str, Any], tested: Sequence[dict[str, Any]]) -> list[str]:
     """Whether reranking's own expert holds more of BM25's ingredients than the others."""
-    own = _held(found, OWN, INGREDIENTS) if OWN in found["views"] else {}
+    own = held(found, OWN, INGREDIENTS) if OWN in found["views"] else {}
     start = f"{HELD}, expert: {OWN} against "
     gaps = [row for row in tested if row["arm"] == arm and row["what"].startswith(start)]
     if not own or not gaps:
@@ -239,14 +208,14 @@ def _experts(arm: str, found: dict[str, Any], tested: Sequence[dict[str, Any]]) 
 def reading(v: dict[str, Any]) -> str:
     said = []
     base = next(iter(v["probed"].values()))
-    held = [
+    in_base = [
         f"{PROPERTY_NAMES[name]} at layer {first_layer(base, of['layers']) + of['best']} "
         f"({of['layers'][of['best']]['score']['mean']:.2f})"
         for name in INGREDIENTS
         if (of := base["views"]["base"][name])["best"] is not None
     ]
-    if held:
-        said.append(f"The base holds BM25 and its ingredients best in: {', '.join(held)}.")
+    if in_base:
+        said.append(f"The base holds BM25 and its ingredients best in: {', '.join(in_base)}.")
     for arm, found in v["probed"].items():
         gains = {}  # of R^2 alone: those of accuracies have another unit
         for name in (n for n in found["views"]["model"] if n not in found["binary"]):
@@ -255,7 +224,7 @@ def reading(v: dict[str, Any]) -> str:
                 continue  # R² without a bit saved says nothing of the property
             depth = len(of["layers"])
             base_rows = found["views"]["base"][name]["layers"][-depth:]
-            best, other = _at_best(of["layers"]), _at_best(base_rows)
+            best, other = at_best(of["layers"]), at_best(base_rows)
             if best and other:
                 gains[name] = best["mean"] - other["mean"]
         if gains:
@@ -271,9 +240,7 @@ def reading(v: dict[str, Any]) -> str:
             if rows:
                 told = ", ".join(f"{_told(row)} {row['what'].split(', ')[1]}" for row in rows)
                 names = INGREDIENTS if what == HELD else ("relevant",)
-                gaps = [gap for n in names if (gap := _selectivity(found, n)) is not None]
-                beside = f"; selectivity {np.mean(gaps):+.2f}" if gaps else ""
-                said.append(f"{label(arm)} on {what}: {told}{beside}.")
+                said.append(f"{label(arm)} on {what}: {told}{_beside(found, names)}.")
         said += _experts(arm, found, v["tests"])
     if max(len(row["seeds"]) for row in v["arms"].values()) == 1:
         said.insert(0, "One seed: what differs between arms may be its own.")
@@ -285,12 +252,18 @@ def _cells(row: dict[str, Any], view: str) -> list[str]:
     """Of COLUMNS, at one layer."""
     if view == "base":  # one model, whatever the seeds of the arms
         row = {key: over_seeds(row[key]["seeds"][:1]) for key in row}
-    seeds = str(len(row["score"]["seeds"]))
-    return [*(spread(row[k]) for k in MEASURED), seeds]
+
+    def beside_control(of: str) -> list[str]:
+        control, sd = row[f"{of}control"], row[f"{of}control_sd"]["mean"]
+        told = spread(control) if sd is None else f"{spread(control)} ({sd:.2f})"
+        return [spread(row[f"{of}score"]), told, spread(row[f"{of}selectivity"])]
+
+    code = [spread(row["bits"]), spread(row["saved_bits"])]
+    return [*beside_control(""), *beside_control("new_"), *code, str(len(row["score"]["seeds"]))]
 
 
 def markdown(v: dict[str, Any]) -> str:
-    from analysis.probing import PORTIONS  # with scikit-learn, which takes a second to import
+    from analysis.probing import DRAWS, PORTIONS  # takes a second, with scikit-learn
 
     rows, last, one = [], [], next(iter(v["probed"].values()))
     for arm, found in v["probed"].items():
@@ -318,6 +291,8 @@ def markdown(v: dict[str, Any]) -> str:
         yes=", ".join(PROPERTY_NAMES[name] for name in one["binary"]),
         tokens=one["document_tokens"],
         cut=100 * one["cut"] / one["pairs"],
+        draws=DRAWS,
+        kept=100 * one["kept"],
         recurring=100 * one["recurring"] / one["pairs"],
         arms=compare.arms_section(v),
         table=table(["arm", "view", "property", "layer", *COLUMNS], rows),

@@ -5,8 +5,9 @@ to one of its properties, always tested on queries that it has not seen. Beside 
 score on a control task (Hewitt and Liang, 1909.03368): each document has one value of the property
 at random, under every query alike, so that a probe gets as far as it can tell documents apart and
 remember them (of a property of the query each query has one, of which an unseen one tells nothing);
-selectivity is the score less the control's, or less chance where the control is
-below that. And what the online code saves (Voita and Titov, 2003.12298): how many bits fewer it
+selectivity is the score less the mean over draws of the control's, or less chance where that is
+below it. And the same of probes that have not seen the documents either, on which nothing that they
+remember helps. And what the online code saves (Voita and Titov, 2003.12298): how many bits fewer it
 takes to send a value when each portion is coded with the probe that was fitted to those before it
 than by the values' own distribution.
 """
@@ -36,6 +37,7 @@ from model.unimoer import UniMoER
 from trials import Config
 
 FOLDS = 5
+DRAWS = 10  # of the control task
 # Of the queries; what is sent before there are enough for folds needs no probe.
 PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
 # Of ridge, on standardised features; each property takes the one that does best on a query that is
@@ -50,14 +52,32 @@ def binary(y: np.ndarray) -> bool:
     return set(np.unique(y).tolist()) <= {0.0, 1.0}
 
 
-def score(x: np.ndarray, y: np.ndarray, queries: Sequence[Any]) -> list[float | None]:
-    """R^2 of ridge for each column of y (n, T), or balanced accuracy of a logistic probe where all
-    of them are yes or no; over folds of unseen queries.
+def folds(
+    queries: Sequence[Any], documents: Sequence[Any] | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(train, test) of unseen queries; with the documents of the pairs, of unseen documents too:
+    pairs of those that are tested on leave what is fitted."""
+    groups = np.asarray(queries)
+    found = list(GroupKFold(FOLDS).split(groups, groups=groups))
+    if documents is None:
+        return found
+    of = np.asarray(documents)
+    return [(train[~np.isin(of[train], of[test])], test) for train, test in found]
 
-    R^2 is pooled over folds, against the mean of all values. None where a column does not vary.
+
+def score(
+    x: np.ndarray, y: np.ndarray, queries: Sequence[Any], documents: Sequence[Any] | None = None
+) -> list[float | None]:
+    """R^2 of ridge for each column of y (n, T), or balanced accuracy of a logistic probe where all
+    of them are yes or no; over `folds`.
+
+    R^2 is pooled over folds, against the mean of all values. None where a column does not vary, or
+    a fold leaves fewer than `FOLDS` queries to fit to.
     """
     guessed, yes, groups = np.zeros(y.shape), binary(y), np.asarray(queries)
-    for train, test in GroupKFold(FOLDS).split(x, y, groups):
+    for train, test in folds(queries, documents):
+        if len(np.unique(groups[train])) < FOLDS:
+            return [None] * y.shape[1]
         penalty = _penalty(x[train], y[train], groups[train])
         guessed[test] = _fitted(x[train], y[train], yes, penalty, weigh=True)(x[test])
     found: list[float | None] = []
@@ -152,20 +172,22 @@ def _penalty(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
     (a pair alone would be told by the others of its query), of about `TRIED_ON` pairs.
 
     With H the matrix that takes y to what ridge makes of it, the residuals of a group g that is
-    left out are (I - H_gg)^-1 r_g.
+    left out are (I - H_gg)^-1 r_g. All columns and penalties share one decomposition.
     """
     names, at = np.unique(queries, return_inverse=True)
     step = max(1, min(len(x) // TRIED_ON, len(names) // FOLDS))
     kept = at % step == 0
     y, at = y[kept] - y[kept].mean(0), at[kept]
-    u, size, _ = np.linalg.svd(StandardScaler().fit_transform(x[kept]), full_matrices=False)
+    z = StandardScaler().fit_transform(x[kept])
+    size, axes = np.linalg.eigh(z.T @ z)
+    z = z @ axes
     groups = [np.flatnonzero(at == group) for group in np.unique(at)]
     errors = np.zeros((len(PENALTIES), y.shape[1]))
     for row, penalty in zip(errors, PENALTIES, strict=True):
-        part = u * (size**2 / (size**2 + penalty))
-        left = y - part @ (u.T @ y)
+        part = z / (size + penalty)
+        left = y - part @ (z.T @ y)
         for g in groups:
-            free = np.eye(len(g)) - part[g] @ u[g].T - 1 / len(y)  # the last for the intercept
+            free = np.eye(len(g)) - part[g] @ z[g].T - 1 / len(y)  # the last for the intercept
             row += (np.linalg.solve(free, left[g]) ** 2).sum(0)
     return np.array(PENALTIES)[errors.argmin(0)]
 
@@ -179,14 +201,24 @@ def _fitted(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """A probe of all columns of y (n, T): standardised features (m, D) -> guesses (m, T).
 
-    One ridge has all columns, since they share nearly all of the work; penalty: of each of them.
+    One ridge has all columns of a penalty, since they share nearly all of the work.
     yes: logistic instead, and guesses are probabilities; weigh: with both classes weighed alike. At
     the values' mean the curvature of its loss is p (1 - p) times that of squares, so that is what
     ridge's penalty is worth there.
     """
     if not yes:
-        made = make_pipeline(StandardScaler(), Ridge(penalty)).fit(x, y)  # type: ignore[arg-type]
-        return lambda new: made.predict(new).reshape(len(new), -1)
+        scaler = StandardScaler().fit(x)
+        z = scaler.transform(x)
+        parts = [(penalty == one, one) for one in np.unique(penalty)]
+        made = [(part, Ridge(one).fit(z, y[:, part])) for part, one in parts]
+
+        def guess(new: np.ndarray) -> np.ndarray:
+            scaled, found = scaler.transform(new), np.empty((len(new), y.shape[1]))
+            for part, ridge in made:
+                found[:, part] = ridge.predict(scaled).reshape(len(new), -1)
+            return found
+
+        return guess
     probes = []
     for column, least in zip(y.T, penalty, strict=True):
         probe = None  # what does not vary needs none
@@ -210,8 +242,9 @@ def probe(
     queries: Sequence[Any],
     documents: Sequence[Any],
 ) -> dict[str, list[dict[str, float | None]]]:
-    """property -> by layer: score, that of the control task, selectivity, and bits of a value by
-    the online code, by the values' own distribution, and saved.
+    """property -> by layer: what `_selectivity` says of unseen queries, and as `new_...` of unseen
+    queries and documents; and bits of a value by the online code, by the values' own distribution,
+    and saved.
 
     layers: (layers, n, D). queries, documents: of each of the n pairs.
     """
@@ -221,21 +254,38 @@ def probe(
         if not names:
             continue
         y = np.stack([values[name] for name in names], 1)
+        drawn = [control(y, queries, documents, seed) for seed in range(DRAWS)]
+        every = np.concatenate([y, *drawn], 1)
         for x in layers:
             columns = (
-                score(x, y, queries),
-                score(x, control(y, queries, documents), queries),
+                _selectivity(score(x, every, queries), len(names), 0.5 if yes else 0.0),
+                _selectivity(score(x, every, queries, documents), len(names), 0.5 if yes else 0.0),
                 code_lengths(x, y, queries),
             )
-            for name, real, fake, bits in zip(names, *columns, strict=True):
-                chance = 0.5 if yes else 0.0
-                gap = None if real is None or fake is None else real - max(fake, chance)
+            for name, seen, new, bits in zip(names, *columns, strict=True):
                 own, prior = bits or (None, None)
                 found[name].append({
-                    "score": real, "control": fake, "selectivity": gap, "bits": own,
+                    **seen, **{f"new_{key}": value for key, value in new.items()}, "bits": own,
                     "prior_bits": prior, "saved_bits": bits and bits[1] - bits[0],
                 })  # fmt: skip
     return found
+
+
+def _selectivity(
+    scores: Sequence[float | None], count: int, chance: float
+) -> list[dict[str, float | None]]:
+    """Of the scores of `count` properties, then of their controls, draw by draw: of each property
+    its score, the control's mean and standard deviation over draws, and the selectivity."""
+    rows: list[dict[str, float | None]] = []
+    for at, real in enumerate(scores[:count]):
+        drawn = [fake for fake in scores[at + count :: count] if fake is not None]
+        if real is None or not drawn:
+            rows.append(dict.fromkeys(("score", "control", "control_sd", "selectivity")))
+            continue
+        mean = float(np.mean(drawn))
+        rows.append({"score": real, "control": mean, "control_sd": float(np.std(drawn)),
+                     "selectivity": real - max(mean, chance)})  # fmt: skip
+    return rows
 
 
 def measure(
@@ -270,12 +320,14 @@ def measure(
             # own and takes ten times as long.
             with threadpool_limits(1, "blas"):
                 probes[name] = probe(x.numpy(), values, queries, documents)
+    fitted = [sum(len(train) for train, _ in folds(queries, of)) for of in (None, documents)]
     return {
         "first_layer": model.config.lora.first_layer,
         "pairs": len(pairs),
         "queries": len(set(queries)),
         "document_tokens": config.document_tokens,
         "cut": cut,
+        "kept": fitted[1] / fitted[0],
         "recurring": sum(n for n in Counter(documents).values() if n > 1),
         "probes": probes,
         "base_mark": mark,

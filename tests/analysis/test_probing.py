@@ -7,9 +7,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from analysis import probes, probing, roles
-from analysis.page import over_seeds
-from eval import inference
+from analysis import probing
 
 N, D = 600, 20
 QUERIES = [i // 6 for i in range(N)]
@@ -120,6 +118,57 @@ def test_features_that_name_the_document_are_good_at_the_control_task() -> None:
     row = found["of the document"][0]
     assert row["score"] > 0.7 and row["control"] > 0.7  # type: ignore[operator]
     assert abs(row["selectivity"]) < 0.2  # type: ignore[arg-type]
+    assert {row[f"new_{k}"] for k in ("score", "control", "control_sd", "selectivity")} == {None}
+
+
+def test_of_new_documents_nothing_is_remembered() -> None:
+    """Features that name the document, and in a direction of their own say what it is about: on
+    seen documents any values of theirs are read off as well as that, on new ones that alone."""
+    rng = np.random.default_rng(0)
+    documents = rng.integers(200, size=N).tolist()
+    about, other = rng.normal(size=(2, 200))
+    x = (rng.normal(size=(200, 300)) + about[:, None])[documents] + 0.01 * rng.normal(size=(N, 300))
+    values = {"about": about[documents], "other": other[documents]}
+    found = probing.probe(x[None], values, QUERIES, documents)
+    row, remembered = found["about"][0], found["other"][0]
+    assert row["score"] > 0.9 and row["new_score"] > 0.9  # type: ignore[operator]
+    assert remembered["score"] > 0.4 and row["control"] > 0.4  # type: ignore[operator]
+    for none in (remembered["new_score"], remembered["new_control"], row["new_control"]):
+        assert none < 0.1  # type: ignore[operator]
+    assert row["new_selectivity"] > 0.8  # type: ignore[operator]
+
+
+def test_new_documents_are_in_no_fold_that_is_fitted() -> None:
+    queries, documents = np.array(QUERIES), np.random.default_rng(0).integers(300, size=N)
+    tested = []
+    both = zip(probing.folds(QUERIES), probing.folds(QUERIES, documents.tolist()), strict=True)
+    for (train, test), (left, same) in both:
+        assert test.tolist() == same.tolist() and set(left) < set(train)
+        gone = np.setdiff1d(train, left)
+        assert not set(queries[train]) & set(queries[test])
+        assert not set(documents[left]) & set(documents[test])
+        assert set(documents[gone]) <= set(documents[test])  # no more than has to
+        tested += test.tolist()
+    assert sorted(tested) == list(range(N))
+
+
+@pytest.mark.parametrize("yes", [False, True])
+def test_the_control_is_drawn_several_times(yes: bool) -> None:
+    """Its mean and standard deviation, each draw by itself."""
+    rng = np.random.default_rng(0)
+    documents = rng.integers(100, size=150).tolist()
+    x, queries = rng.normal(size=(100, 40))[documents], [i // 5 for i in range(150)]
+    y = rng.normal(size=150) > 0 if yes else x[:, 0] + rng.normal(size=150)
+    y = y.astype(float)
+    row = probing.probe(x[None], {"y": y}, queries, documents)["y"][0]
+    for name, of in (("", None), ("new_", documents)):
+        drawn = [
+            probing.score(x, probing.control(y[:, None], queries, documents, i), queries, of)[0]
+            for i in range(probing.DRAWS)
+        ]
+        assert len(set(drawn)) >= 8
+        assert row[f"{name}control"] == pytest.approx(np.mean(drawn))  # type: ignore[arg-type]
+        assert row[f"{name}control_sd"] == pytest.approx(np.std(drawn))  # type: ignore[arg-type]
 
 
 def test_what_only_tells_queries_apart_does_not_count() -> None:
@@ -251,78 +300,3 @@ def test_a_few_queries_are_coded_by_the_prior() -> None:
     """Too few for folds: whole, however well the features tell the values."""
     x = features()[:60]
     assert saved_bits(x, x[:, 0], [i // 12 for i in range(60)]) == pytest.approx(0, abs=1e-9)
-
-
-def probed(seeds: list[int], views: dict[str, tuple[list[list[float]], list[float]]]) -> dict:
-    """As `probes.summarise` gives it: view -> (by layer, the scores of BM25's ingredients by seed;
-    relevance's by seed, in one layer)."""
-
-    def rows(by_layer: list[list[float]]) -> dict:
-        return {"layers": [{"score": over_seeds(values)} for values in by_layer]}
-
-    return {"at": seeds, "views": {
-        view: {**{name: rows(own) for name in probes.INGREDIENTS}, "relevant": rows([relevant])}
-        for view, (own, relevant) in views.items()
-    }}  # fmt: skip
-
-
-def test_what_probes_claim_is_tested_over_seeds() -> None:
-    """By seed, the base at the arm's depth alone, and an arm without a seed in common left out."""
-    base = ([[0.9, 0.9], [0.3, 0.3], [0.4, 0.4]], [0.6, 0.6])  # its best layer is none of the arm's
-    found = probes.claims({
-        "rank-only": probed([0, 1], {
-            "model": ([[0.5, 0.6], [0.1, 0.1]], [0.7, 0.8]), "base": base}),
-        "joint-moe": probed([1, 0], {
-            "model": ([[0.4, 0.5], [0.2, 0.2]], [0.6, 0.7]), "base": base,
-            roles.OWN["embedding"]: ([[0.2, 0.4], [0.1, 0.1]], [0.6, 0.6]),
-            roles.OWN["reranking"]: ([[0.5, 0.5], [0.1, 0.1]], [0.6, 0.6]),
-            "the other": ([[0.5, 0.5], [0.1, 0.1]], [0.6, 0.6])}),
-        "late": probed([7], {"model": ([[0.4], [0.2]], [0.6]), "base": ([[0.3], [0.3]], [0.6])}),
-    })  # fmt: skip
-    seeds = {(row["arm"], row["what"]): row["difference"]["seeds"] for row in found}
-    held = "BM25 and its ingredients"
-    assert seeds["rank-only", f"{held}, against the base"] == pytest.approx([0.1, 0.2])
-    assert seeds["rank-only", "relevance, against the base"] == pytest.approx([0.1, 0.2])
-    # Its first seed is 1, where Rank-Only has 0.6 and 0.8.
-    assert seeds["joint-moe", f"{held}, against Rank-Only"] == pytest.approx([-0.2, 0.0])
-    assert seeds["joint-moe", "relevance, against Rank-Only"] == pytest.approx([-0.2, 0.0])
-    expert = f"{held}, expert: reranking's own against"
-    assert seeds["joint-moe", f"{expert} embedding's own"] == pytest.approx([0.3, 0.1])
-    assert seeds["joint-moe", f"{expert} the other"] == pytest.approx([0.0, 0.0])
-    assert ("late", f"{held}, against Rank-Only") not in seeds and len(seeds) == 10
-    tested = [row["difference"] for row in found if row["difference"]["p"] is not None]
-    assert [row["p_holm"] for row in tested] == inference.holm([row["p"] for row in tested])
-    assert len(tested) == 8  # one seed has no p
-
-
-def test_views_and_components_take_the_experts_roles() -> None:
-    """Of two seeds that dealt them the other way round, in one order."""
-    found = []
-    for weights in ([0.8, 0.2], [0.2, 0.8]):
-        line = {"weights_embedding": weights, "weights_reranking": weights[::-1]}
-        trial = {"config": {"experts": ["a", "b"]}, "curve": [line]}
-        own = {"a": weights[0], "b": weights[1]}
-        measured = {
-            "probes": {"model": 0, "base": 1, **own},
-            "components": {"q_proj": 2, **{f"expert {k}": v for k, v in own.items()}},
-        }
-        found.append(probes._by_role(measured, trial))  # fmt: skip
-    one, other = found
-    assert one == other and [*one["probes"]] == [*other["probes"]]
-    assert one["probes"] == {"model": 0, "base": 1, roles.OWN["embedding"]: 0.8,
-                             roles.OWN["reranking"]: 0.2}  # fmt: skip
-    assert one["components"] == {"q_proj": 2, f"expert: {roles.OWN['embedding']}": 0.8,
-                                 f"expert: {roles.OWN['reranking']}": 0.2}  # fmt: skip
-
-
-def test_what_random_values_do_as_well_is_said() -> None:
-    def layer(selectivity: float) -> dict:
-        return {"best": 0, "layers": [{"selectivity": over_seeds([selectivity, selectivity])}]}
-
-    names = (*probes.INGREDIENTS, "relevant")
-    gaps = {**dict.fromkeys(names, 0.2), "bm25": -0.1, "relevant": 0.0}
-    told = probes._unselective({"rank-only": {"views": {"model": {
-        name: layer(gap) for name, gap in gaps.items()}}}})  # fmt: skip
-    assert told and "BM25 (whole text) in Rank-Only (-0.10), relevant in Rank-Only (+0.00)." in told
-    gaps = {"views": {"model": {name: layer(0.2) for name in names}}}
-    assert probes._unselective({"rank-only": gaps}) is None
