@@ -10,7 +10,8 @@ from analysis.figures import label
 from analysis.page import by_seed_less, over_seeds, with_holm
 
 HELD, RELEVANCE = "BM25 and its ingredients", "relevance"
-OWN = roles.OWN["reranking"]
+ALONE = "{} alone"  # a view: the model with one expert of this role
+OWN = ALONE.format(roles.OWN["reranking"])
 INGREDIENTS = ("covered_terms", "tf_sum", "idf_sum", "bm25")  # of BM25, and itself
 
 

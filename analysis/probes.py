@@ -13,7 +13,7 @@ from analysis import ablation, compare, disk, figures, roles
 from analysis.bands import shade
 from analysis.figures import label, p_value, table
 from analysis.page import claims_table, frame, limits, over_seeds, spread, write_folder
-from analysis.probe_claims import HELD, INGREDIENTS, OWN, RELEVANCE, at_best, claims, held
+from analysis.probe_claims import ALONE, HELD, INGREDIENTS, OWN, RELEVANCE, at_best, claims, held
 
 PROPERTY_NAMES = {
     "covered_terms": "covered query terms", "covered_share": "share of terms covered",
@@ -48,7 +48,9 @@ that does best on queries left out of what it is fitted to; of what is one value
 control has one for each query.
 At the layer with the highest mean score (of the base all layers are probed, of an arm the adapted
 ones: those below are the base's); mean over seeds ± their standard deviation, with its 95 %
-interval; the base is one model.
+interval; the base is one model. An expert "alone" is the model with weight 1 for it in every layer:
+what can be read off where it has to do all of the work, not what it adds to the others in the model
+as it is.
 
 {table}The same behind the last layer, which is what the heads read.
 
@@ -100,7 +102,8 @@ def _by_role(measured: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
     """With the experts' views or components under their roles, in an order that is the same for
     every seed."""
     names = roles.of_trial(trial)
-    named = names | {f"expert {name}": f"expert: {role}" for name, role in names.items()}
+    named = {name: ALONE.format(role) for name, role in names.items()}
+    named |= {f"expert {name}": f"expert: {role}" for name, role in names.items()}
     found = dict(measured)
     for key in {"probes", "components"} & measured.keys():
         rows = {named[k] if k in named else k: row for k, row in measured[key].items()}
@@ -200,8 +203,8 @@ def _experts(arm: str, found: dict[str, Any], tested: Sequence[dict[str, Any]]) 
     others = ", ".join(f"{_told(row)} against {row['what'].removeprefix(start)}" for row in gaps)
     mean = np.mean(list(own.values()))
     return [
-        f"Of {label(arm)}'s experts the one that pairs are given more than other texts holds BM25 "
-        f"and its ingredients at a mean R² of {mean:.2f}: {others}."
+        f"Of {label(arm)} with one expert alone, that which pairs are given more than other texts "
+        f"holds BM25 and its ingredients at a mean R² of {mean:.2f}: {others}."
     ]
 
 

@@ -293,7 +293,8 @@ def measure(
 ) -> dict[str, Any]:
     """Probes of the pairs of `measured` reranking queries: the model, its experts, and the base.
 
-    Of the base all layers, of the others the adapted ones: those below are the base's.
+    Of the base all layers, of the others the adapted ones: those below are the base's. Of an expert
+    the model with its weight at 1 in every layer, not what it adds to the model as it is.
     """
     assert model.config.lora is not None
     texts, experts = evaluation.collection, model.config.lora.experts

@@ -250,7 +250,7 @@ def markdown(v: dict[str, Any], curves: bool) -> str:
     one = next(iter(v["measured"].values()))
     unsure = limits(v)
     unsure.insert(0, "Whether an expert does what its name says: weights say who is used, not what "
-                     "for; the probes of each expert's output would.")  # fmt: skip
+                     "for.")  # fmt: skip
     head = ["arm", "information (bits)", "by chance", "sure"]
     body = BODY.format(
         texts=next(iter(one["texts"].values())),

@@ -29,9 +29,9 @@ def test_what_probes_claim_is_tested_over_seeds() -> None:
             "model": ([[0.5, 0.6], [0.1, 0.1]], [0.7, 0.8]), "base": base}),
         "joint-moe": probed([1, 0], {
             "model": ([[0.4, 0.5], [0.2, 0.2]], [0.6, 0.7]), "base": base,
-            roles.OWN["embedding"]: ([[0.2, 0.4], [0.1, 0.1]], [0.6, 0.6]),
-            roles.OWN["reranking"]: ([[0.5, 0.5], [0.1, 0.1]], [0.6, 0.6]),
-            "the other": ([[0.5, 0.5], [0.1, 0.1]], [0.6, 0.6])}),
+            "embedding's own alone": ([[0.2, 0.4], [0.1, 0.1]], [0.6, 0.6]),
+            "reranking's own alone": ([[0.5, 0.5], [0.1, 0.1]], [0.6, 0.6]),
+            "the other alone": ([[0.5, 0.5], [0.1, 0.1]], [0.6, 0.6])}),
         "late": probed([7], {"model": ([[0.4], [0.2]], [0.6]), "base": ([[0.3], [0.3]], [0.6])}),
     })  # fmt: skip
     seeds = {(row["arm"], row["what"]): row["difference"]["seeds"] for row in found}
@@ -41,9 +41,9 @@ def test_what_probes_claim_is_tested_over_seeds() -> None:
     # Its first seed is 1, where Rank-Only has 0.6 and 0.8.
     assert seeds["joint-moe", f"{held}, against Rank-Only"] == pytest.approx([-0.2, 0.0])
     assert seeds["joint-moe", "relevance, against Rank-Only"] == pytest.approx([-0.2, 0.0])
-    expert = f"{held}, expert: reranking's own against"
-    assert seeds["joint-moe", f"{expert} embedding's own"] == pytest.approx([0.3, 0.1])
-    assert seeds["joint-moe", f"{expert} the other"] == pytest.approx([0.0, 0.0])
+    expert = f"{held}, expert: reranking's own alone against"
+    assert seeds["joint-moe", f"{expert} embedding's own alone"] == pytest.approx([0.3, 0.1])
+    assert seeds["joint-moe", f"{expert} the other alone"] == pytest.approx([0.0, 0.0])
     assert ("late", f"{held}, against Rank-Only") not in seeds and len(seeds) == 10
     tested = [row["difference"] for row in found if row["difference"]["p"] is not None]
     assert [row["p_holm"] for row in tested] == inference.holm([row["p"] for row in tested])
@@ -64,8 +64,8 @@ def test_views_and_components_take_the_experts_roles() -> None:
         found.append(probes._by_role(measured, trial))  # fmt: skip
     one, other = found
     assert one == other and [*one["probes"]] == [*other["probes"]]
-    assert one["probes"] == {"model": 0, "base": 1, roles.OWN["embedding"]: 0.8,
-                             roles.OWN["reranking"]: 0.2}  # fmt: skip
+    assert one["probes"] == {"model": 0, "base": 1, "embedding's own alone": 0.8,
+                             "reranking's own alone": 0.2}  # fmt: skip
     assert one["components"] == {"q_proj": 2, f"expert: {roles.OWN['embedding']}": 0.8,
                                  f"expert: {roles.OWN['reranking']}": 0.2}  # fmt: skip
 
