@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from analysis.figures import label
 from analysis.page import by_seed_less, over_seeds, with_holm
 from analysis.representation_figures import KIND_NAMES
@@ -17,7 +19,8 @@ def claims(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
     Of each arm but the specialists: its CKA with Emb-Only less that with Rank-Only. Of each pair of
     experts: how much more of each other's space they write into than random ones would, and than
-    those of Uniform-MoE do. Of Joint-Single: its STIR less that of each specialist.
+    the mean pair of Uniform-MoE, whose experts have no roles to tell them by, does. Of
+    Joint-Single: its STIR less that of each specialist.
     """
     rows: list[dict[str, Any]] = []
 
@@ -32,6 +35,8 @@ def claims(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         if values := by_seed_less(*of):
             rows.append({"arm": arm, "what": what, "difference": over_seeds(values)})
 
+    unrouted = [row["outputs_overlap"]["seeds"]
+                for row in measured.get(UNROUTED, {"pairs": {}})["pairs"].values()]  # fmt: skip
     for arm, found in measured.items():
         for kind, text in KIND_NAMES.items():
             near = [found["arms"][kind].get(other, {}).get("by_seed") for other in SPECIALISTS]
@@ -44,9 +49,8 @@ def claims(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             )
             what = f"overlap of {name.replace(' | ', ' with ')} (write) less"
             add(arm, f"{what} by chance", mine, by_chance)
-            other = measured.get(UNROUTED, {"pairs": {}})["pairs"].get(name)
-            if other and arm != UNROUTED:
-                theirs = (UNROUTED, other["outputs_overlap"]["seeds"])
+            if arm != UNROUTED and len(unrouted) == len(found["pairs"]):
+                theirs = (UNROUTED, np.mean(unrouted, 0).tolist())
                 add(arm, f"{what} {label(UNROUTED)}'s", mine, theirs)
         for other in SPECIALISTS if arm == rule.JOINT else ():
             if other in measured:

@@ -8,17 +8,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import figures
+from analysis import figures, roles
 from analysis.bands import shade
 from analysis.figures import label
 
 KIND_NAMES = {"document": "documents (embedding)", "pair": "pairs (reranking)"}
-NAMED = ("embedding", "reranking", "shared")  # experts, each in its colour in every panel
+# Experts, each in its colour in every panel; a role is no name.
+NAMED = (*roles.OWN.values(), "the other", "shared", "embedding", "reranking")
 MAP_NAMES = {"tsne": "t-SNE", "umap": "UMAP"}
 CAPTIONS = {
     "layers": "CKA with the untrained base by layer: mean over seeds with its 95 % interval.",
     "experts": "CKA of two experts of one model, each alone on the same texts, by layer: mean over "
-    "seeds with its 95 % interval (Student's t, which knows no limit such as 1).",
+    "seeds with its 95 % interval (Student's t, which knows no limit such as 1). Experts of a "
+    "learned router are told by their roles.",
     "spectra": "Singular values of ΔW by expert, each over its linear's largest, mean over linears "
     "and seeds.",
     "stir": "What training added, by layer: STIR between documents and pairs (1: as much as a "
@@ -60,15 +62,14 @@ def draw_experts(v: dict[str, Any]) -> Figure:
                     middle = [np.mean(values) if values else np.nan for values in known]
                     axes.plot(x, middle, color=colour, marker="os^Dv"[at % 5], markersize=3,
                               linestyle=figures.DASHES[at % 4],
-                              label=pair.replace(" | ", " with "))  # fmt: skip
+                              label=pair.replace(" | ", "\nwith "))  # fmt: skip
                     shade(axes, x, known, colour)
                     figures.layer_ticks(axes, x)
+            row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), labelspacing=0.8)
         for axes, text in zip(grid[0], KIND_NAMES.values(), strict=True):
             axes.set_title(text.capitalize(), fontweight="bold")
         for axes in grid[-1]:
             axes.set_xlabel("layer")
-        handles, texts = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, texts, loc="outside lower center", ncols=3)
         return figure
 
 
@@ -120,14 +121,14 @@ def draw_spectra(measured: dict[str, dict[int, dict[str, Any]]]) -> Figure:
         for axes, (arm, trials) in zip(panels, measured.items(), strict=True):
             first = next(iter(trials.values()))
             for expert in first["experts"]:
-                at = NAMED.index(expert) if expert in NAMED else len(NAMED)
+                at = NAMED.index(expert) if expert in NAMED else 0
                 values = [row["alone"][expert]["values"] for trial in trials.values()
                           for row in trial["linears"]]  # fmt: skip
                 scaled = [np.array(x) / x[0] for x in values if x[0] > 0]
                 if scaled:
                     mean = np.mean(scaled, 0)
                     axes.semilogy(np.arange(1, len(mean) + 1), mean, color=figures.EXPERTS[at],
-                                  linestyle=figures.DASHES[at], label=expert)  # fmt: skip
+                                  linestyle=figures.DASHES[at % 4], label=expert)  # fmt: skip
             axes.set_title(label(arm), fontweight="bold")
             axes.set_xlabel("index")
         panels[0].set_ylabel("singular value / largest")

@@ -1,11 +1,12 @@
 """Representations -> representation.json, report.md and figures; numbers of the measure's files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from analysis import compare, disk, subspaces
+from analysis import compare, disk, roles, subspaces
 from analysis.figures import label, table
 from analysis.page import (
     by_seed,
@@ -45,8 +46,10 @@ base's, behind the last layer; 1 is the same up to rotation and scale, 0 unrelat
 {models}{layers}{tests}## How alike are the experts?
 
 CKA behind the last layer of two views of one model on the same texts: each expert alone, `uniform`
-(all of them with equal weights) and `base` (untrained). Over seeds by the experts' names, which a
-learned router may use for something else with each seed.
+(all of them with equal weights) and `base` (untrained). Experts of a learned router are told by
+their roles, which it deals anew with each seed: a task's own is the one that its texts give more
+weight than the other's do, over the last quarter of the steps. Where no router learns they have
+their names, of which those of {unrouted} mean nothing.
 
 {views}{experts}
 ## What do the experts look like?
@@ -77,7 +80,7 @@ texts' likeness gives by itself, and speaks of the tasks only as far as a joint 
 
 {stir}{overlap}{subspaces}{maps}{arms}"""
 TESTS = """Tested, over seeds, with Holm's correction over this table; detectable: with 80 % power
-at its first step.
+at its first step. Of another arm's overlap, the mean of its pairs at the same seed.
 
 """
 NONE = over_seeds([])  # of an arm that was not run
@@ -96,9 +99,11 @@ def write(folder: Path) -> dict[str, Any]:
     found = compare.compare(folder, baselines, arms)
     disk.add_measures(found, measured, "representation")
     for arm, trials in measured.items():
-        if arm != "rank-only" and found["arms"][arm]["router"] != "task":
-            for trial in trials.values():
-                trial["deltas"] = []  # of a file from before `subspaces.of_changes` left them out
+        for seed, one in trials.items():
+            trials[seed] = by_role(one, arms[arm][seed])
+            if arm != "rank-only" and found["arms"][arm]["router"] != "task":
+                # In older files it is experts of one name, whatever their roles.
+                trials[seed]["deltas"] = [row for row in one["deltas"] if "experts" in row]
     found["measured"] = {arm: summarise(trials) for arm, trials in measured.items()}
     for arm, of in found["measured"].items():
         width = next(iter(arms[arm].values()))["width"]
@@ -112,6 +117,46 @@ def write(folder: Path) -> dict[str, Any]:
         drawn["experts"] = draw_experts(found)
     write_folder(folder, {"representation.json": found}, markdown(found), drawn)
     return found
+
+
+def by_role(measured: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
+    """With the experts of a learned router under their roles, in an order that is the same for
+    every seed (`roles.columns`)."""
+    names, order = roles.columns(trial)
+    experts = [trial["config"]["experts"][at] for at in order]
+    told = dict(zip(experts, names, strict=True))
+    views = ["model", "base", *names, "uniform"]
+
+    def pair(two: Sequence[str]) -> list[str]:
+        return sorted((told.get(view, view) for view in two), key=views.index)
+
+    def place(row: tuple[list[str], Any]) -> list[int]:
+        return [views.index(view) for view in row[0]]
+
+    cka = {kind: sorted(((pair(name.split(" | ")), row) for name, row in rows.items()), key=place)
+           for kind, rows in measured["cka"].items()}  # fmt: skip
+    return {
+        **measured,
+        "experts": names,
+        "cka": {kind: {" | ".join(two): row for two, row in rows} for kind, rows in cka.items()},
+        "linears": [
+            {
+                **row,
+                "alone": {told[expert]: row["alone"][expert] for expert in experts},
+                "pairs": [
+                    {**of, "experts": two}
+                    for two, of in sorted(
+                        ((pair(of["experts"]), of) for of in row["pairs"]), key=place
+                    )
+                ],
+            }
+            for row in measured["linears"]
+        ],
+        "crosstalk": [
+            {**row, "energy": {told[expert]: row["energy"][expert] for expert in experts}}
+            for row in measured["crosstalk"]
+        ],
+    }
 
 
 def summarise(of: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -228,7 +273,8 @@ def reading(v: dict[str, Any]) -> str:
         known = {side: row["stir"]["mean"] for side, row in found["deltas"].items()}
         if known and None not in known.values():
             told = " and ".join(f"{value:.2f} ({side})" for side, value in known.items())
-            whose = "the specialists" if arm == "rank-only" else f"the experts of {label(arm)}"
+            own = f"the tasks' own experts of {label(arm)}"
+            whose = "the specialists" if arm == "rank-only" else own
             said.append(
                 f"What training changed in the weights for each task shares STIR {told} between "
                 f"{whose}."
@@ -301,6 +347,7 @@ def markdown(v: dict[str, Any]) -> str:
     none = "No arm has more than one expert.\n"
     body = BODY.format(
         texts=one["texts"]["pair"],
+        unrouted=label(UNROUTED),
         seeds=" or ".join(map(str, sorted({found["seeds"] for found in v["measured"].values()}))),
         models=table(["arm", "texts", "base", "Emb-Only", "Rank-Only", "Joint-Single"], models),
         layers=_picture("layers"),

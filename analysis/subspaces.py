@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from analysis import disk, roles
 from analysis.figures import table
 from analysis.gradients import halves, task_gradient
 from analysis.page import over_seeds, spread
 from analysis.subspace import between, ratio
 from model.lora import adapted, layer_of
-from model.router import TASKS
-from model.saved import read_config
+from model.router import TASKS, learned
 from model.unimoer import UniMoER
 from train.batches import TrainingData
 from train.start import Piece, pieces
@@ -61,43 +61,48 @@ def sides(piece: Piece) -> dict[str, Tensor]:
 
 
 def of_changes(place: Path) -> Rows:
-    """Of the specialists where this is Rank-Only, or of the experts that a hard switch gives each.
+    """Of the specialists where this is Rank-Only, else of each task's own expert.
 
-    The halves are this seed and the one before; no rows for the first seed and for other arms: a
-    learned router gives the names of its experts other roles with each seed, so that what two seeds
-    share under one name says nothing of a task.
+    The halves are this seed and the one before; no rows for the first seed and for arms without
+    such experts. `experts` of a row: task -> their names in the two seeds.
     """
     arm, seed = place.parent, int(place.name.removeprefix("seed"))
-    of = {"e": (arm, "embedding"), "r": (arm, "reranking")}
-    if arm.name == "rank-only":
-        of = {"e": (arm.parent / "emb-only", "shared"), "r": (arm, "shared")}
-    elif not (arm / f"seed{seed}.model").exists() or not _switched(arm / f"seed{seed}.model"):
-        return []
-    folders = {
-        task: [folder / f"seed{k}.model" for k in (seed, seed - 1)]
-        for task, (folder, _) in of.items()
-    }
-    if not all(folder.exists() for pair in folders.values() for folder in pair):
+    of = [_own(arm, k) for k in (seed, seed - 1)]
+    if not all(folder.exists() for half in of for folder, _ in half.values()) or not all(of):
         return []
     found = {
-        task: [{at: sides(piece) for at, piece in pieces(folder, of[task][1]).items()}
-               for folder in pair]
-        for task, pair in folders.items()
-    }  # fmt: skip
+        task: [{at: sides(piece) for at, piece in pieces(*half[task]).items()} for half in of]
+        for task in TASKS
+    }
+    experts = {task: [half[task][1] for half in of] for task in TASKS}
     rows: Rows = []
-    for prefix, name in found["r"][0]:
+    for prefix, name in found["reranking"][0]:
         at = {"layer": layer_of(prefix), "projection": name}
         for side in SIDES:
-            e, r = ([half[prefix, name][side] for half in found[task]] for task in ("e", "r"))
-            found_at = between((e[0], e[1]), (r[0], r[1]), most=len(e[0]))
-            rows.append({**at, "side": side, **found_at})
+            (a, b), (c, d) = ([half[prefix, name][side] for half in found[t]] for t in TASKS)
+            # No task has more directions than its smaller half.
+            found_at = between((a, b), (c, d), most=min(map(len, (a, b, c, d))))
+            rows.append({**at, "side": side, "experts": experts, **found_at})
     return rows
 
 
-def _switched(folder: Path) -> bool:
-    """Whether a saved model routes by task alone, so that its experts' names are their roles."""
-    router = read_config(folder)[0].router
-    return router is not None and router.kind == "task"
+def _own(arm: Path, seed: int) -> dict[str, tuple[Path, str]]:
+    """Task -> the saved model and the expert in it that is the task's own in a seed: by name where
+    a hard switch gives it that one, by its role where a router learns. Empty where there is none.
+    """
+    if arm.name == "rank-only":
+        folders = arm.parent / "emb-only", arm
+        both = zip(TASKS, folders, strict=True)
+        return {task: (folder / f"seed{seed}.model", "shared") for task, folder in both}
+    path = arm / f"seed{seed}.json"
+    trial: dict[str, Any] = disk.read(path) if path.exists() else {"config": {"router": ""}}
+    config, named = trial["config"], {}
+    if config["router"] == "task":
+        named = {task: task for task in TASKS}
+    elif learned(config["router"], config.get("router_frozen", False)):
+        by_role = {role: name for name, role in roles.of_trial(trial).items()}
+        named = {task: by_role[own] for task, own in roles.OWN.items() if own in by_role}
+    return {task: (path.with_suffix(".model"), name) for task, name in named.items()}
 
 
 def summarise(trials: list[dict[str, Any]], what: str) -> dict[str, dict[str, Any]]:
@@ -116,9 +121,9 @@ def summarise(trials: list[dict[str, Any]], what: str) -> dict[str, dict[str, An
 
 
 TEXT = """The same of the gradients behind the last step (halves: two of the probe set) and of the
-weights' changes (of the specialists, in the row of Rank-Only, and of experts that a hard switch
-gives each task: a learned router deals the roles anew with each seed; halves: this seed and the one
-before, so that neighbouring seeds share a model and have no interval), by the side of a linear:
+weights' changes (of the specialists, in the row of Rank-Only, and of each task's own expert where a
+hard switch or a learned router gives it one and its role was measured; halves: this seed and the
+one before, so that neighbouring seeds share a model and have no interval), by the side of a linear:
 inputs, what it reads, and outputs, where it writes. Means over linears, STIR from a seed's means;
 none where within is less than 0.05 above null: there a task does not share its directions with
 itself. Linears: of all seeds.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import experiments
-from analysis import gradients, representation, representations, subspaces
+from analysis import gradients, representation, representations, roles, subspaces
 from analysis.page import over_seeds
 from analysis.representation_claims import claims
 from eval import inference
@@ -32,7 +32,9 @@ def trained(arm: str, base: Path, data: Path, place: Path, **changes):
     row = {**experiments.ARMS[arm], "ranks": (4, 3, 2) if arm == "joint-moe" else (4,)}
     config = tiny_config(base, data, **{**row, "steps": 3, "learning_rate": 5e-2, **changes})
     model, texts = build(config)
-    train(model, texts, config, place)
+    curve = train(model, texts, config, place)
+    trial = {"config": config.to_json(), "curve": curve}
+    place.with_name(f"{place.name}.json").write_text(json.dumps(trial))
     model.save_pretrained(place.with_name(f"{place.name}.model"))
     return model, EvaluationSet(load(str(data)), model.tokenizer, config, without_states), texts
 
@@ -159,8 +161,10 @@ def test_routing_is_held_against_uniform_weights_and_sharing_against_the_special
     0.1 above the specialists' STIR."""
     none: Any = {kind: {} for kind in representations.KIND_NAMES}
 
-    def arm(seeds: list[int], overlap: list[float] | None, stir: list[float | None]) -> Any:
-        row = {} if overlap is None else {"a | b": {
+    def arm(
+        seeds: list[int], overlap: list[float] | None, stir: list[float | None], pair: str = ""
+    ) -> Any:
+        row = {} if overlap is None else {pair: {
             "outputs_overlap": over_seeds(overlap),
             "outputs_by_chance": over_seeds([0.0] * len(overlap)),
         }}  # fmt: skip
@@ -169,16 +173,16 @@ def test_routing_is_held_against_uniform_weights_and_sharing_against_the_special
     rows = claims({
         "emb-only": arm([1, 2], None, [0.7, 0.9]), "rank-only": arm([1, 2], None, [0.4, 0.6]),
         "joint-single": arm([1, 2], None, [0.5, 0.7]),
-        "joint-moe": arm([1, 2], [0.25, 0.26], [0.0, 0.0]),
-        "uniform-moe": arm([0, 1, 2], [0.9, 0.35, 0.38], [None, 0.0, 0.0]),
+        "joint-moe": arm([1, 2], [0.25, 0.26], [0.0, 0.0], "own | other"),
+        "uniform-moe": arm([0, 1, 2], [0.9, 0.35, 0.38], [None, 0.0, 0.0], "a | b"),
     })  # fmt: skip
     found = {(row["arm"], row["what"]): row["difference"]["seeds"] for row in rows}
     stir = "STIR of documents with pairs less"
     assert found["joint-single", f"{stir} Emb-Only's"] == pytest.approx([-0.2, -0.2])
     assert found["joint-single", f"{stir} Rank-Only's"] == pytest.approx([0.1, 0.1])
-    overlap = "overlap of a with b (write) less"
+    overlap = "overlap of own with other (write) less"
     assert found["joint-moe", f"{overlap} Uniform-MoE's"] == pytest.approx([-0.1, -0.12])
-    assert ("uniform-moe", f"{overlap} Uniform-MoE's") not in found
+    assert ("uniform-moe", "overlap of a with b (write) less Uniform-MoE's") not in found
     assert len(found) == 5
 
 
@@ -194,17 +198,74 @@ def test_a_map_keeps_clusters_apart_and_torch_s_threads(method: str) -> None:
     assert gap > max(np.linalg.norm(p - p.mean(0), axis=1).mean() for p in (first, second))
 
 
-def test_changes_of_two_seeds(tiny_base: Path, data: Path, tmp_path: Path) -> None:
-    """The specialists in the row of Rank-Only, and experts that a hard switch gives each task: a
-    learned router deals their roles anew with each seed, so names tell nothing."""
+def test_experts_of_a_learned_router_are_averaged_by_role() -> None:
+    """Two seeds that dealt the roles otherwise: what belongs to one role has one value."""
+    names, dealt = ("a", "b", "c"), {0: (0, 1, 2), 1: (2, 0, 1)}  # of each expert, its role
+    told = [*roles.OWN.values(), "the other"]
+    alike = {frozenset((0, 1)): 0.25, frozenset((0, 2)): 0.5, frozenset((1, 2)): 0.75}
+    measured = {}
+    for seed, role in dealt.items():
+        weights = {task: [0.8 if r == at else 0.1 for r in role]
+                   for at, task in enumerate(roles.OWN)}  # fmt: skip
+        trial = {"config": {"experts": names, "router": "sparsegen"},
+                 "curve": [{f"weights_{task}": row for task, row in weights.items()}]}  # fmt: skip
+        alone = {
+            name: dict.fromkeys(("norm", "effective_rank", "stable_rank"), float(r))
+            for name, r in zip(names, role, strict=True)
+        }
+        cka: Any = {f"{x} | {y}": [0.9] for x in ("model", "base") for y in (*names, "uniform")}
+        cka = {"model | base": [0.9], **cka}
+        pairs = []
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            value = alike[frozenset((role[i], role[j]))]
+            cka[f"{names[i]} | {names[j]}"] = [value]
+            side = {"overlap": value, "by_chance": 0.0}
+            pairs.append({"experts": [names[i], names[j]], "inputs": side, "outputs": side,
+                          "cosine": value})  # fmt: skip
+        energy = {name: {"pair": 1.0 + r, "document": 1.0}
+                  for name, r in zip(names, role, strict=True)}  # fmt: skip
+        one = {
+            "first_layer": 0, "texts": {}, "stir": [], "gradients": [], "deltas": [],
+            "experts": list(names), "linears": [{"alone": alone, "pairs": pairs}],
+            "cka": dict.fromkeys(representations.KIND_NAMES, cka),
+            "cka_arms": {kind: {} for kind in representations.KIND_NAMES},
+            "crosstalk": [{"energy": energy}],
+        }  # fmt: skip
+        measured[seed] = representations.by_role(one, trial)
+    found = representations.summarise(measured)
+    pairs = [(told[i], told[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    names_of_pairs = [" | ".join(pair) for pair in pairs]
+    assert list(found["spectra"]) == told and list(found["pairs"]) == names_of_pairs
+    for at, name in enumerate(told):
+        assert found["spectra"][name]["norm"]["seeds"] == [at, at]
+        assert found["crosstalk"][name]["seeds"] == pytest.approx([1 + at, 1 + at])
+    for name, value in zip(names_of_pairs, (0.25, 0.5, 0.75), strict=True):
+        assert found["pairs"][name]["outputs_overlap"]["seeds"] == [value, value]
+        assert found["experts"]["pair"][name] == [[value, value]]
+        assert found["views"]["document"][name]["seeds"] == [value, value]
+
+
+def test_changes_of_two_seeds(
+    tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The specialists in the row of Rank-Only, and each task's own expert: by name under a hard
+    switch; under a learned router by role, which it deals anew with each seed."""
+    dealt = {0: ("reranking", "shared"), 1: ("shared", "embedding")}
+    monkeypatch.setattr(roles, "of_trial", lambda trial: dict(
+        zip(dealt[trial["config"]["seed"]], roles.OWN.values(), strict=True)
+    ))  # fmt: skip
     for arm in ("emb-only", "rank-only", "joint-moe", "task"):
         for seed in (0, 1):
             switch = {"experts": experiments.PAIR["experts"], "ranks": (3, 2), "router": "task"}
             row, changes = (arm, {}) if arm != "task" else ("joint-single", switch)
             trained(row, tiny_base, data, tmp_path / arm / f"seed{seed}", seed=seed, **changes)
             assert (subspaces.of_changes(tmp_path / arm / f"seed{seed}") == []) == (
-                seed == 0 or arm in ("emb-only", "joint-moe")
+                seed == 0 or arm == "emb-only"
             )
+    [own] = {str(row["experts"]) for row in subspaces.of_changes(tmp_path / "joint-moe" / "seed1")}
+    assert own == str({"embedding": ["shared", "reranking"], "reranking": ["embedding", "shared"]})
+    [own] = {str(row["experts"]) for row in subspaces.of_changes(tmp_path / "task" / "seed1")}
+    assert own == str({task: [task, task] for task in roles.OWN})
     rows = subspaces.of_changes(tmp_path / "rank-only" / "seed1")
     assert len(rows) == 28 and {row["side"] for row in rows} == {"inputs", "outputs"}
     found = subspaces.summarise([{"deltas": rows}], "deltas")
