@@ -234,7 +234,7 @@ def evaluate(
 
 def setting_folder(args: argparse.Namespace, measured_on: str = "") -> Path:
     base, data = args.base or Config().base, args.data or Config().data
-    name = experiments.setting_name(args.scale, base, data, measured_on)
+    name = experiments.setting_name(args.scale or "small", base, data, measured_on)
     return Path(args.runs) / args.experiment / name
 
 
@@ -257,19 +257,21 @@ def command_status(args: argparse.Namespace) -> None:
 
 
 def command_report(args: argparse.Namespace) -> None:
-    """Write reports from trials: of one experiment, or of all with an overview."""
-    if args.experiment:
-        if args.experiment not in experiments.EXPERIMENTS:
-            known = ", ".join(experiments.EXPERIMENTS)
-            raise ValueError(f"unknown experiment {args.experiment!r}: there are {known}")
-        folder = setting_folder(args, args.measured_on)
-        told = reports.write(args.experiment, folder, args.latex)
-        return print(told, f"report: {folder / 'report.md'}", sep="\n")
-    setting, runs = setting_folder(args, args.measured_on).name, Path(args.runs)
-    readings = overview.write(runs, setting, partial(reports.write, tables=args.latex))
-    print(*readings.values(), sep="\n")
-    print(f"overview: {runs / setting}.md" if readings else
-          f"no trial of {setting} lies under {runs}: `make study` makes them")  # fmt: skip
+    """Write reports from trials: of one experiment or all with overviews, of one setting or all."""
+    only, runs, write = args.experiment, Path(args.runs), partial(reports.write, tables=args.latex)
+    if only and only not in experiments.EXPERIMENTS:
+        known = ", ".join(experiments.EXPERIMENTS)
+        raise ValueError(f"unknown experiment {only!r}: there are {known}")
+    one = [setting_folder(args, args.measured_on).name]
+    named = args.scale or args.base or args.data or args.measured_on
+    for setting in one if named else overview.settings(runs, only) or one:
+        if only:
+            folder = runs / only / setting
+            print(write(only, folder), f"report: {folder / 'report.md'}", sep="\n")
+        elif readings := overview.write(runs, setting, write):
+            print(*readings.values(), f"overview: {runs / setting}.md", sep="\n")
+        else:
+            print(f"no trial of {setting} lies under {runs}: `make study` makes them")
 
 
 def command_check(args: argparse.Namespace) -> None:
@@ -277,8 +279,7 @@ def command_check(args: argparse.Namespace) -> None:
     if found := overview.stale(ROOT / "results", reports.write):
         raise ValueError(
             f"published reports do not follow from their trials: {', '.join(found)}. Write them "
-            "again with `python -m run report --runs results`, with the setting's --scale, --base "
-            "and --data, and look at what changed"
+            "again with `python -m run report --runs results`, and look at what changed"
         )
     print("published reports follow from their trials")
 
@@ -342,7 +343,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--latex", action="store_true", help="the tables as tables.tex too")
         else:
             sub.add_argument("experiment", choices=list(experiments.EXPERIMENTS))
-        sub.add_argument("--scale", choices=list(SCALES), default="small")
+        sub.add_argument("--scale", choices=[*SCALES], default="" if name == "report" else "small")
         sub.add_argument("--base", default="", help="a name from model/bases.py, hub id or folder")
         sub.add_argument("--data", default="", help="stdlib, a BEIR name, msmarco, mteb/TASK or a "
                          "folder; A+B: trained on both, measured on A")  # fmt: skip

@@ -182,6 +182,16 @@ def write(runs: Path, setting: str, report: Callable[[str, Path], str]) -> dict[
     return readings
 
 
+def settings(runs: Path, experiment: str = "") -> list[str]:
+    """Those that have trials under `runs`, of one experiment or of any.
+
+    Other collections come before the scale whose page shows them.
+    """
+    names = [experiment] if experiment else experiments.EXPERIMENTS
+    places = [place for name in names for place in (runs / name).glob("*")]
+    return sorted({place.name for place in places if disk.trial_files(place)}, reverse=True)
+
+
 def stale(results: Path, report: Callable[[str, Path], str]) -> list[str]:
     """The published reports that no longer follow from the trials beside them.
 
@@ -202,7 +212,7 @@ def stale(results: Path, report: Callable[[str, Path], str]) -> list[str]:
         for folder in folders:  # all of them first: a report may take in other settings
             copy = Path(place) / folder.relative_to(results)
             shutil.copytree(folder, copy, ignore=unwritten)
-        for setting in sorted({folder.name for folder in folders}):
+        for setting in settings(Path(place)):
             write(Path(place), setting, report)
         for folder in [results, *folders]:
             copy = Path(place) / folder.relative_to(results)

@@ -243,6 +243,27 @@ def test_report_of_all_experiments(
     assert "unknown experiment 'nothing'" in capsys.readouterr().err
 
 
+def test_without_a_setting_all_that_were_run_are_reported(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """smoke on two collections, and another experiment on one of them."""
+    for name in ("soft_vs_hard/smoke-scifact", "remedies/smoke"):
+        maker = Maker(published / name)
+        maker.baselines()
+        maker.arm("joint-single", {"embedding": 0.5, "reranking": 0.4})
+    line = ["report", "--runs", str(published)]
+    (published / "smoke.md").unlink()
+    assert run.main([*line, "soft_vs_hard"]) == 0
+    assert (published / "soft_vs_hard/smoke-scifact/report.md").exists()
+    assert not (published / "remedies/smoke/report.md").exists()
+    assert run.main(line) == 0
+    assert "(remedies/smoke/report.md)" in (published / "smoke.md").read_text()
+    assert "(soft_vs_hard/smoke-scifact/report.md)" in (published / "smoke-scifact.md").read_text()
+    assert "no trial" not in capsys.readouterr().out
+    assert run.main(["report", "--data", "scifact", "--runs", str(published)]) == 0
+    assert "no trial of small-scifact" in capsys.readouterr().out
+
+
 def test_what_is_published_names_no_folder_of_this_machine() -> None:
     made = {"config": {"base": "org/name", "data": "/home/me/scifact", "end_token": "/x"},
             "data": {"name": "scifact", "path": "/home/me/scifact"}, "seed": 1}  # fmt: skip
