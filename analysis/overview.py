@@ -5,13 +5,13 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import experiments
 from analysis import disk, forest
 from analysis.figures import TASKS, p_value, percent, span, table
-from analysis.page import save_figure
+from analysis.page import KINDS, figures_of, save_figure
 from model.files import write_text
 from trials import parts
 
@@ -176,7 +176,7 @@ def write(runs: Path, setting: str, report: Callable[[str, Path], str]) -> dict[
         if drawn := len(records) > 1:
             save_figure(runs / f"{setting}-interference", forest.draw(records))
         else:
-            for kind in ("png", "svg"):
+            for kind in KINDS:
                 (runs / f"{setting}-interference.{kind}").unlink(missing_ok=True)
         write_text(runs / f"{setting}.md", markdown(setting, readings, runs, drawn))
     return readings
@@ -196,14 +196,16 @@ def stale(results: Path, report: Callable[[str, Path], str]) -> list[str]:
     """The published reports that no longer follow from the trials beside them.
 
     Each setting is copied, its reports and its overview written again; text has to be the same, and
-    JSON to the rounding of another processor's arithmetic. The bytes of figures depend on the
-    version of the plotting library and are not compared. What is hidden is what a killed `publish`
-    has left.
+    JSON to the rounding of another processor's arithmetic; tables.tex where there is one. The bytes
+    of figures depend on the version of the plotting library and are not compared: those that the
+    pages show have to be there, as PNG and SVG, and no others. What is hidden is what a killed
+    `publish` has left.
 
     Args:
         results: results/<experiment>/<setting>. report: as for `write`.
     Returns:
-        the files that differ, are new, or are no longer written.
+        the files that differ, are new, are no longer written, or are figures that are missing or
+        left over.
     """
     found = []
     with tempfile.TemporaryDirectory() as place:
@@ -216,18 +218,26 @@ def stale(results: Path, report: Callable[[str, Path], str]) -> list[str]:
             write(Path(place), setting, report)
         for folder in [results, *folders]:
             copy = Path(place) / folder.relative_to(results)
-            names = {
-                p.name for at in (folder, copy) for k in ("md", "json") for p in at.glob(f"*.{k}")
-            }
-            for name in sorted(names):
-                old, new = folder / name, copy / name
-                if not (old.exists() and new.exists() and _same(old, new)):
-                    found.append(str(old))
+            page, tables = copy / "report.md", copy / "tables.tex"
+            if page.exists() and tables.exists():
+                write_text(tables, latex(page.read_text("utf-8")))
+            texts = _names((folder, copy), ("md", "json", "tex"))
+            found += [str(folder / name) for name in sorted(texts)
+                      if not _same(folder / name, copy / name)]  # fmt: skip
+            pages = [path.read_text("utf-8") for path in sorted(copy.glob("*.md"))]
+            shown = {f"{name}.{kind}" for p in pages for name in figures_of(p) for kind in KINDS}
+            found += [str(folder / name) for name in sorted(shown ^ _names([folder], KINDS))]
     return found
 
 
+def _names(folders: Iterable[Path], kinds: Iterable[str]) -> set[str]:
+    return {path.name for folder in folders for kind in kinds for path in folder.glob(f"*.{kind}")}
+
+
 def _same(old: Path, new: Path) -> bool:
-    """Whether two files hold the same, numbers to a part in 10^9."""
+    """Whether there are two files that hold the same, numbers to a part in 10^9."""
+    if not (old.exists() and new.exists()):
+        return False
     if old.suffix != ".json" or old.read_bytes() == new.read_bytes():
         return old.read_bytes() == new.read_bytes()
     return _alike(disk.read(old), disk.read(new))

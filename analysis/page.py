@@ -39,6 +39,8 @@ FRAME = """# {title}
 {provenance}
 """
 
+KINDS = {"png": "Software", "svg": "Date"}  # of a figure's files -> what in each tells its making
+
 
 def frame(v: dict[str, Any], reading: str, body: str, unsure: Iterable[str]) -> str:
     """A report: the question, what was expected, the reading, `body` (sections with their headings,
@@ -64,7 +66,7 @@ def write_folder(
     same bytes.
     """
     old = folder / "report.md"
-    shown = re.findall(r"\]\(([\w-]+)\.png\)", old.read_text("utf-8")) if old.exists() else []
+    shown = figures_of(old.read_text("utf-8")) if old.exists() else []
     part = folder / ".report.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -77,14 +79,19 @@ def write_folder(
         os.replace(path, folder / path.name)
     part.rmdir()
     for name in set(shown).difference(drawn):
-        for kind in ("png", "svg"):
+        for kind in KINDS:
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
+
+
+def figures_of(page: str) -> list[str]:
+    """The names of the figures that a page shows from its own folder."""
+    return re.findall(r"\]\(([\w.-]+)\.png\)", page)
 
 
 def save_figure(path: Path, figure: Figure) -> None:
     """<path>.png and <path>.svg, each whole or not at all; the same figure gives the same bytes."""
     with matplotlib.rc_context(figures.STYLE):
-        for kind, made in (("png", "Software"), ("svg", "Date")):
+        for kind, made in KINDS.items():
             part = path.with_name(f".{path.name}.part.{kind}")
             figure.savefig(part, metadata={made: None})
             os.replace(part, path.with_name(f"{path.name}.{kind}"))

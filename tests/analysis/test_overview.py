@@ -81,6 +81,28 @@ def test_a_report_that_is_missing_is_stale(published: Path) -> None:
     assert overview.stale(published, rewrite) == [str(path)]
 
 
+def test_tables_for_latex_follow_too(published: Path) -> None:
+    path = published / "soft_vs_hard" / "smoke" / "tables.tex"
+    run.main(["report", "soft_vs_hard", "--runs", str(published), "--latex"])
+    assert overview.stale(published, rewrite) == []
+    path.write_text(path.read_text().replace("50.", "51."))
+    assert overview.stale(published, rewrite) == [str(path)]
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_figure_that_is_missing_or_left_over_is_stale(kind: str, published: Path) -> None:
+    folder = published / "soft_vs_hard" / "smoke"
+    shown = folder / f"{overview.figures_of((folder / 'report.md').read_text())[0]}.{kind}"
+    shown.unlink()
+    assert overview.stale(published, rewrite) == [str(shown)]
+    shown.touch()
+    for place in (folder, published):
+        old = place / f"old.{kind}"
+        old.touch()
+        assert overview.stale(published, rewrite) == [str(old)]
+        old.unlink()
+
+
 def test_the_overview_names_what_was_not_run(tmp_path: Path) -> None:
     said = {"kill_gate": "kill_gate small, x: Proceed.\nSupported: no."}
     page = overview.markdown("small", said, tmp_path)
