@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from analysis import compare, disk, roles
-from analysis.conflict_figures import CAPTIONS, SPACE_NAMES, draw_along, draw_heat
+from analysis.conflict_figures import (
+    CAPTIONS,
+    SPACE_NAMES,
+    draw_along,
+    draw_heat,
+    draw_steps,
+)
 from analysis.figures import label, p_value, span, table
 from analysis.gradients import SPACES, pooled, statistics
 from analysis.page import (
@@ -28,6 +34,10 @@ from eval import inference
 from model.lora import PROJECTIONS
 
 STATISTICS = ("cosine", "corrected", "reliability", "ratio", "similarity", "removed")
+BY_STEP = {  # of these the curve's names in the table by step
+    "cosine": "cosine", "reliability": "reliability", "conflicts": "negative",
+    "removed": "removed", "ratio": "ratio", "similarity": "similarity",
+}  # fmt: skip
 Rows = list[dict[str, Any]]
 BODY = """\
 ## Do the tasks' gradients conflict?
@@ -52,12 +62,11 @@ the gradient on W lies nearly whole across the frozen rows. Detectable: the smal
 many seeds with this spread find with 80 % power at Holm's first step; above 1 (of a difference: 2),
 none.
 
-{overall}How far the probe set measures the gradient on W: its reliability after each number of
-steps, mean over the seeds that have one (how many). Below 0.3 it is mostly the probe batches.
+{overall}The same of the gradient on W after each number of steps: mean over the seeds that have one
+(how many). Where its reliability is below 0.3 it is mostly the probe batches, and has no ratio and
+no similarity. Negative: the share of the linears.
 
-{reliable}The ratio of the norms on W in the same way, where the reliability allows it.
-
-{ratios}{along}## Does it differ between the arms?
+{stepped}{along}{steps}## Does it differ between the arms?
 
 The arm's cosine less that of {reference} at the same seed; of an expert, its own cosine on W less
 that of {reference} there.
@@ -100,7 +109,7 @@ def write(folder: Path) -> dict[str, Any]:
     ]
     rows += [row["difference"] for row in found["between"]]
     found["family"] = len(with_holm(rows))
-    drawn = {"along": draw_along(found), "heat": draw_heat(found)}
+    drawn = {"along": draw_along(found), "steps": draw_steps(found), "heat": draw_heat(found)}
     write_folder(folder, {"conflict.json": found}, markdown(found), drawn)
     return found
 
@@ -124,6 +133,12 @@ def pick(rows: Rows, space: str, expert: str = "all", **where: Any) -> Rows:
         if row["space"] == space and row["expert"] == expert
         and all(row[name] == value for name, value in where.items())
     ]  # fmt: skip
+
+
+def negative(rows: Rows) -> float | None:
+    """The share of negative cosines among some linears."""
+    cosines = (statistics(row["gram"])["cosine"] for row in rows)
+    return mean([cosine < 0 for cosine in cosines if cosine is not None])
 
 
 def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
@@ -161,12 +176,10 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
 
     def conflicts(space: str, **where: Any) -> dict[str, Any]:
         """Share of negative cosines over layers, projections and probes."""
-        cosines = [
-            [statistics(row["gram"])["cosine"] for rows in found.values()
-             for row in pick(rows, space, **where)]
+        return over_seeds([
+            negative([row for rows in found.values() for row in pick(rows, space, **where)])
             for found in probes.values()
-        ]  # fmt: skip
-        return over_seeds([mean([c < 0 for c in of if c is not None]) for of in cosines])
+        ])  # fmt: skip
 
     def whole(space: str, expert: str = "all") -> dict[str, Any]:
         """All layers and projections together."""
@@ -199,7 +212,10 @@ def summarise(trials: dict[int, list[tuple[int, Rows]]]) -> dict[str, Any]:
         "spaces": {space: whole(space) for space in SPACES},
         "curve": {
             space: {
-                name: curve(space, name) for name in ("cosine", "corrected", "reliability", "ratio")
+                **{name: curve(space, name) for name in STATISTICS},
+                "conflicts": [
+                    [negative(pick(probes[s][step], space)) for s in probes] for step in steps
+                ],
             }
             for space in SPACES
         },
@@ -295,11 +311,10 @@ def markdown(v: dict[str, Any]) -> str:
                                  for key in ("cosine", "corrected")), *_rest(x)]
             for name, x in cells.items()
         ]  # fmt: skip
-    reliable, ratios = (
-        [[label(arm), *(_known(row) for row in found["curve"]["w"][name])]
-         for arm, found in v["gradients"].items()]
-        for name in ("reliability", "ratio")
-    )  # fmt: skip
+    stepped = [
+        [label(arm), text, *map(_known, found["curve"]["w"][name])]
+        for arm, found in v["gradients"].items() for name, text in BY_STEP.items()
+    ]  # fmt: skip
     noisy = [label(arm) for arm, found in v["gradients"].items()
              if (mean(found["curve"]["w"]["reliability"][-1]) or 0) < 0.3]  # fmt: skip
     rest = ["reliability", "negative", "removed", "ratio", "similarity"]
@@ -320,8 +335,8 @@ def markdown(v: dict[str, Any]) -> str:
         reference=label(v["reference"]),
         family=v["family"],
         overall=table(["arm", "in", "cosine", *test, "corrected", *rest], rows),
-        reliable=table(["arm", *map(str, one["steps"])], reliable),
-        ratios=table(["arm", *map(str, one["steps"])], ratios),
+        stepped=table(["arm", "after", *map(str, one["steps"])], stepped),
+        steps=f"![steps](steps.png)\n\n*{CAPTIONS['steps']}*\n\n",
         between=table(["arm", "in", "difference", *test], between)
         if between
         else "Nothing to compare with.\n\n",

@@ -1,4 +1,4 @@
-"""The figures of gradient conflict: the cosine along training, and by layer and projection."""
+"""The figures of gradient conflict: along training, and by layer and projection."""
 
 import math
 from collections.abc import Callable
@@ -18,6 +18,11 @@ CAPTIONS = {
     "along": "Cosine between the tasks' gradients (all layers and projections) after a number of "
     "steps, by space: mean over seeds with its 95 % interval; open: corrected for noise, where "
     "all seeds allow it.",
+    "steps": "The gradients induced on W after a number of steps: share of the adapted linears "
+    "whose cosine is negative (dotted: by chance), share of the norm that PCGrad would remove from "
+    "all of them as one vector, and similarity of the tasks' norms (1: equal), where all seeds "
+    "are reliable enough to have one. Mean over seeds with its 95 % interval (Student's t), cut at "
+    "the limits of a share, 0 and 1; the middle panel is enlarged.",
     "heat": "Cosine between the tasks' gradients (induced on W) by layer and projection, "
     "averaged over the probes along training, mean over seeds; orange: conflict, blue: agreement.",
 }
@@ -29,29 +34,58 @@ SPACE_NAMES = {
 }
 # A panel each. What lies across the frozen rows is nearly all of the gradient on W.
 PANELS = {"ab": "(A, B), as trained", "w": "Induced on W", "along": "W, along its frozen rows"}
+SHARES = {"conflicts": "Negative linears", "removed": "Removed by PCGrad",
+          "similarity": "Similarity of norms"}  # fmt: skip
 
 
 def draw_along(v: dict[str, Any]) -> Figure:
     """The cosine after each probe, a panel a space, a line an arm."""
+
+    def lines(axes: Axes, space: str, found: dict[str, Any], name: str, style: dict) -> None:
+        steps, curve = np.array(found["steps"]), found["curve"][space]
+        _line(axes, steps, curve["cosine"], style, name)
+        _line(axes, steps, curve["corrected"], style | {"mfc": "white"}, None)
+
+    figure, panels = _panels(v, PANELS, lines)
+    for axes in panels:
+        axes.axhline(0, color="black", linewidth=0.6, zorder=0)
+    panels[0].set_ylabel("cosine")
+    return figure
+
+
+def draw_steps(v: dict[str, Any]) -> Figure:
+    """What else the gradients on W show after each probe, a panel a statistic, a line an arm."""
+
+    def lines(axes: Axes, key: str, found: dict[str, Any], name: str, style: dict) -> None:
+        _line(axes, np.array(found["steps"]), found["curve"]["w"][key], style, name)
+
+    figure, panels = _panels(v, SHARES, lines, sharey=False)
+    for axes, key in zip(panels, SHARES, strict=True):
+        top = min(axes.get_ylim()[1], 1.0) if key == "removed" else 1.0
+        axes.set_ylim(-0.04 * top, 1.04 * top)  # the markers of 0 and 1 are whole
+    panels[0].axhline(0.5, color=figures.GREY, linewidth=0.8, linestyle=":", zorder=0)
+    panels[0].set_ylabel("share")
+    return figure
+
+
+def _panels(
+    v: dict[str, Any], titles: dict[str, str], lines: Callable[..., None], sharey: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """A panel a title; lines: (axes, the title's key, an arm's numbers, its name, its style)."""
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(figures.WIDTH, 2.5), layout="constrained")
-        panels = figure.subplots(1, len(PANELS), sharey=True)
-        for axes, (space, title) in zip(panels, PANELS.items(), strict=True):
+        panels = figure.subplots(1, len(titles), sharex=True, sharey=sharey)
+        for axes, (key, title) in zip(panels, titles.items(), strict=True):
             spare = iter(figures.SPARE)
             for at, (arm, found) in enumerate(v["gradients"].items()):
-                style = {
+                lines(axes, key, found, label(arm), {
                     "color": figures.COLOURS.get(arm) or next(spare), "marker": "os^Dv"[at % 5],
                     "linestyle": figures.DASHES[at % 4], "markersize": 3.5,
-                }  # fmt: skip
-                steps, curve = np.array(found["steps"]), found["curve"][space]
-                _line(axes, steps, curve["cosine"], style, label(arm))
-                _line(axes, steps, curve["corrected"], style | {"mfc": "white"}, None)
-            axes.axhline(0, color="black", linewidth=0.6, zorder=0)
+                })  # fmt: skip
             axes.set_title(title, fontweight="bold")
             axes.set_xlabel("training step")
-        panels[0].set_ylabel("cosine")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        return figure
+        return figure, list(panels)
 
 
 def _line(

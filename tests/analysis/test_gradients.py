@@ -134,6 +134,16 @@ def test_conflict_is_found_in_the_layers_it_was_planted_in() -> None:
     assert found["layers"]["2"]["ratio"]["mean"] == pytest.approx(1)
     assert found["cells"]["2"]["q_proj"]["cosine"]["mean"] == pytest.approx(cosines[2])
     assert found["projections"]["q_proj"]["reliability"]["seeds"] == pytest.approx([1, 1])
+    late = planted({0: 120, 1: 150, 2: 120})
+    found = summarise({0: [(1, rows), (8, late)], 1: [(1, rows), (8, rows)]})
+    curve = found["curve"]["w"]
+    assert curve["conflicts"] == [[pytest.approx(1 / 3)] * 2, [1, pytest.approx(1 / 3)]]
+    # Of three equally long gradients as one: the mean of their cosines
+    late_mean = -(0.5 + 3**0.5 / 2 + 0.5) / 3
+    assert curve["removed"][0] == pytest.approx([-sum(cosines) / 3] * 2)
+    assert curve["removed"][1] == pytest.approx([-late_mean, -sum(cosines) / 3])
+    assert curve["similarity"][1] == pytest.approx([1, 1])
+    found = summarise({0: [(1, rows)], 1: [(1, rows)]})
     together = statistics(pooled(pick(rows, "w")))["cosine"]
     assert found["spaces"]["w"]["cosine"]["mean"] == pytest.approx(together)
 
