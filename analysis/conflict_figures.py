@@ -1,7 +1,7 @@
 """The figures of gradient conflict: along training, and by layer and projection."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -24,7 +24,8 @@ CAPTIONS = {
     "are reliable enough to have one. Mean over seeds with its 95 % interval (Student's t), cut at "
     "the limits of a share, 0 and 1; the middle panel is enlarged.",
     "heat": "Cosine between the tasks' gradients (induced on W) by layer and projection, "
-    "averaged over the probes along training, mean over seeds; orange: conflict, blue: agreement.",
+    "averaged over the probes along training, mean over seeds; orange: conflict, blue: agreement. "
+    "Dot: its 95 % interval over seeds excludes 0, by chance in one cell of 20.",
 }
 SPACE_NAMES = {
     "ab": "(A, B), as trained",
@@ -122,6 +123,13 @@ def draw_heat(v: dict[str, Any]) -> Figure:
             cells = v["gradients"][arm]["cells"]
             images.append(axes.imshow(grids[arm], cmap=colours, vmin=-top, vmax=top,
                                       aspect="auto", origin="lower"))  # fmt: skip
+            sure = [
+                (x, y)
+                for y, row in enumerate(cells.values())
+                for x, cell in enumerate(row.values())
+                if apart(cell["cosine"]["interval"])
+            ]
+            axes.plot(*np.array(sure).reshape(-1, 2).T, "o", color="black", markersize=2.2)
             names = [name.removesuffix("_proj") for name in next(iter(cells.values()))]
             axes.set_xticks(range(len(names)), names, rotation=60)
             axes.set_yticks(range(len(cells)), list(cells))
@@ -130,3 +138,8 @@ def draw_heat(v: dict[str, Any]) -> Figure:
         panels[0].set_ylabel("layer")
         figure.colorbar(images[0], ax=list(panels), label="cosine", fraction=0.05, pad=0.01)
         return figure
+
+
+def apart(interval: Sequence[float] | None) -> bool:
+    """Whether an interval excludes 0; of one seed there is none."""
+    return interval is not None and interval[0] * interval[1] > 0

@@ -1,12 +1,13 @@
 """The figures of representations: CKA and STIR by layer, spectra of the experts, maps of texts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
 
 from analysis import figures, roles
 from analysis.bands import shade
@@ -21,8 +22,9 @@ CAPTIONS = {
     "experts": "CKA of two experts of one model, each alone on the same texts, by layer: mean over "
     "seeds with its 95 % interval (Student's t, which knows no limit such as 1). Experts of a "
     "learned router are told by their roles.",
-    "spectra": "Singular values of ΔW by expert, each over its linear's largest, mean over linears "
-    "and seeds.",
+    "spectra": "Singular values of ΔW by expert, each over its linear's largest: geometric mean "
+    "over linears and seeds with its 95 % interval over seeds. Experts of a learned router are "
+    "told by their roles.",
     "stir": "What training added, by layer: STIR between documents and pairs (1: as much as a "
     "task's own other half, 0: as random directions), and the cosine of the two mean changes; mean "
     "over seeds with its 95 % interval. The axes do not begin at 0.",
@@ -114,7 +116,7 @@ def _by_layer(
 
 
 def draw_spectra(measured: dict[str, dict[int, dict[str, Any]]]) -> Figure:
-    """Normalised singular values, a panel an arm, a line an expert."""
+    """Normalised singular values, a panel an arm, a line an expert, on a logarithmic scale."""
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(figures.WIDTH, 2.3), layout="constrained")
         panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
@@ -122,20 +124,32 @@ def draw_spectra(measured: dict[str, dict[int, dict[str, Any]]]) -> Figure:
             first = next(iter(trials.values()))
             for expert in first["experts"]:
                 at = NAMED.index(expert) if expert in NAMED else 0
-                values = [row["alone"][expert]["values"] for trial in trials.values()
-                          for row in trial["linears"]]  # fmt: skip
-                scaled = [np.array(x) / x[0] for x in values if x[0] > 0]
-                if scaled:
-                    mean = np.mean(scaled, 0)
-                    axes.semilogy(np.arange(1, len(mean) + 1), mean, color=figures.EXPERTS[at],
-                                  linestyle=figures.DASHES[at % 4], label=expert)  # fmt: skip
+                logs = [decay([row["alone"][expert]["values"] for row in trial["linears"]])
+                        for trial in trials.values()]  # fmt: skip
+                known = np.array([row for row in logs if row is not None])  # (seeds, R)
+                if len(known):
+                    x, colour = np.arange(1, known.shape[1] + 1), figures.EXPERTS[at]
+                    axes.plot(x, known.mean(0), color=colour, linewidth=1.1,
+                              linestyle=figures.DASHES[at % 4], label=expert)  # fmt: skip
+                    shade(axes, x, known.T, colour)
             axes.set_title(label(arm), fontweight="bold")
             axes.set_xlabel("index")
         panels[0].set_ylabel("singular value / largest")
+        panels[0].yaxis.set_major_locator(MultipleLocator(1))
+        panels[0].yaxis.set_major_formatter(lambda power, _: f"$10^{{{power:.0f}}}$")
         named = {text: handle for axes in panels for handle, text in
                  zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
-        figure.legend(named.values(), named, loc="outside lower center", ncols=4)
+        figure.legend(named.values(), named, loc="outside lower center", ncols=6, columnspacing=1,
+                      handlelength=2.4)  # fmt: skip
         return figure
+
+
+def decay(values: Sequence[Sequence[float]]) -> np.ndarray | None:
+    """log10 of singular values over the largest of each linear, (R,), mean over linears; None where
+    no linear changed. values: by linear, largest first."""
+    changed = [np.array(row) / row[0] for row in values if row[0] > 0]
+    # What underflowed must not take the mean to minus infinity.
+    return np.log10(np.maximum(changed, 1e-8)).mean(0) if changed else None
 
 
 def draw_maps(measured: dict[str, dict[int, dict[str, Any]]], method: str) -> Figure:

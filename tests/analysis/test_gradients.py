@@ -12,7 +12,7 @@ import torch
 import experiments
 from analysis import gradients, roles
 from analysis.conflict import between, pick, summarise, write
-from analysis.conflict_figures import SPACE_NAMES
+from analysis.conflict_figures import SPACE_NAMES, draw_heat
 from analysis.gradients import HALVES, PAIRS, conflict, pooled, statistics
 from analysis.page import over_seeds
 from eval import inference
@@ -146,6 +146,16 @@ def test_conflict_is_found_in_the_layers_it_was_planted_in() -> None:
     found = summarise({0: [(1, rows)], 1: [(1, rows)]})
     together = statistics(pooled(pick(rows, "w")))["cosine"]
     assert found["spaces"]["w"]["cosine"]["mean"] == pytest.approx(together)
+
+
+def test_cells_whose_interval_excludes_0_are_marked() -> None:
+    """Over three seeds: sure agreement in layer 1 and conflict in layer 2, none in layer 0."""
+    trials = {seed: [(1, planted({0: 80 + 10 * seed, 1: 40 + seed, 2: 140 + seed}))]
+              for seed in (0, 1, 2)}  # fmt: skip
+    [panel, _] = draw_heat({"gradients": {"joint-single": summarise(trials)}}).axes
+    assert np.asarray(panel.lines[0].get_xydata()).tolist() == [[0, 1], [0, 2]]
+    [panel, _] = draw_heat({"gradients": {"joint-single": summarise({0: trials[0]})}}).axes
+    assert len(np.asarray(panel.lines[0].get_xydata())) == 0  # of one seed there is no interval
 
 
 def test_the_corrected_cosine_stands_beside_the_raw_one_of_the_same_probes() -> None:

@@ -13,6 +13,7 @@ import experiments
 from analysis import gradients, representation, representations, roles, subspaces
 from analysis.page import over_seeds
 from analysis.representation_claims import claims
+from analysis.representation_figures import draw_spectra
 from eval import inference
 from eval.collections import load
 from eval.protocol import EvaluationSet, without_states
@@ -243,6 +244,21 @@ def test_experts_of_a_learned_router_are_averaged_by_role() -> None:
         assert found["pairs"][name]["outputs_overlap"]["seeds"] == [value, value]
         assert found["experts"]["pair"][name] == [[value, value]]
         assert found["views"]["document"][name]["seeds"] == [value, value]
+
+
+def test_spectra_have_the_spread_over_seeds() -> None:
+    """Over linears, of which one did not change, -1.5 and -2.5: -2, t(1) = 12.706 times 0.5."""
+
+    def linears(second: float) -> list[dict[str, Any]]:
+        values = ([4.0, 4 * second], [1.0, 0.01], [0.0, 0.0])
+        return [{"alone": {"shared": {"values": row}}} for row in values]
+
+    trials = {seed: {"experts": ["shared"], "linears": linears(second)}
+              for seed, second in ((0, 0.1), (1, 0.001))}  # fmt: skip
+    [panel] = draw_spectra({"emb-only": trials}).axes
+    mean, *ends = (np.asarray(line.get_ydata()).tolist() for line in panel.lines)
+    assert mean == pytest.approx([0, -2])
+    assert [end[1] for end in ends] == pytest.approx([-2 - 6.353, -2 + 6.353], abs=1e-3)
 
 
 def test_changes_of_two_seeds(
