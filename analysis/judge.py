@@ -133,7 +133,7 @@ def _twins(
     arms = {task: {**y[task], "aa": aa} for task, aa in twin.items() if aa is not None}
     if not arms:
         return {}
-    found = rule.verdict(arms, base, labels, joint="aa", moe=None, family=len(TASKS), by_seed=False)
+    found = rule.verdict(arms, base, labels, joint="aa", moe=None, family=len(TASKS))
     return {task: row | {"alpha": found["alpha"]} for task, row in found["tasks"].items()}
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from eval import __main__ as program
-from eval import benchmarks, metrics
 from eval import hub as H
-from eval.benchmarks import joined, summary, tables
+from eval import metrics
+from eval.benchmarks import joined, summary
 from eval.collections import load
 from eval.protocol import EvaluationSet
 from eval.provenance import sources
@@ -356,30 +356,6 @@ def test_a_collection_in_another_order_begins_anew(
     reverse()
     assert run("--data", str(place))[0] == 0
     assert result(tmp_path, "tiny-test") == whole and len(calls) == 3 + 5
-
-
-def test_groups_as_collections(tmp_path: Path) -> None:
-    """For what takes one collection after the other: gated sets only where they lie, and of a group
-    none that was trained on."""
-    (tmp_path / "bioasq").mkdir()
-    found, absent = benchmarks.each(["scifact", "all"], tmp_path, ["fiqa", "nq-train"])
-    assert found[0] == "scifact" and len(found) == len(set(found)) == 17 + 12 - 4
-    assert "bioasq" in found and "cqadupstack/tex" in found and "cqadupstack" not in found
-    assert set(absent) == {"signal1m", "trec-news", "robust04", "fiqa"}
-    assert "keeps it off the hub" in absent["robust04"] and "trained on it" in absent["fiqa"]
-    assert benchmarks.each(["bright", "nowhere"], tmp_path, [])[0][-1] == "nowhere"
-    # One that is named is asked for: that it is missing is said when it is loaded.
-    assert benchmarks.each(["robust04", "fiqa"], tmp_path, ["fiqa"]) == (["robust04", "fiqa"], {})
-
-
-def test_the_groups_are_tables_of_their_own() -> None:
-    made = tables(["scifact", "bright", "miracl/sw", "all", "bright"])
-    assert [table.title for table in made] == ["collections", "bright", "beir"]
-    assert made[0].rows == {"scifact": ("scifact",), "miracl/sw": ("miracl/sw",)}
-    assert made[1].rows["bright/pony"] == ("bright/pony",)
-    assert made[2].rows["cqadupstack"] == H.GROUPS["cqadupstack"]
-    assert made[2].rows["bioasq"] == ("bioasq",) and len(made[2].rows) == 18
-    assert tables(["cqadupstack"])[0].rows["cqadupstack/tex"] == ("cqadupstack/tex",)
 
 
 @pytest.mark.parametrize(

@@ -76,10 +76,10 @@ def test_only_pairs_that_can_change_a_score_are_scored(collection, config, model
         every.scored = every.candidates
         assert every.scored.keys() - evaluation.scored.keys() == {LOST, other}
         assert len(every.pairs) - len(evaluation.pairs) == len(every.candidates[other]) > 0
-        pairs = [(evaluation.reranking(reader), every.reranking(reader))]
+        made = [[of.reranking(reader) for of in (evaluation, every)]]
         if head == "linear":
-            pairs.append(tuple(of.untrained(model)["reranking"] for of in (evaluation, every)))
-        for found, expected in pairs:
+            made.append([of.untrained(model)["reranking"] for of in (evaluation, every)])
+        for found, expected in made:
             assert list(found) == list(expected) and found[other]["ndcg_cut_10"] == 0
             for query, row in expected.items():
                 assert found[query] == pytest.approx(row)
