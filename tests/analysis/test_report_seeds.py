@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from analysis import report
-from eval import inference
+from analysis import figures, report
+from eval import inference, rule
 from tests.analysis.made import ARMS, Make, text_of, words_alone
 
 
@@ -50,7 +50,7 @@ def test_controls_and_twins(make: Make) -> None:
     verdict = report.write(make(arms=arms))
     plain = {k: v for k, v in verdict["tasks"]["embedding"].items()}
     assert set(verdict["aa"]) == {"embedding", "reranking"}
-    assert set(verdict["aa"]["embedding"]) == set(plain)
+    assert set(verdict["aa"]["embedding"]) == {*plain, "alpha"}
     assert abs(verdict["aa"]["embedding"]["interference"]) < 1
     assert verdict["arms"]["joint-3r"]["against_joint"]["embedding"]["difference"] > 0
     assert verdict["arms"]["emb-only-aa"]["against_joint"] == {}
@@ -65,6 +65,20 @@ def test_controls_and_twins(make: Make) -> None:
     text = report.markdown(verdict, [])
     assert "| Emb-Only (A/A) |" in text and "| its twin, nDCG@10 |" in text
     assert "threefold size" not in text
+
+
+@words_alone
+def test_an_aa_pair_is_judged_at_the_level_of_its_own_look(make: Make) -> None:
+    """It often has fewer seeds than the arms, and its figure shows what it shows by itself."""
+    folder = make(arms=(*ARMS, "emb-only-aa"), seeds=6)
+    for seed in (3, 4, 5):
+        (folder / "emb-only-aa" / f"seed{seed}.json").unlink()
+    verdict = report.write(folder)
+    level = verdict["aa"]["embedding"]["alpha"]
+    assert level == rule.alpha_at_look(3) > verdict["alpha"] == rule.alpha_at_look(6)
+    verdict["aa"]["embedding"]["p_holm"] = (level + verdict["alpha"]) / 2
+    colours = {text: colour for text, colour, _ in figures._effects(verdict)}
+    assert colours["Retrieval A/A"] == figures.SIGNIFICANT
 
 
 @words_alone

@@ -21,7 +21,7 @@ from experiments import Config
 from model import parallel
 from tests.train.tiny import write_collection
 
-STEPS = 6  # with a checkpoint after 3: SCALES["smoke"]
+STEPS = 4  # with a checkpoint after 2: SCALES["smoke"]
 
 
 class Stopped(Exception):
@@ -152,15 +152,15 @@ def test_a_trial_is_a_run(go: Callable[..., dict], wandb: Wandb, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("mode", "resume", "again"),
-    [("", None, range(STEPS)), ("dryrun", None, range(STEPS)), ("online", "allow", range(4, 6))],
+    [("", None, range(STEPS)), ("dryrun", None, range(STEPS)), ("online", "allow", range(3, 4))],
 )
 def test_a_trial_that_goes_on_goes_on_in_its_run(
     mode: str, resume: str | None, again: range, go, wandb: Wandb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped at step 4, one step after its checkpoint: wandb has four steps, the trial three."""
+    """Stopped at step 3, one step after its checkpoint: wandb has three steps, the trial two."""
     if mode:
         monkeypatch.setenv("WANDB_MODE", mode)
-    wandb.fall_at = 4
+    wandb.fall_at = 3
     with pytest.raises(Stopped):
         go("kill_gate", "emb-only", "--wandb", "gate")
     result = go("kill_gate", "emb-only", "--wandb", "gate")
@@ -168,7 +168,7 @@ def test_a_trial_that_goes_on_goes_on_in_its_run(
     assert (first.failed, second.failed) == (True, False)
     assert first.options == second.options and first.options["resume"] == resume
     assert first.options["mode"] == (mode or "offline")
-    assert first.lines == lines_of(result)[:4]
+    assert first.lines == lines_of(result)[:3]
     assert second.lines == [lines_of(result)[step] for step in again]
     assert "embedding/ndcg_cut_10" in second.summary and not first.summary
 
