@@ -264,14 +264,15 @@ def command_report(args: argparse.Namespace) -> None:
         raise ValueError(f"unknown experiment {only!r}: there are {known}")
     one = [setting_folder(args, args.measured_on).name]
     named = args.scale or args.base or args.data or args.measured_on
-    for setting in one if named else overview.settings(runs, only) or one:
-        if only:
-            folder = runs / only / setting
-            print(write(only, folder), f"report: {folder / 'report.md'}", sep="\n")
-        elif readings := overview.write(runs, setting, write):
-            print(*readings.values(), f"overview: {runs / setting}.md", sep="\n")
-        else:
-            print(f"no trial of {setting} lies under {runs}: `make study` makes them")
+    with overview.told_together(write) as each:
+        for setting in one if named else overview.settings(runs, only) or one:
+            if only:
+                folder = runs / only / setting
+                print(each(only, folder), f"report: {folder / 'report.md'}", sep="\n")
+            elif readings := overview.write(runs, setting, each):
+                print(*readings.values(), f"overview: {runs / setting}.md", sep="\n")
+            else:
+                print(f"no trial of {setting} lies under {runs}: `make study` makes them")
 
 
 def command_check(args: argparse.Namespace) -> None:

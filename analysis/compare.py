@@ -4,7 +4,7 @@ The differences are the experiment's `contrasts`, or of all arms but the special
 `reference` on all tasks. They are the family of Holm's correction.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,11 +161,6 @@ def _pairs(study: experiments.Experiment, y: dict) -> Iterator[tuple[str, str, s
         for arm in y[task]:
             if arm != study.reference and arm not in SPECIALISTS and study.reference in y[task]:
                 yield arm, study.reference, task, ""
-
-
-def _last(trials: Iterable[dict]) -> list[dict]:
-    """The last step of each trial that took one."""
-    return [line for trial in trials for line in trial["curve"][-1:]]
 
 
 def _routing(trials: list[dict]) -> dict[str, list[float]]:

@@ -1,6 +1,5 @@
 """What is measured of trained models beside their scores, and where it is kept."""
 
-import json
 import sys
 import time
 from dataclasses import replace
@@ -40,12 +39,13 @@ def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
     made = made_by(bench.device, "analysis")
     of = {
         "model": revision(saved),
-        "config": json.loads(json.dumps(config.to_json())),
+        "config": Config.completed(config.to_json()),
         "data": bench.collection.fingerprint,
         "beside": _beside(place) if name == "representation" else {},
     }
     old = read(path) if path.exists() else {}
-    if {k: old.get(k) for k in of} == of:
+    known = old | {"config": Config.completed(old.get("config", {}))}
+    if {k: known.get(k) for k in of} == of:
         if old["sources"] != made["sources"]:
             print(f"warning: the source has changed since {path} was made", file=sys.stderr)
         return

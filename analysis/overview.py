@@ -5,7 +5,8 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import experiments
@@ -15,6 +16,7 @@ from analysis.page import KINDS, figures_of, save_figure
 from model.files import write_text
 from trials import parts
 
+Report = Callable[[str, Path], str]
 PAGE = """# The study: {setting}
 
 When does sharing one model between retrieval and reranking hurt, where, and does routing undo it?
@@ -161,10 +163,10 @@ def agreement(found: Mapping[str, dict]) -> str:
     return " ".join(said)
 
 
-def write(runs: Path, setting: str, report: Callable[[str, Path], str]) -> dict[str, str]:
+def write(runs: Path, setting: str, report: Report) -> dict[str, str]:
     """Write every report of a setting and <runs>/<setting>.md over them; what they conclude.
 
-    report: (experiment, folder) -> writes its report and says what it concludes.
+    report: (experiment, folder) -> writes its report and says what it concludes; a `Report`.
     """
     readings = {
         name: report(name, folder)
@@ -182,6 +184,27 @@ def write(runs: Path, setting: str, report: Callable[[str, Path], str]) -> dict[
     return readings
 
 
+@contextmanager
+def told_together(report: Report) -> Iterator[Report]:
+    """A `report` that says what is wrong where it cannot be written, so that the others are.
+
+    Raises:
+        ValueError: in the end, all that was wrong.
+    """
+    wrong: list[str] = []
+
+    def each(name: str, folder: Path) -> str:
+        try:
+            return report(name, folder)
+        except ValueError as error:
+            wrong.append(str(error))
+            return f"{name} {folder.name}: no report, {error}"
+
+    yield each
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
 def settings(runs: Path, experiment: str = "") -> list[str]:
     """Those that have trials under `runs`, of one experiment or of any.
 
@@ -192,7 +215,7 @@ def settings(runs: Path, experiment: str = "") -> list[str]:
     return sorted({place.name for place in places if disk.trial_files(place)}, reverse=True)
 
 
-def stale(results: Path, report: Callable[[str, Path], str]) -> list[str]:
+def stale(results: Path, report: Report) -> list[str]:
     """The published reports that no longer follow from the trials beside them.
 
     Each setting is copied, its reports and its overview written again; text has to be the same, and
@@ -214,8 +237,9 @@ def stale(results: Path, report: Callable[[str, Path], str]) -> list[str]:
         for folder in folders:  # all of them first: a report may take in other settings
             copy = Path(place) / folder.relative_to(results)
             shutil.copytree(folder, copy, ignore=unwritten)
-        for setting in settings(Path(place)):
-            write(Path(place), setting, report)
+        with suppress(ValueError), told_together(report) as each:  # what has no report is stale
+            for setting in settings(Path(place)):
+                write(Path(place), setting, each)
         for folder in [results, *folders]:
             copy = Path(place) / folder.relative_to(results)
             page, tables = copy / "report.md", copy / "tables.tex"

@@ -85,7 +85,7 @@ def write_folder(
 
 def figures_of(page: str) -> list[str]:
     """The names of the figures that a page shows from its own folder."""
-    return re.findall(r"\]\(([\w.-]+)\.png\)", page)
+    return re.findall(r"\]\(([^)/\s]+)\.png\)", page)
 
 
 def save_figure(path: Path, figure: Figure) -> None:

@@ -1,5 +1,5 @@
-"""The routers' report: beside the differences to Sparsegen those to Sparsegen as it is without its
-noise and expert dropout, which no other of these arms is trained with."""
+"""The routers' report: beside the differences to Sparsegen those of the arms that are trained
+without router noise and expert dropout to Sparsegen without them."""
 
 from pathlib import Path
 from typing import Any

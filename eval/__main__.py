@@ -27,10 +27,10 @@ from eval.collections import load, require_split
 from eval.command import job_status, require_one_process
 from eval.machine import device_name
 from eval.provenance import made_by, prompts, stored
-from eval.stages import Stages
+from eval.stages import Stages, finish
 from eval.vectors import Vectors
 from model import bases, saved
-from model.files import write_json, write_text
+from model.files import write_text
 from model.generate import require_causal
 from model.unimoer import UniMoER
 from model.weights import revision
@@ -121,8 +121,7 @@ def answer(args: argparse.Namespace) -> None:
                     stages, args.specialists,
                 )  # fmt: skip
                 origin_of = made_by(args.device, begun=stages.begun)
-                write_json(place, {"model": args.name, **origin_of, **mine, **made})
-                stages.done()
+                finish(place, {"model": args.name, **origin_of, **mine, **made})
             found.append(stored(place, mine if side == "three" else origin))  # once of all sides
         if not args.alone:
             text = rag.table(found, f"{collection.name}, {split}, {args.name}")

@@ -152,6 +152,7 @@ def _one(
         return needs
     bm25 = row.name == BM25
     stages = Stages(place, {"data": collection.fingerprint, "asked": asked, "bases": prints,
+                            "instruction": collection.instruction,
                             "device": torch.device(args.device).type})  # fmt: skip
     result = {
         "row": row.name, "what": row.what, "split": split, "asked": asked,

@@ -139,7 +139,7 @@ def ours(folder: Path, asked: PseudoQuery | None = None) -> Row:
                                "LoRAs switched by similarity (RouterRetriever)")  # fmt: skip
         what = known.get(kind, f"LoRAs weighed by {kind}")
     if embeds_as_base(folder):
-        what = f"reranking LoRA beside {config.base}"
+        what = f"reranking LoRA beside {Path(config.base).name}"
     name, place = saved.name_of(folder), Path(folder)
     if config.rerank_head == "pseudo_query":
         what = f"{what}, pseudo-query"
@@ -174,7 +174,7 @@ def bare(folders: Sequence[Path]) -> list[Row]:
             config, lora=None, router=None, rerank_head="linear", list_tokens=0, checkpointing=False
         )
         name, place = f"{saved.name_of(folder)}-untrained", Path(folder)
-        what = f"untrained {config.base}, 20 random heads"
+        what = f"untrained {Path(config.base).name}, 20 random heads"
         ends = config.rerank_head != "yes_no"  # whether a pair is read with the end token
         rows.setdefault((plain, ends), Row(name, what, place, place, untrained=True))
     return list(rows.values())

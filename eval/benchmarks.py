@@ -129,28 +129,30 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
     if args.untrained:
         asked["untrained"] = True
     mark = revision(args.model)
+    read = prompts(model.config, collection.instruction)
+    if args.untrained:  # its random heads read pairs, whatever the model's own head does
+        read["pair"] = model.tokenizer.with_instruction(collection.instruction).prompts.filled(
+            "pair"
+        )
     of = {"data.fingerprint": collection.fingerprint, "revision": mark, "asked": asked}
+    of |= {"prompts": read}
     if (result := stored(place, of)) is None:
         evaluation = evaluation_set(model, collection, split, args)
         stages = Stages(place, {
             "revision": mark, "data": collection.fingerprint, "split": split,
-            "asked": asked, "device": torch.device(args.device).type,
+            "asked": asked, "prompts": read, "device": torch.device(args.device).type,
         })  # fmt: skip
         scores, rest = evaluation.scores(model, list(TITLES), stages, args.dimensions)
         shorter = dict(zip(map(str, args.dimensions), rest, strict=True))
         result = {
             "model": args.name, "revision": mark, "base": model.identity,
-            "prompts": prompts(model.config, collection.instruction), "split": split,
-            "asked": asked,
-            "data": collection.identity,
+            "prompts": read, "split": split, "asked": asked, "data": collection.identity,
             "bm25": evaluation.bm25_scores(), "scores": scores, "dimensions": shorter,
             "ceiling": {"reranking": evaluation.ceiling()},
             **made_by(args.device, begun=stages.begun),
         }  # fmt: skip
         if args.untrained:
             result["untrained"] = evaluation.untrained(model, progress=True, keep=stages)
-            # Its random heads read pairs, whatever the model's own head does.
-            result["prompts"]["pair"] = evaluation.tokenizer.prompts.filled("pair")
         finish(place, result)
     show(result)
     return result

@@ -151,7 +151,7 @@ class CrossEncoder:
         return self.model.score_pairs(pairs, instruction=asked, progress=bar)
 
 
-def asked(side: Encoder | CrossEncoder, task: TaskMetadata) -> dict[str, str]:
+def prompts_of(side: Encoder | CrossEncoder, task: TaskMetadata) -> dict[str, str]:
     """The prompts of a task, by name: the side's own, with the task's instruction where it goes."""
     own, found = side.model.config.prompts, side.mteb_model_meta.loader_kwargs["prompts"]
     for name in side.templates & found.keys():
@@ -233,7 +233,7 @@ def main_score(side: Encoder | CrossEncoder, task: Any, folder: Path) -> float:
 def _settle(place: Path, side: Encoder | CrossEncoder, task: TaskMetadata) -> None:
     """Take the stored result away if it is of other data or prompts, and warn if it is of other
     code. Where there is none, put down what makes it: now, for mteb stores it part by part."""
-    origin, told = place.parent / "made_by" / place.name, asked(side, task)
+    origin, told = place.parent / "made_by" / place.name, prompts_of(side, task)
     if place.exists():
         # A result of which nothing is said is older than the instructions of tasks.
         own = {"prompts": side.mteb_model_meta.loader_kwargs["prompts"]}

@@ -76,7 +76,7 @@ class EvaluationSet:
         self.candidates = {
             query: dict(list(self.bm25[query].items())[: config.candidates]) for query in chosen
         }
-        self.scored = {q: found for q, found in self.candidates.items()
+        self.decisive = {q: found for q, found in self.candidates.items()
                        if any(self.qrels[q].get(d, 0) > 0 for d in found)}  # fmt: skip
         self.clusters = {q: collection.domain.get(q, q) for q in self.queries}
         self.collection, self._states = collection, states
@@ -87,7 +87,7 @@ class EvaluationSet:
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """The (query, document) pairs that models score."""
-        return [(q, d) for q, found in self.scored.items() for d in found]
+        return [(q, d) for q, found in self.decisive.items() for d in found]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -111,7 +111,7 @@ class EvaluationSet:
         part = copy.copy(self)
         part.queries = sorted(chosen)
         part.qrels = part.reranking_qrels = {q: self.qrels[q] for q in part.queries}
-        part.candidates = part.scored = {q: self.candidates[q] for q in part.queries}
+        part.candidates = part.decisive = {q: self.candidates[q] for q in part.queries}
         near = {d for q in part.queries for d in (*part.candidates[q], *part.qrels[q])}
         part.documents = [d for d in self.documents if d in near]
         part._sets = {}
@@ -121,7 +121,7 @@ class EvaluationSet:
         """This set, or parts of whole queries with at most `WINDOW` pairs or one query each."""
         parts: list[list[str]] = [[]]
         count = 0
-        for query, found in self.scored.items():
+        for query, found in self.decisive.items():
             if parts[-1] and count + len(found) > WINDOW:
                 parts.append([])
                 count = 0
@@ -132,7 +132,7 @@ class EvaluationSet:
         made = []
         for queries in parts:
             part = copy.copy(self)
-            part.scored = {query: self.scored[query] for query in queries}
+            part.decisive = {query: self.decisive[query] for query in queries}
             part._states, part._sets = without_states, {}
             made.append(part)
         return made
@@ -142,10 +142,10 @@ class EvaluationSet:
     ) -> Tensor:
         """The scores (n, ...) of all pairs, of which `score` gives those of a part. keep: has them
         after each part, from which the same call goes on."""
-        windows, found, first, name = self._windows(), [], 0, self._of(name)
+        windows, found, first = self._windows(), [], 0
         if len(windows) == 1:
             return score(self)
-        if keep and (before := keep.latest(name)):
+        if keep and (before := keep.latest(name := self._of(name))):
             first, found = before[0], [torch.from_numpy(before[1])]
         for end, part in enumerate(windows[first:], first + 1):
             found = [torch.cat([*found, score(part)])]
@@ -298,7 +298,7 @@ class EvaluationSet:
             return model.score_all(self._set("reranking", model), progress=progress, shared=True)
         most = head.asked.read if isinstance(head, ByPseudoQuery) else None
         c, ids, places = self.collection, [], []
-        for query, found in self.scored.items():
+        for query, found in self.decisive.items():
             order = list(range(len(found)))
             if shuffle is not None:
                 read = order[:most]
@@ -309,7 +309,7 @@ class EvaluationSet:
             places += [len(places) + i for i in order]
         lists = [
             (c.queries[query], [c.corpus[d] for d in row])
-            for query, row in zip(self.scored, ids, strict=True)
+            for query, row in zip(self.decisive, ids, strict=True)
         ]
         options: dict[str, Any] = {"progress": progress, "shared": True}
         if isinstance(head, ByPseudoQuery):

@@ -18,7 +18,7 @@ AGAIN = "remove it, it is made again"
 
 
 class Stages:
-    """The pieces of one result: what is there is not computed again, and `done` removes them.
+    """The pieces of one result: what is there is not computed again, and `finish` removes them.
 
     Attributes:
         begun: the sources (`eval.provenance`) that made pieces, this call's among them.
@@ -94,13 +94,9 @@ class Stages:
 
     def append(self, name: str, row: Any) -> None:
         """Keep one more JSON value."""
-        self.folder.mkdir(parents=True, exist_ok=True)  # `done` in a process that did the same
+        self.folder.mkdir(parents=True, exist_ok=True)  # `finish` in a process that did the same
         with open(self.folder / f"{name}.jsonl", "a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-
-    def done(self) -> None:
-        """The result is stored."""
-        discard(self.place)
 
 
 @contextmanager

@@ -175,7 +175,9 @@ def read_manifest(folder: Path) -> dict:
 def _check_room(stored: "Vectors", missing: list[int]) -> None:
     """Raises ValueError where the disk cannot hold what all ranks still have to write."""
     width = stored.dimension * np.dtype(stored.dtype).itemsize
+    parts = stored.folder.glob(".*.npy*.part")
     needed = sum(stored.size(shard) * width for shard in missing)
+    needed = max(0, needed - sum(path.stat().st_size for path in parts))
     free = shutil.disk_usage(stored.folder).free
     if needed > free:
         raise ValueError(
@@ -219,6 +221,8 @@ def _encode(
         bar.update(len(vectors))
     os.replace(part, path)
     sync(path.parent)
+    for other in path.parent.glob(f".{path.name}.*.part"):  # of another number of processes
+        other.unlink(missing_ok=True)
 
 
 def _begins_with(path: Path, head: bytes) -> bool:

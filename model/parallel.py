@@ -29,7 +29,8 @@ class LostProcess(RuntimeError):
 def started() -> tuple[int, int]:
     """(rank, how many) of the job that `torchrun` started, whether this process has joined it or
     not; (0, 1) without one."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK", 0)) if world > 1 else 0, world
 
 
 def join(device: str) -> str:

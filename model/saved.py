@@ -64,6 +64,23 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str | None]]:
         raise ValueError(f"{path} is not what save_pretrained writes: {error!r}") from error
 
 
+def where(folder: Path, base: str) -> str:
+    """The folder of the base of a saved model, which may have been moved together with what this
+    process was started in. (Whether it is that base is told by its fingerprint, later.)
+
+    Raises:
+        ValueError: there is none.
+    """
+    parts = Path(base).parts[1:]
+    for place in (Path(base), *(Path(*parts[at:]) for at in range(len(parts)))):
+        if place.is_dir():
+            return str(place)
+    raise ValueError(
+        f"{folder} was trained on the base in {base}, and there is no such folder: if it lies "
+        f"elsewhere, UniMoER.from_pretrained({str(folder)!r}, base=...) takes it"
+    )
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All that was trained. Raises ValueError for a truncated or foreign file, by name."""
     tensors = {}

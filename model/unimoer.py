@@ -168,7 +168,8 @@ class UniMoER(Joint):
         """Load a folder written by `save_pretrained`.
 
         Args:
-            base: where the base lies, if not where config.json says (a moved local folder).
+            base: where the base lies, if not where config.json says, nor at the end of that path
+                from here (a folder that was moved alone).
         Raises:
             ValueError: files are missing or foreign, the base is not where it was or is another one
                 than it was trained on, or a tensor is missing, unexpected or misshapen.
@@ -177,11 +178,8 @@ class UniMoER(Joint):
         config, expected = saved.read_config(folder)
         if base:
             config = replace(config, base=base, revision=None)
-        elif Path(config.base).is_absolute() and not Path(config.base).is_dir():
-            raise ValueError(
-                f"{folder} was trained on the base in {config.base}, and there is no such folder: "
-                f"if it lies elsewhere, UniMoER.from_pretrained({str(folder)!r}, base=...) takes it"
-            )
+        elif Path(config.base).is_absolute():
+            config = replace(config, base=saved.where(folder, config.base))
         model = cls(config, device, kernels=kernels)
         if (found := model.identity["fingerprint"]) != expected["fingerprint"]:
             raise ValueError(

@@ -374,7 +374,8 @@ def _copy(path: Path, name: str, info: TensorInfo, target: torch.Tensor) -> None
 
 
 def revision(folder: Path | str) -> str:
-    """Of a checkpoint: 16 digits of a sha256 over the files of `save_pretrained`.
+    """Of a checkpoint: 16 digits of a sha256 over the files of `save_pretrained`; of where its base
+    lies, if that is a whole path, the last part.
 
     Raises ValueError if one is missing.
     """
@@ -383,5 +384,8 @@ def revision(folder: Path | str) -> str:
         path = Path(folder) / name
         if not path.is_file():
             raise ValueError(f"{path} is missing: expected a folder written by save_pretrained")
-        digest.update(path.read_bytes())
+        content = path.read_bytes()
+        if name == "config.json":
+            content = re.sub(rb'("base": ")/[^"]*/', rb"\1", content)
+        digest.update(content)
     return digest.hexdigest()[:16]

@@ -159,7 +159,9 @@ def mine(
         if "sha256" in (manifest := _begin(folder, identity, device_name(device) if names else "")):
             return manifest
         parts = {
-            folder / "parts" / f"{i:06d}.jsonl": order[at : at + settings.part]
+            folder / "parts" / collection.order("train") / f"{i:06d}.jsonl": order[
+                at : at + settings.part
+            ]
             for i, at in enumerate(range(0, len(order), settings.part))
         }
         if not all(path.exists() for path in parts):

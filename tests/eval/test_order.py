@@ -69,7 +69,7 @@ def test_lists_are_read_in_bm25_s_order(evaluation, listwise, collection) -> Non
 
 
 def test_lists_have_the_collection_s_instruction(config, collection, listwise, evaluation) -> None:
-    """A pseudo-query does not, nor the documents that it is held against."""
+    """A pseudo-query has none."""
     own = replace(collection, instruction="find it")
     asked = EvaluationSet(own, listwise.tokenizer, config, without_states)
     found, query = asked.pair_scores(listwise), asked.pairs[0][0]

@@ -73,8 +73,8 @@ def test_only_pairs_that_can_change_a_score_are_scored(collection, config, model
         )
         of = replace(collection, qrels=qrels), reader.tokenizer, settings, without_states
         evaluation, every = EvaluationSet(*of), EvaluationSet(*of)
-        every.scored = every.candidates
-        assert every.scored.keys() - evaluation.scored.keys() == {LOST, other}
+        every.decisive = every.candidates
+        assert every.decisive.keys() - evaluation.decisive.keys() == {LOST, other}
         assert len(every.pairs) - len(evaluation.pairs) == len(every.candidates[other]) > 0
         made = [[of.reranking(reader) for of in (evaluation, every)]]
         if head == "linear":
@@ -83,7 +83,7 @@ def test_only_pairs_that_can_change_a_score_are_scored(collection, config, model
             assert list(found) == list(expected) and found[other]["ndcg_cut_10"] == 0
             for query, row in expected.items():
                 assert found[query] == pytest.approx(row)
-    assert other in evaluation.sample(99).scored
+    assert other in evaluation.sample(99).decisive
 
 
 def test_nothing_is_forced_in(make, collection):
@@ -296,7 +296,7 @@ def test_many_pairs_are_scored_window_by_window(make, model, monkeypatch, size):
     monkeypatch.setattr("eval.protocol.WINDOW", size)
     windows = whole._windows()
     assert len(windows) > 1 and [p for part in windows for p in part.pairs] == whole.pairs
-    assert all(len(p.pairs) <= size or len(p.scored) == 1 for p in windows)
+    assert all(len(p.pairs) <= size or len(p.decisive) == 1 for p in windows)
     torch.testing.assert_close(
         whole._by_window(lambda part: part.pair_scores(model), None, ""), expected[0]
     )
