@@ -11,7 +11,7 @@ from analysis.page import by_seed_less, over_seeds, with_holm
 
 HELD, RELEVANCE = "BM25 and its ingredients", "relevance"
 ALONE = "{} alone"  # a view: the model with one expert of this role
-OWN = ALONE.format(roles.OWN["reranking"])
+OWN_ALONE = ALONE.format(roles.OWN["reranking"])
 INGREDIENTS = ("covered_terms", "tf_sum", "idf_sum", "bm25")  # of BM25, and itself
 
 
@@ -51,9 +51,9 @@ def claims(probed: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             if arm != "rank-only" and "rank-only" in probed:
                 rival = held(probed["rank-only"], "model", names)
                 add(arm, f"{text}, against {label('rank-only')}", own, rival)
-        for view in found["views"] if OWN in found["views"] else ():
-            if view not in ("model", "base", OWN):
-                mine, other = (held(found, name, INGREDIENTS) for name in (OWN, view))
-                add(arm, f"{HELD}, expert: {OWN} against {view}", mine, other)
+        for view in found["views"] if OWN_ALONE in found["views"] else ():
+            if view not in ("model", "base", OWN_ALONE):
+                mine, other = (held(found, name, INGREDIENTS) for name in (OWN_ALONE, view))
+                add(arm, f"{HELD}, expert: {OWN_ALONE} against {view}", mine, other)
     with_holm(row["difference"] for row in rows)
     return rows

@@ -13,7 +13,16 @@ from analysis import ablation, compare, disk, figures, roles
 from analysis.bands import shade
 from analysis.figures import label, p_value, table
 from analysis.page import claims_table, frame, limits, over_seeds, spread, write_folder
-from analysis.probe_claims import ALONE, HELD, INGREDIENTS, OWN, RELEVANCE, at_best, claims, held
+from analysis.probe_claims import (
+    ALONE,
+    HELD,
+    INGREDIENTS,
+    OWN_ALONE,
+    RELEVANCE,
+    at_best,
+    claims,
+    held,
+)
 
 PROPERTY_NAMES = {
     "covered_terms": "covered query terms", "covered_share": "share of terms covered",
@@ -195,8 +204,8 @@ def _told(row: dict[str, Any]) -> str:
 
 def _experts(arm: str, found: dict[str, Any], tested: Sequence[dict[str, Any]]) -> list[str]:
     """Whether reranking's own expert holds more of BM25's ingredients than the others."""
-    own = held(found, OWN, INGREDIENTS) if OWN in found["views"] else {}
-    start = f"{HELD}, expert: {OWN} against "
+    own = held(found, OWN_ALONE, INGREDIENTS) if OWN_ALONE in found["views"] else {}
+    start = f"{HELD}, expert: {OWN_ALONE} against "
     gaps = [row for row in tested if row["arm"] == arm and row["what"].startswith(start)]
     if not own or not gaps:
         return []

@@ -146,7 +146,9 @@ def training(shape: DecoderConfig, c: Config, counts: Counts, option: Option) ->
 
 
 def measured(c: Config, counts: Counts) -> dict[str, tuple[int, int]]:
-    """task -> tokens of what a trained model is measured on, and of one of its texts."""
+    """task -> tokens of what a trained model is measured on at most, and of one of its texts: pairs
+    of queries without a relevant candidate are not scored (`EvaluationSet`), which is not known
+    beforehand."""
     queries = min(c.reranking_queries or counts.queries, counts.queries)
     texts = counts.documents * counts.document + counts.queries * counts.query
     pairs = queries * min(c.candidates, counts.documents) * counts.pair
