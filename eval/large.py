@@ -26,7 +26,7 @@ from eval.collections import find, fingerprint
 from eval.command import exit_status, require_one_process
 from eval.provenance import made_by, prompts
 from eval.provenance import stored as known
-from eval.retrieval import Ids, cut, exact, fixed_bytes, plan, to_run
+from eval.retrieval import Ids, cut, exact, overhead, plan, to_run
 from eval.sources import Qrels, Sources, lacking, read_qrels, read_queries, read_splits
 from eval.vectors import DTYPES, MANIFEST, WINDOW, Vectors, encode, read_manifest
 from model import bases, parallel, saved
@@ -146,7 +146,7 @@ def run_search(args: argparse.Namespace) -> None:
     place = Path(args.out) / "search" / args.name / f"{name}.json"
     result = known(place, origin)
     if result is None or args.trec:
-        result = origin | _measure(args, stored, ids, judged, block, fixed_bytes(*sizes))
+        result = origin | _measure(args, stored, ids, judged, block, overhead(*sizes))
         write_json(place, result)
     show(result)
 
@@ -190,7 +190,7 @@ def _measure(
     taken: int,
 ) -> dict:  # fmt: skip
     """Per-query scores of the exact search and of the index, its recall, and seconds. block: of
-    `plan`; taken: of `fixed_bytes`."""
+    `plan`; taken: of `overhead`."""
     seconds: dict[str, float] = {}
 
     @contextmanager

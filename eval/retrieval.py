@@ -158,9 +158,7 @@ def cut(
     return found
 
 
-def fixed_bytes(
-    queries: int, documents: int, dimension: int, k: int, id_bytes: int, rows: int
-) -> int:
+def overhead(queries: int, documents: int, dimension: int, k: int, id_bytes: int, rows: int) -> int:
     """Bytes that a search takes whatever it scores by: the ids, the query vectors, the best k of
     each query and the mapped pages of a shard. id_bytes, rows: as of `plan`."""
     return documents * (id_bytes + 16) + queries * (4 * dimension + 8 * k) + rows * 4 * dimension
@@ -177,9 +175,9 @@ def plan(
     Returns:
         (documents, queries) of one block, both at least 1.
     Raises:
-        ValueError: the bound is below `fixed_bytes` and the least block.
+        ValueError: the bound is below `overhead` and the least block.
     """
-    fixed = fixed_bytes(queries, documents, dimension, k, id_bytes, rows)
+    fixed = overhead(queries, documents, dimension, k, id_bytes, rows)
     # Of a block: its documents in fp32 and their places; scores, spare and keys; the block's best,
     # these and the best so far together, and the best of both.
     merge = 32 * k
