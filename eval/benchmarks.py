@@ -131,9 +131,8 @@ def measure(model: UniMoER, data: str, args: argparse.Namespace, cache: Path) ->
     mark = revision(args.model)
     read = prompts(model.config, collection.instruction)
     if args.untrained:  # its random heads read pairs, whatever the model's own head does
-        read["pair"] = model.tokenizer.with_instruction(collection.instruction).prompts.filled(
-            "pair"
-        )
+        asking = model.tokenizer.with_instruction(collection.instruction)
+        read["pair"] = asking.prompts.filled("pair")
     of = {"data.fingerprint": collection.fingerprint, "revision": mark, "asked": asked}
     of |= {"prompts": read}
     if (result := stored(place, of)) is None:

@@ -158,10 +158,10 @@ def mine(
         # No part of the identity: a machine may go on with what another has begun.
         if "sha256" in (manifest := _begin(folder, identity, device_name(device) if names else "")):
             return manifest
+        # Strangers are drawn by their positions in the pool, so parts are of one order of it.
+        known = folder / "parts" / collection.order("train")
         parts = {
-            folder / "parts" / collection.order("train") / f"{i:06d}.jsonl": order[
-                at : at + settings.part
-            ]
+            known / f"{i:06d}.jsonl": order[at : at + settings.part]
             for i, at in enumerate(range(0, len(order), settings.part))
         }
         if not all(path.exists() for path in parts):
