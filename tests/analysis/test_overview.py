@@ -81,6 +81,24 @@ def test_a_report_that_is_missing_is_stale(published: Path) -> None:
     assert overview.stale(published, rewrite) == [str(path)]
 
 
+def test_a_report_that_cannot_be_written_keeps_no_other(published: Path, capsys) -> None:
+    """A setting without baselines: the others are written, and it is named."""
+    Maker(published / "soft_vs_hard" / "smoke-other").arm(
+        "task", {"embedding": 0.5}
+    )  # no baselines
+    (published / "soft_vs_hard" / "smoke" / "report.md").unlink()
+    assert run.main(["report", "--runs", str(published)]) == 2
+    assert "smoke-other" in capsys.readouterr().err
+    assert (published / "soft_vs_hard" / "smoke" / "report.md").exists()
+    found = overview.stale(published, rewrite)
+    assert found and all("smoke-other" in path for path in found)
+
+
+def test_figures_of_a_mixture_are_seen() -> None:
+    page = "![a](small-scifact+fiqa-interference.png) ![b](../elsewhere/x.png)"
+    assert overview.figures_of(page) == ["small-scifact+fiqa-interference"]
+
+
 def test_tables_for_latex_follow_too(published: Path) -> None:
     path = published / "soft_vs_hard" / "smoke" / "tables.tex"
     run.main(["report", "soft_vs_hard", "--runs", str(published), "--latex"])

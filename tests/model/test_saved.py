@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model import weights
 from model.router import ROUTES, SIMILARITY, RouterConfig
 from model.tokens import Prompts
 from model.unimoer import UniMoER
@@ -112,6 +113,26 @@ def test_a_base_given_by_a_relative_path_is_found_from_elsewhere(
         UniMoER.from_pretrained(tmp_path / "saved")
     loaded = UniMoER.from_pretrained(tmp_path / "saved", base="../moved")
     assert moved.is_dir() and torch.equal(loaded.encode(TEXTS), model.encode(TEXTS))
+
+
+def test_a_base_that_moves_with_the_models_is_found(
+    make_base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository that was copied to another machine; and it is the same model there."""
+    home = tmp_path / "home"
+    (home / "bases").mkdir(parents=True)
+    make_base().rename(home / "bases" / "tiny")
+    monkeypatch.chdir(home)
+    model = make(Path("bases/tiny"))
+    model.save_pretrained(home / "saved")
+    mark = weights.revision(home / "saved")
+    home.rename(tmp_path / "copied")
+    monkeypatch.chdir(tmp_path / "copied")
+    loaded = UniMoER.from_pretrained("saved")
+    assert torch.equal(loaded.encode(TEXTS), model.encode(TEXTS))
+    loaded.save_pretrained("again")
+    assert weights.revision("again") == mark == weights.revision("saved")
+    assert str(tmp_path) in (tmp_path / "copied" / "again" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("what", ["missing", "unexpected", "shape"])

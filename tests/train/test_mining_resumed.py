@@ -90,17 +90,28 @@ def test_killed_and_continued_recomputes_nothing(
     assert run("broken") == manifest and counted == {"encode": [], "pairs": []}
 
 
-def test_vectors_of_another_order_are_not_taken_up(
-    collection: Collection, folders: list[str], tmp_path: Path, monkeypatch
+@pytest.mark.parametrize("done", [0, 2])
+def test_pieces_of_another_order_are_not_taken_up(
+    collection: Collection, folders: list[str], tmp_path: Path, monkeypatch, done: int
 ) -> None:
-    """A corpus that was written anew in other rows has the same fingerprint."""
+    """A corpus that was written anew in other rows has the same fingerprint: neither vectors nor
+    parts, whose strangers are drawn by position, are of it."""
     monkeypatch.setattr(first_stage, "SHARD", 20)
     pools = {split: pool[::-1] for split, pool in collection.pools.items()}
     other = replace(collection, pools=pools)
     mine(tmp_path / "unbroken", other, WIDE, folders[0])
+    part, calls = mining._part, []
+
+    def broken(*given):
+        calls.append(given)
+        if len(calls) > done:
+            raise Stopped
+        return part(*given)
+
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(mining, "_part", lambda *_: (_ for _ in ()).throw(Stopped()))
+        patch.setattr(mining, "_part", broken)
         mine(tmp_path / "broken", collection, WIDE, folders[0])
+    assert len(list((tmp_path / "broken").rglob("parts/*/*.jsonl"))) == done
     found = mine(tmp_path / "broken", other, WIDE, folders[0])
     assert found["sha256"] == mined_sha256(tmp_path / "unbroken")
 
