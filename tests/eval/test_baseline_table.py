@@ -342,7 +342,7 @@ def test_a_row_that_is_trained_first(run, tiny_base: Path, data: Path, tmp_path:
     code, out, err = run(*asked, str(folders["base-lora"]), local=here)
     assert code == 0, err
     assert list(lines(out))[2:] == ["bm25", "base-lora-seed0", "ceiling"]
-    assert f"reranking LoRA beside {tiny_base}" in out
+    assert f"reranking LoRA beside {tiny_base.name}" in out
     # Another model on that base, or such a model on another base, is not it.
     for name, local in (("task", here), ("base-lora", [])):
         code, out, err = run(*asked, str(folders[name]), local=local)
@@ -366,5 +366,5 @@ def test_what_a_saved_model_is_called(tiny_base: Path, data: Path, tmp_path: Pat
         rows[name] = baselines.ours(folder).what
     assert rows == {
         "a": "one LoRA", "b": "LoRAs switched by similarity (RouterRetriever)",
-        "c": f"reranking LoRA beside {tiny_base}", "d": "LoRAs weighed by softmax",
+        "c": f"reranking LoRA beside {tiny_base.name}", "d": "LoRAs weighed by softmax",
     }  # fmt: skip

@@ -64,10 +64,10 @@ def test_a_tasks_instruction_stands_in_its_place(model: UniMoER, prompt: Any, st
     torch.testing.assert_close(documents, model.encode_document(DOCUMENTS))
     ids = tokenizer.pairs(list(zip(QUERIES, DOCUMENTS, strict=True)))
     torch.testing.assert_close(pairs, model.score_all(TextSet(ids)))
-    assert mteb_adapter.asked(Encoder(model, "a/b", "1"), about) == {
+    assert mteb_adapter.prompts_of(Encoder(model, "a/b", "1"), about) == {
         "query": f"Instruct: {stands}\nQuery:{{query}}", "document": "{document}",
     }  # fmt: skip
-    assert mteb_adapter.asked(CrossEncoder(model, "a/b", "1"), about) == {
+    assert mteb_adapter.prompts_of(CrossEncoder(model, "a/b", "1"), about) == {
         "pair": f"{stands} {{query}} {{document}}"
     }
 
@@ -88,8 +88,8 @@ def test_templates_without_a_place_are_unchanged(tiny_base: Path, head: str) -> 
     for found, expected in zip(scores(model, "find"), scores(model, None), strict=True):
         assert torch.equal(found, expected)
     for side in (Encoder(model, "a/b", "1"), CrossEncoder(model, "a/b", "1")):
-        found = mteb_adapter.asked(side, task("find").metadata)
-        assert "find" not in str(found) and found == mteb_adapter.asked(side, task(None).metadata)
+        found = mteb_adapter.prompts_of(side, task("find").metadata)
+        assert "find" not in str(found) and found == mteb_adapter.prompts_of(side, task(None).metadata)
         assert ("pair" in found) == (head == "linear" and isinstance(side, CrossEncoder))
 
 
