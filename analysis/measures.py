@@ -1,5 +1,6 @@
 """What is measured of trained models beside their scores, and where it is kept."""
 
+import json
 import sys
 import time
 from dataclasses import replace
@@ -39,7 +40,7 @@ def look_into(place: Path, name: str, config: Config, bench: Workbench) -> None:
     made = made_by(bench.device, "analysis")
     of = {
         "model": revision(saved),
-        "config": Config.completed(config.to_json()),
+        "config": json.loads(json.dumps(config.to_json())),
         "data": bench.collection.fingerprint,
         "beside": _beside(place) if name == "representation" else {},
     }
